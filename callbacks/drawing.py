@@ -1,0 +1,87 @@
+"""From images in [−1, 1] to PNG files and labelled grids; no stretching of contrast anywhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from cmi_lightning.errors import InputError
+
+MARGIN, HEADER, SMALLEST = 6, 22, 112  # pixels: gaps, heading, least longer side in a grid
+NATIVE = (1, 3, 4)  # channel counts that a PNG holds: gray, RGB, RGBA
+
+
+def levels(x: Tensor) -> Tensor:
+    """Return round(255·clamp((x + 1)/2, 0, 1)) in float32 for x in [−1, 1]; NaN stays NaN."""
+    return ((x.detach().float() + 1) / 2).clamp(0, 1).mul(255).round()
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Return :func:`levels` as bytes; what is not a number becomes 0."""
+    return levels(x).nan_to_num(0.0).to(torch.uint8)
+
+
+def to_images(x: Tensor) -> list[Image.Image]:
+    """Return one image x (C, H, W) in [−1, 1] as "L", "RGB" or "RGBA", else one "L" per channel."""
+    pixels = to_uint8(x).cpu()
+    if len(pixels) in NATIVE and len(pixels) > 1:
+        return [Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())]
+    return [Image.fromarray(channel.contiguous().numpy()) for channel in pixels]
+
+
+def to_tile(x: Tensor) -> Image.Image:
+    """Return x (C, H, W) as one image for a grid; channels a PNG cannot hold lie side by side."""
+    return to_images(x if len(x) in NATIVE else torch.cat(list(x), dim=-1)[None])[0]
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG that is either whole or absent, making its folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format="PNG")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """Return ``folder/name.png`` for a sample id, which may hold slashes.
+
+    Raises:
+        InputError: if the id leads out of the folder.
+    """
+    path = folder / f"{name}.png"
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"The sample id '{name}' leads out of the folder '{folder}'; rename it.")
+    return path
+
+
+def tile(rows: Sequence[Sequence[Image.Image]], headings: Sequence[str] = ()) -> Image.Image:
+    """Lay equally sized images out in rows under column headings.
+
+    Small ones are enlarged by a whole number without smoothing, so that every pixel stays visible;
+    transparent ones lie on white.
+    """
+    width, height = rows[0][0].size
+    scale = max(1, -(-SMALLEST // max(width, height)))
+    width, height = width * scale, height * scale
+    top = HEADER if headings else MARGIN
+    columns = max(map(len, rows))
+    size = (MARGIN + columns * (width + MARGIN), top + len(rows) * (height + MARGIN))
+    canvas = Image.new("RGB", size, "white")
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+            corner = (MARGIN + j * (width + MARGIN), top + i * (height + MARGIN))
+            canvas.paste(enlarged, corner, enlarged if image.mode == "RGBA" else None)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for j, heading in enumerate(headings):
+        center = MARGIN + j * (width + MARGIN) + width // 2
+        draw.text((center, HEADER // 2), heading, "black", font, anchor="mm")
+    return canvas

@@ -1,0 +1,152 @@
+"""The command line: ``cmi-lightning predict`` and ``cmi-lightning fit``.
+
+Both are Lightning's own command-line interface over :class:`cmi_lightning.PosteriorSampler` and
+:class:`cmi_lightning.training.ScoreTraining`: every constructor argument is an option, files given
+by ``-c`` overlay each other, and a name that is no file in reach is looked up among the packaged
+configurations.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cmi_lightning.errors import InputError
+
+USAGE = """usage: cmi-lightning {predict,fit} [-c CONFIG]... [--option VALUE]...
+
+  predict   restore images: measure them (or read measurements), sample, write images and metrics
+  fit       train a score network
+
+  cmi-lightning predict -c demo                                    sixteen garments under a box
+  cmi-lightning predict -c demo -c task/super_resolution -c guidance/dps -c add_cmi
+  cmi-lightning predict --help                                     all options
+
+Configurations that ship with the package: """
+
+
+def configs() -> Path:
+    """Return the folder of the packaged configurations."""
+    import cmi_lightning.configs as packaged
+
+    return Path(str(packaged.__file__)).parent
+
+
+def shipped_configs() -> list[str]:
+    """Return the names that ``-c`` understands without a path."""
+    root = configs()
+    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+
+
+def _resolve(value: str) -> str:
+    """Return the path of a configuration: a file, or a packaged one by name."""
+    if Path(value).is_file():
+        return value
+    for candidate in (value, f"{value}.yaml", value.removeprefix("configs/")):
+        if (path := configs() / candidate).is_file():
+            return str(path)
+    raise InputError(
+        f"No configuration '{value}': give a YAML file, or one of {', '.join(shipped_configs())}."
+    )
+
+
+def _resolved(args: Sequence[str]) -> list[str]:
+    """Resolve the values of ``-c`` and ``--config``, in either spelling."""
+    out: list[str] = []
+    for arg in args:
+        if out and out[-1] in ("-c", "--config"):
+            out.append(_resolve(arg))
+        elif arg.startswith("--config="):
+            out.append(f"--config={_resolve(arg.removeprefix('--config='))}")
+        else:
+            out.append(arg)
+    return out
+
+
+def _lightning_cli(model: type, args: list[str], **kwargs: Any) -> Any:
+    """Parse ``args`` and instantiate model, data and trainer; nothing is run.
+
+    Raises:
+        InputError: for a wrong key, type or class, in one sentence.
+    """
+    import lightning as L
+    from jsonargparse import ArgumentError
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    # Imported so that short class names and component lists of the help know them.
+    import cmi_lightning.callbacks
+    import cmi_lightning.data
+    import cmi_lightning.denoisers
+    import cmi_lightning.guidance  # noqa: F401
+
+    class CLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_argument(
+                "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from (fit)"
+            )
+
+    try:
+        return CLI(
+            model,
+            L.LightningDataModule,
+            subclass_mode_data=True,
+            run=False,
+            args=args,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False, **kwargs},
+            save_config_kwargs={"overwrite": True},
+        )
+    except ArgumentError as error:
+        raise InputError(_one_sentence(str(error))) from error
+
+
+def _one_sentence(message: str) -> str:
+    """Return a parser message on one line, without its repetitions."""
+    parts = [part.strip(" -") for part in message.splitlines()]
+    return " ".join(dict.fromkeys(part for part in parts if part))
+
+
+def predict(args: list[str]) -> Any:
+    """Restore images; returns the CLI object with its trainer, model and datamodule."""
+    from cmi_lightning.module import PosteriorSampler
+
+    base = [str(configs() / "base.yaml")]
+    cli = _lightning_cli(PosteriorSampler, args, default_config_files=base)
+    cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+    return cli
+
+
+def fit(args: list[str]) -> Any:
+    """Train a score network; returns the CLI object."""
+    from cmi_lightning.training import ScoreTraining
+
+    cli = _lightning_cli(ScoreTraining, args)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    return cli
+
+
+COMMANDS: dict[str, Callable[[list[str]], Any]] = {"predict": predict, "fit": fit}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, or 2 for bad input."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (args[0], args[1:]) if args else ("--help", [])
+    try:
+        if command in ("-h", "--help"):
+            print(USAGE + ", ".join(shipped_configs()))
+        elif command == "--version":
+            from cmi_lightning import __version__
+
+            print(f"cmi-lightning {__version__}")
+        elif command in COMMANDS:
+            COMMANDS[command](_resolved(rest))
+        else:
+            raise InputError(f"Unknown command '{command}': use {' or '.join(COMMANDS)}.")
+    except InputError as error:
+        print(f"cmi-lightning: error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,128 @@
+"""Fashion-MNIST, padded to 32x32, as a Lightning data module."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from cmi_lightning.errors import InputError
+
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
+NUM_HELD_OUT = 1024  # the last training images: never trained on, used to choose step sizes
+
+
+class FashionMNIST(Dataset):
+    """One split of Fashion-MNIST as ``{"x": (1, 32, 32) in [−1, 1], "id": "test/00042"}``.
+
+    Two black pixels are added on every side. Source: Xiao, Rasul & Vollgraf (2017), licence MIT.
+
+    Args:
+        train: the 60,000 training images, else the 10,000 test images.
+        root: folder of the four ``*-ubyte.gz`` files. None takes the Debian package
+            ``dataset-fashion-mnist`` where it is installed, else downloads through torchvision
+            into ``~/.cache/cmi-lightning``.
+
+    Raises:
+        InputError: if ``root`` lacks the file.
+    """
+
+    def __init__(self, train: bool, root: str | None = None) -> None:
+        self.split = "train" if train else "test"
+        name = f"{'train' if train else 't10k'}-images-idx3-ubyte.gz"
+        folder = Path(root).expanduser() if root else DEBIAN_FOLDER
+        if not root and not (folder / name).is_file():
+            folder = _download()
+        if not (folder / name).is_file():
+            raise InputError(f"No '{name}' in '{folder}': point data.root to Fashion-MNIST's files.")
+        raw = gzip.decompress((folder / name).read_bytes())
+        pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28)
+        self.pixels = F.pad(torch.from_numpy(pixels.copy()), (2, 2, 2, 2))
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        x = self.pixels[index].float() / 127.5 - 1
+        return {"x": x, "id": f"{self.split}/{index:05d}"}
+
+
+def _download() -> Path:
+    from torchvision.datasets import FashionMNIST as Source  # imported late: slow, seldom needed
+
+    cache = Path("~/.cache/cmi-lightning").expanduser()
+    try:
+        Source(str(cache), download=True)
+    except Exception as error:
+        raise InputError(
+            "Fashion-MNIST cannot be downloaded here; install the Debian package "
+            "dataset-fashion-mnist or point data.root to a folder with its *-ubyte.gz files."
+        ) from error
+    return cache / "FashionMNIST" / "raw"
+
+
+class FashionMNISTData(L.LightningDataModule):
+    """Training, validation and prediction batches of Fashion-MNIST.
+
+    The last 1,024 training images are held back from training: they are the validation set, and
+    step sizes are chosen on them.
+
+    Args:
+        root: folder of the files; see :class:`FashionMNIST`.
+        batch_size: images per batch.
+        num_workers: worker processes of the loaders.
+        predict_split: what ``predict`` restores: held-back training images or test images.
+        limit: restore only the first ``limit`` images.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        predict_split: Literal["val", "test"] = "test",
+        limit: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.root, self.batch_size, self.num_workers = root, batch_size, num_workers
+        self.predict_split, self.limit = predict_split, limit
+
+    def setup(self, stage: str) -> None:
+        """Read the files once per stage."""
+        if stage in ("fit", "validate") or self.predict_split == "val":
+            train = FashionMNIST(True, self.root)
+            cut = len(train) - NUM_HELD_OUT
+            self.train, self.val = Subset(train, range(cut)), Subset(train, range(cut, len(train)))
+        if stage in ("predict", "test"):
+            full = self.val if self.predict_split == "val" else FashionMNIST(False, self.root)
+            count = len(full) if self.limit is None else min(self.limit, len(full))
+            self.predict = Subset(full, range(count))
+
+    def _loader(self, dataset: Dataset, shuffle: bool = False) -> DataLoader:
+        return DataLoader(
+            dataset,
+            self.batch_size,
+            shuffle=shuffle,
+            drop_last=shuffle,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """All training images but the held-back ones, shuffled."""
+        return self._loader(self.train, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """The held-back training images."""
+        return self._loader(self.val)
+
+    def predict_dataloader(self) -> DataLoader:
+        """The images to restore."""
+        return self._loader(self.predict)

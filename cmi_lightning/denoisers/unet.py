@@ -1,0 +1,256 @@
+"""The U-Net of guided-diffusion's layout, written so that every derivative of it is right.
+
+State-dict names and shapes are those of Dhariwal & Nichol (2021), so the public FFHQ and ImageNet
+checkpoints fit. Two things differ from the published code on purpose. Attention is plain tensor
+algebra, not a custom autograd function that drops or refuses second derivatives; and memory is
+saved, on request, with PyTorch's non-reentrant checkpointing, which keeps them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation over 32 groups whose statistics are taken in float32."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(32, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` (B, C, *) and return it in the dtype it came in."""
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+            # The CPU kernel takes bfloat16 with float32 weights and accumulates in float32.
+            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x_wide, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+        return F.group_norm(x_wide, self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+def timestep_embedding(times: Tensor, dim: int) -> Tensor:
+    """Sinusoidal features (B, dim) of times (B,): cosines first, periods from 2π to 2π·10⁴."""
+    half = dim // 2
+    exponents = torch.arange(half, device=times.device, dtype=torch.float32) / half
+    angles = times.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with a time-dependent scale and shift, and a skip around them."""
+
+    def __init__(
+        self,
+        channels: int,
+        embed_dim: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        resample: str | None = None,
+        scale_shift: bool = True,
+    ) -> None:
+        super().__init__()
+        self.resample, self.scale_shift = resample, scale_shift
+        self.in_layers = nn.Sequential(
+            GroupNorm32(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        width = 2 * out_channels if scale_shift else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, width))
+        last = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        self.out_layers = nn.Sequential(
+            GroupNorm32(out_channels), nn.SiLU(), nn.Dropout(dropout), last
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return F.avg_pool2d(x, 2) if self.resample == "down" else x
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Map features (B, C, H, W) and a time embedding (B, E) to features of the new width."""
+        norm, activation, convolve = self.in_layers
+        h = convolve(self._resampled(activation(norm(x))))
+        x = self._resampled(x)
+        e = self.emb_layers(embedding).to(h.dtype)[..., None, None]
+        if self.scale_shift:
+            norm, *rest = self.out_layers
+            scale, shift = e.chunk(2, dim=1)
+            h = norm(h) * (1 + scale) + shift
+            for layer in rest:
+                h = layer(h)
+        else:
+            h = self.out_layers(h + e)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over pixels, heads laid out as in the published ("legacy") checkpoints."""
+
+    def __init__(self, channels: int, num_heads: int, fused: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.fused = num_heads, fused
+        self.norm = GroupNorm32(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape; softmax in float32 at least."""
+        height, width = x.shape[-2:]
+        flat = rearrange(x, "b c h w -> b c (h w)")
+        qkv = self.qkv(self.norm(flat))
+        q, k, v = rearrange(qkv, "b (n three c) l -> three b n l c", n=self.num_heads, three=3)
+        if self.fused:
+            h = F.scaled_dot_product_attention(q, k, v)
+        else:
+            scale = q.shape[-1] ** -0.25  # on q and on k: steadier in low precision than on q·k
+            logits = (q * scale) @ (k * scale).transpose(-1, -2)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            h = torch.softmax(logits, dim=-1, dtype=wide).to(v.dtype) @ v
+        h = self.proj_out(rearrange(h, "b n l c -> b (n c) l"))
+        return rearrange(flat + h, "b c (h w) -> b c h w", h=height, w=width)
+
+
+class TimedSequential(nn.Sequential):
+    """A sequence whose residual blocks also receive the time embedding."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
+        """Apply the layers in order to features (B, C, H, W)."""
+        for layer in self:
+            x = layer(x, embedding) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """ε_θ(x_t, t), optionally with the variance fraction v as further output channels.
+
+    Args:
+        in_channels: channels C of the image.
+        model_channels: width of the first level; a multiple of 32.
+        channel_mult: width of each level relative to the first; every level halves the size.
+        num_res_blocks: residual blocks per level.
+        attention_levels: levels (0 = full size) that carry self-attention.
+        num_head_channels: channels per attention head.
+        learn_variance: output 2C channels (ε, v) instead of C.
+        dropout: dropout inside residual blocks, in training only.
+        scale_shift: the time embedding scales and shifts features (else it is added to them).
+        checkpoint: recompute each block in the backward pass to save memory (non-reentrant, so
+            second derivatives stay right).
+        fused_attention: use PyTorch's fused attention. It has no second derivative, so CMI by
+            autograd needs the default, plain attention.
+
+    References:
+        Dhariwal & Nichol (2021), Diffusion models beat GANs on image synthesis.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 1, 2, 2, 4, 4),
+        num_res_blocks: int = 1,
+        attention_levels: Sequence[int] = (4,),
+        num_head_channels: int = 64,
+        learn_variance: bool = False,
+        dropout: float = 0.0,
+        scale_shift: bool = True,
+        checkpoint: bool = False,
+        fused_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        if model_channels % 32:
+            raise ValueError(f"model_channels must be a multiple of 32, got {model_channels}.")
+        self.in_channels, self.model_channels = in_channels, model_channels
+        self.learn_variance, self.checkpoint = learn_variance, checkpoint
+        self.size_multiple = 2 ** (len(channel_mult) - 1)
+        embed_dim = 4 * model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim)
+        )
+
+        def residual(width_in: int, width: int, resample: str | None = None) -> ResBlock:
+            return ResBlock(width_in, embed_dim, width, dropout, resample, scale_shift)
+
+        def attention(width: int) -> AttentionBlock:
+            return AttentionBlock(width, max(1, width // num_head_channels), fused_attention)
+
+        width = channel_mult[0] * model_channels
+        self.input_blocks = nn.ModuleList(
+            [TimedSequential(nn.Conv2d(in_channels, width, 3, padding=1))]
+        )
+        skips = [width]
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [residual(width, mult * model_channels)]
+                width = mult * model_channels
+                if level in attention_levels:
+                    layers.append(attention(width))
+                self.input_blocks.append(TimedSequential(*layers))
+                skips.append(width)
+            if level + 1 < len(channel_mult):
+                self.input_blocks.append(TimedSequential(residual(width, width, "down")))
+                skips.append(width)
+        self.middle_block = TimedSequential(
+            residual(width, width), attention(width), residual(width, width)
+        )
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [residual(width + skips.pop(), mult * model_channels)]
+                width = mult * model_channels
+                if level in attention_levels:
+                    layers.append(attention(width))
+                if level and i == num_res_blocks:
+                    layers.append(residual(width, width, "up"))
+                self.output_blocks.append(TimedSequential(*layers))
+        out_channels = in_channels * (2 if learn_variance else 1)
+        last = nn.Conv2d(width, out_channels, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), last)
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:
+        """Map x_t (B, C, H, W) and the original time indices (B,) to ε or (ε, v).
+
+        Raises:
+            ValueError: if the image size is not a multiple of the network's total downsampling.
+        """
+        if any(n % self.size_multiple for n in x.shape[-2:]):
+            raise ValueError(
+                f"The network halves the image {int(math.log2(self.size_multiple))} times, so its "
+                f"sides must be multiples of {self.size_multiple}; got {tuple(x.shape[-2:])}."
+            )
+        features = timestep_embedding(times, self.model_channels)
+        dtype = next(self.parameters()).dtype
+        embedding = self.time_embed(features.to(dtype))
+
+        def run(block: nn.Module, h: Tensor) -> Tensor:
+            if self.checkpoint and torch.is_grad_enabled():
+                return checkpoint(block, h, embedding, use_reentrant=False)
+            return block(h, embedding)
+
+        # The first convolution sees x_t in full precision: bfloat16 resolves 1 to 0.008, no finer
+        # than the noise of the last levels.
+        device = x.device.type
+        with torch.autocast(device, enabled=False):
+            h = self.input_blocks[0](x.to(dtype), embedding)
+        if torch.is_autocast_enabled(device):
+            h = h.to(torch.get_autocast_dtype(device))
+        skips = [h]
+        for block in self.input_blocks[1:]:
+            h = run(block, h)
+            skips.append(h)
+        h = run(self.middle_block, h)
+        for block in self.output_blocks:
+            h = run(block, torch.cat([h, skips.pop()], dim=1))
+        return self.out(h)

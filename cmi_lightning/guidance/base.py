@@ -1,0 +1,49 @@
+"""The contract of a guidance: three places where a sampler can be edited."""
+
+from __future__ import annotations
+
+from abc import ABC
+from typing import ClassVar
+
+from torch import Tensor
+
+from cmi_lightning.linalg import unit
+from cmi_lightning.step import Step, Transition
+
+
+class Guidance(ABC):  # noqa: B024
+    """Steers a solver towards the measurement. Override the one hook that the method edits.
+
+    x_t → x̂₀ → :meth:`guide_denoised` → solver → :meth:`guide_transition` → x_s →
+    :meth:`guide_sample`. Everything a hook returns must be per sample: row b may depend on row b of
+    its inputs only.
+
+    Attributes:
+        differentiable: the guidance asks for gradients with respect to x_t.
+        stochastic: the guidance needs a solver that injects noise.
+    """
+
+    differentiable: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = False
+
+    @property
+    def active(self) -> bool:
+        """False if the guidance leaves every step as it is; it is then skipped, at no cost."""
+        return True
+
+    def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
+        """Return the x̂₀ (B, *) that the solver shall use."""
+        return x0
+
+    def guide_transition(self, step: Step, transition: Transition) -> Transition:
+        """Return the edited proposal for x_s."""
+        return transition
+
+    def guide_sample(self, step: Step, x: Tensor) -> Tensor:
+        """Return the edited x_s (B, *)."""
+        return x
+
+
+def residual_gradient(step: Step) -> Tensor:
+    """Return ∇_{x_t} ‖y − A x̂₀‖ = −Jᵀ Aᵀ r/‖r‖ per sample (B, *), with r = y − A x̂₀."""
+    return -step.vjp(step.problem.operator.adjoint(unit(step.residual.detach())))

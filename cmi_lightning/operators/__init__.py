@@ -1,0 +1,20 @@
+"""Linear operators A of y = A x₀ + n: images in, measurements out."""
+
+from cmi_lightning.operators.base import LinearOperator, Recipe
+from cmi_lightning.operators.blur import Convolution, MotionBlur
+from cmi_lightning.operators.mask import BoxMask, Identity, PixelMask, RandomMask
+from cmi_lightning.operators.separable import Downsample, GaussianBlur, Separable
+
+__all__ = [
+    "BoxMask",
+    "Convolution",
+    "Downsample",
+    "GaussianBlur",
+    "Identity",
+    "LinearOperator",
+    "MotionBlur",
+    "PixelMask",
+    "RandomMask",
+    "Recipe",
+    "Separable",
+]

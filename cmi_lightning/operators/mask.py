@@ -1,0 +1,208 @@
+"""Operators that pick pixels: all of them (denoising) or some (inpainting)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from cmi_lightning.errors import InputError
+from cmi_lightning.linalg import per_sample
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators.base import LinearOperator, Recipe
+
+
+class Identity(LinearOperator):
+    """y = x₀ + n (denoising): A = I, measurements (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Return y."""
+        return y
+
+    def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
+        """Return y / (1 + shift)."""
+        return y / (1 + per_sample(shift, y))
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """Return y."""
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class PixelMask(LinearOperator):
+    """y[b, c, i] = x[b, c, index[b, i]]: the known pixels of each image, as a list (B, C, m).
+
+    The positions are an image's own and the same in all its channels. AAᵀ is the identity, so A⁺
+    is Aᵀ: known pixels at their places, 0 elsewhere. Where the images of a batch keep unequal
+    numbers of pixels, the lists are padded to the longest with rows in which A is zero.
+
+    Args:
+        index: positions in the flattened image (B, m), int64, no position twice in an image.
+        valid: False at padding (B, m).
+        image_shape: (C, H, W).
+    """
+
+    index: Tensor
+    valid: Tensor
+    image_shape: tuple[int, int, int]
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, like: Tensor) -> Self:
+        """Make the operator from a mask.
+
+        Args:
+            mask: (B, H, W) or, one for all images, (1, H, W); True, or above 0.5, is known.
+            like: a tensor of the images' shape (B, C, H, W), on their device.
+
+        Raises:
+            InputError: if the mask is of another shape, or knows no pixel of any image.
+        """
+        batch, channels, height, width = like.shape
+        if mask.ndim != 3 or mask.shape[0] not in (1, batch) or mask.shape[1:] != like.shape[2:]:
+            raise InputError(
+                f"The mask is of shape {tuple(mask.shape)} and the images need ({batch}, {height}, "
+                f"{width}) or (1, {height}, {width}); resize the mask."
+            )
+        known = mask.to(like.device).expand(batch, -1, -1).flatten(1) > 0.5
+        counts = known.sum(1)
+        longest = int(counts.max())
+        if longest == 0:
+            raise InputError(
+                f"The mask removes every pixel of images {height}×{width}; choose a smaller "
+                "fraction or box, or check that known pixels are above 0.5."
+            )
+        # A stable sort lists known pixels in reading order and pads with removed ones, so that an
+        # index never occurs twice.
+        index = known.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+        valid = torch.arange(longest, device=like.device) < counts[:, None]
+        return cls(index, valid, (channels, height, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the known pixels, (B, C, H, W) → (B, C, m)."""
+        index = self.index[:, None].expand(*x.shape[:2], -1)
+        return x.flatten(2).gather(2, index).masked_fill(~self.valid[:, None], 0)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Return an image of the known pixels and zeros, (B, C, m) → (B, C, H, W)."""
+        height, width = self.image_shape[1:]
+        flat = y.new_zeros(*y.shape[:2], height * width)
+        index = self.index[:, None].expand(*y.shape[:2], -1)
+        flat = flat.scatter(2, index, y.masked_fill(~self.valid[:, None], 0))
+        return flat.unflatten(2, (height, width))
+
+    def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
+        """Return y / (1 + shift), at padding y / shift; 0 at padding without shift."""
+        total = self.valid[:, None] + per_sample(shift, y)
+        return torch.where(total > 0, y, 0) / torch.where(total > 0, total, 1)
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """Return A⁺ y = Aᵀ y."""
+        return self.adjoint(y)
+
+
+@dataclass(frozen=True)
+class RandomMask(Recipe):
+    """Remove round(fraction·H·W) pixels of each image, drawn without replacement.
+
+    Every image has a mask of its own, which depends on the seed and the image's id alone.
+    :meth:`bind` returns a :class:`PixelMask`; measurements are (B, C, m).
+
+    Args:
+        fraction: the share of pixels to remove, in [0, 1).
+
+    Raises:
+        InputError: if ``fraction`` is out of range.
+
+    Source: the random inpainting of DPS (Chung et al., 2023), which draws one share per image.
+    """
+
+    fraction: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction < 1:
+            raise InputError(
+                f"RandomMask.fraction is the share of pixels removed and must be at least 0 and "
+                f"below 1, got {self.fraction}."
+            )
+
+    def bind(
+        self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor
+    ) -> PixelMask:
+        """Draw the masks; see :meth:`LinearOperator.bind`.
+
+        Raises:
+            InputError: if the fraction leaves no pixel of such small images.
+        """
+        pixels = image_shape[1] * image_shape[2]
+        removed = round(self.fraction * pixels)
+        known = torch.ones(len(noise.ids), pixels, dtype=torch.bool)
+        for row in range(len(known)):
+            order = torch.randperm(pixels, generator=noise.generator(row, "mask"))
+            known[row, order[:removed]] = False
+        batch = like.new_empty(()).expand(len(known), *image_shape)
+        return PixelMask.from_mask(known.unflatten(1, image_shape[1:]), batch)
+
+
+@dataclass(frozen=True)
+class BoxMask(Recipe):
+    """Remove one box of each image, placed uniformly with a margin on all sides.
+
+    top ~ U{margin, …, H − margin − h}, left ~ U{margin, …, W − margin − w}. Every image has a box
+    of its own, which depends on the seed and the image's id alone. :meth:`bind` returns a
+    :class:`PixelMask`; measurements are (B, C, H·W − h·w).
+
+    Args:
+        size: side of the box in pixels, or (height, width); at least 1.
+        margin: pixels that stay on every side, at least 0.
+
+    Raises:
+        InputError: if an option is out of range.
+
+    Source: the box inpainting of DPS (Chung et al., 2023).
+    """
+
+    size: int | tuple[int, int] = 128
+    margin: int = 16
+
+    def __post_init__(self) -> None:
+        if min(self._box) < 1 or self.margin < 0:
+            raise InputError(
+                f"BoxMask.size must be at least 1 and BoxMask.margin at least 0, got {self.size} "
+                f"and {self.margin}."
+            )
+
+    @property
+    def _box(self) -> tuple[int, int]:
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    def bind(
+        self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor
+    ) -> PixelMask:
+        """Draw the boxes; see :meth:`LinearOperator.bind`.
+
+        Raises:
+            InputError: if box and margins do not fit into such images, or leave no pixel.
+        """
+        height, width = self._box
+        free = [n - 2 * self.margin - k for n, k in zip(image_shape[1:], self._box, strict=True)]
+        if min(free) < 0:
+            raise InputError(
+                f"A box of {height}×{width} with a margin of {self.margin} on each side does not "
+                f"fit into images of {image_shape[1]}×{image_shape[2]}; lower BoxMask.size or "
+                "BoxMask.margin."
+            )
+        known = torch.ones(len(noise.ids), *image_shape[1:], dtype=torch.bool)
+        for row in range(len(known)):
+            generator = noise.generator(row, "mask")
+            top, left = (
+                self.margin + int(torch.randint(n + 1, (), generator=generator)) for n in free
+            )
+            known[row, top : top + height, left : left + width] = False
+        batch = like.new_empty(()).expand(len(known), *image_shape)
+        return PixelMask.from_mask(known, batch)

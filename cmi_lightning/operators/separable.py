@@ -1,0 +1,246 @@
+"""Operators that act on rows and columns apart: Gaussian blur and downsampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from cmi_lightning.errors import InputError
+from cmi_lightning.linalg import per_sample
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators.base import LinearOperator, Recipe
+
+Padding = Literal["reflect", "circular"]
+
+
+def boundary(
+    size: int, before: int, after: int, padding: Literal["reflect", "circular", "symmetric"]
+) -> Tensor:
+    """Return the pixel that stands at each of the positions −before, …, size − 1 + after.
+
+    "reflect" mirrors at the outermost pixels (numpy.pad's "reflect"), "symmetric" at their outer
+    edges, "circular" wraps round. Any amount of padding works, from a single pixel on.
+    """
+    position = torch.arange(-before, size + after)
+    if padding == "circular":
+        return position % size
+    period = max(2 * size - 2, 1) if padding == "reflect" else 2 * size
+    position = position % period
+    return torch.minimum(position, period - position - (padding == "symmetric"))
+
+
+def reciprocal(value: Tensor, threshold: Tensor | float = 0.0) -> Tensor:
+    """Return 1/value where value > threshold, else 0."""
+    keep = value > threshold
+    return torch.where(keep, 1 / torch.where(keep, value, 1), 0)
+
+
+def constant_per_channel(shift: Tensor, y: Tensor) -> bool:
+    """Whether a shift, broadcastable to y (B, C, H, W), has one value for each channel."""
+    return shift.expand(y.shape).stride()[-2:] == (0, 0) or shift.shape[-2:] in ((), (1, 1))
+
+
+def check_rcond(rcond: float) -> None:
+    """Raise an InputError unless 0 ≤ rcond < 1."""
+    if not 0 <= rcond < 1:
+        raise InputError(f"rcond must be at least 0 and below 1, got {rcond}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Separable(LinearOperator):
+    """Y = A_h X A_wᵀ for every channel X of an image, that is A = A_h ⊗ A_w.
+
+    The singular values of A are the products s_i s_j of those of the two matrices, so that
+    (AAᵀ + λ)⁻¹ and A⁺ are exact and cheap. A⁺ leaves out s_i s_j < rcond · max s_i s_j: noise of
+    standard deviation σ in y is magnified to at most σ / (rcond · max s_i s_j) in A⁺y.
+
+    Args:
+        height: A_h (h, H).
+        width: A_w (w, W).
+        rcond: relative size of the smallest singular value that A⁺ inverts, in [0, 1).
+
+    Raises:
+        InputError: if ``rcond`` is out of range.
+    """
+
+    height: Tensor
+    width: Tensor
+    rcond: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_rcond(self.rcond)
+
+    def bind(self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor) -> Self:
+        """Take on the dtype and device of ``like``; see :meth:`LinearOperator.bind`.
+
+        Raises:
+            InputError: if the matrices are made for images of another size.
+        """
+        size = (self.height.shape[1], self.width.shape[1])
+        if size != tuple(image_shape[1:]):
+            raise InputError(
+                f"The operator's matrices are made for images of {size[0]}×{size[1]}, not of "
+                f"{image_shape[1]}×{image_shape[2]}; resize the images."
+            )
+        bound = type(self)(self.height.to(like), self.width.to(like), self.rcond)
+        object.__setattr__(bound, "image_shape", image_shape)
+        return bound
+
+    @cached_property
+    def _svd(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """U_h, U_w, the singular values (h, w) of A, V_h, V_w; V has as many columns as U.
+
+        Singular values below rounding error are zero.
+        """
+        parts = []
+        for matrix in (self.height, self.width):
+            rows, columns = matrix.shape
+            # Double precision on the CPU: small matrices, and the same result for every device.
+            u, s, vh = torch.linalg.svd(matrix.double().cpu())
+            s = torch.cat([s, s.new_zeros(max(rows - len(s), 0))])
+            v = torch.cat([vh.T, vh.new_zeros(columns, max(rows - columns, 0))], 1)[:, :rows]
+            parts.append((u, s, v))
+        (uh, sh, vh), (uw, sw, vw) = parts
+        values = sh[:, None] * sw
+        values[values < torch.finfo(self.height.dtype).eps * values.max()] = 0
+        uh, uw, values, vh, vw = (t.to(self.height) for t in (uh, uw, values, vh, vw))
+        return uh, uw, values, vh, vw
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return A_h x A_wᵀ, (B, C, H, W) → (B, C, h, w)."""
+        return self.height @ x @ self.width.T
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Return A_hᵀ y A_w, (B, C, h, w) → (B, C, H, W)."""
+        return self.height.T @ y @ self.width
+
+    def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
+        """Return (A Aᵀ + diag(shift))⁻¹ y.
+
+        Closed form for a shift per sample (or per channel), conjugate gradients for a shift per
+        measurement. Without shift, directions in which A is zero are left out.
+        """
+        added = per_sample(shift, y)
+        if not constant_per_channel(added, y):
+            return super().solve(y, added)
+        uh, uw, values, _, _ = self._svd
+        return uh @ ((uh.T @ y @ uw) * reciprocal(values**2 + added)) @ uw.T
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """Return A⁺ y, truncated by ``rcond``; (B, C, h, w) → (B, C, H, W)."""
+        uh, uw, values, vh, vw = self._svd
+        inverse = reciprocal(values, self.rcond * values.max() * (1 - 1e-6))
+        return vh @ ((uh.T @ y @ uw) * inverse) @ vw.T
+
+
+@dataclass(frozen=True)
+class GaussianBlur(Recipe):
+    """Blur by the kernel k_j ∝ exp(−j² / 2 sd²), |j| ≤ r, Σ k_j = 1, along both axes.
+
+    r = min(⌊4 sd + ½⌋, ⌊(kernel_size − 1)/2⌋). Measurements have the size of the images, which may
+    be smaller than the kernel. :meth:`bind` returns a :class:`Separable`.
+
+    Args:
+        kernel_size: the most taps of the kernel, at least 1.
+        sd: standard deviation in pixels, above 0.
+        padding: what lies outside the image: its mirror image without the outermost pixel
+            ("reflect", as in the DPS code) or its other end ("circular").
+        rcond: A⁺ leaves out singular values below rcond times the largest, which is about 1. So
+            A⁺y magnifies noise at most 1/rcond times.
+
+    Raises:
+        InputError: if an option is out of range.
+
+    Source: the Gaussian deblurring of DPS (Chung et al., 2023); kernel as scipy's gaussian_filter.
+    """
+
+    kernel_size: int = 61
+    sd: float = 5.0
+    padding: Padding = "reflect"
+    rcond: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.kernel_size < 1 or not self.sd > 0:
+            raise InputError(
+                f"GaussianBlur.kernel_size must be at least 1 and GaussianBlur.sd above 0, got "
+                f"{self.kernel_size} and {self.sd}."
+            )
+        check_rcond(self.rcond)
+
+    def kernel(self) -> Tensor:
+        """Return the kernel of one axis (2r + 1,), float64."""
+        radius = min(int(4 * self.sd + 0.5), (self.kernel_size - 1) // 2)
+        taps = torch.arange(-radius, radius + 1, dtype=torch.float64)
+        return torch.softmax(-(taps**2) / (2 * self.sd**2), 0)
+
+    def bind(
+        self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor
+    ) -> Separable:
+        """Build the two matrices; see :meth:`LinearOperator.bind`."""
+        height, width = (_blur_matrix(self.kernel(), n, self.padding) for n in image_shape[1:])
+        return Separable(height, width, self.rcond).bind(image_shape, noise, like)
+
+
+@dataclass(frozen=True)
+class Downsample(Recipe):
+    """Bicubic downsampling with antialiasing, as MATLAB's imresize: (H, W) → (H/f, W/f).
+
+    Along each axis y_i = Σ_j w_ij x_j with w_ij ∝ h((u_i − j)/f), u_i = (i + ½) f − ½, Σ_j w_ij = 1,
+    where h is Keys' cubic kernel with a = −½ and the image is mirrored at its edges. :meth:`bind`
+    returns a :class:`Separable`. A is well conditioned, so that A⁺ is exact.
+
+    Args:
+        factor: f, at least 1.
+
+    Raises:
+        InputError: if ``factor`` is below 1.
+
+    Source: Keys (1981); the super-resolution of DPS (Chung et al., 2023).
+    """
+
+    factor: int = 4
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise InputError(f"Downsample.factor must be at least 1, got {self.factor}.")
+
+    def bind(
+        self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor
+    ) -> Separable:
+        """Build the two matrices; see :meth:`LinearOperator.bind`.
+
+        Raises:
+            InputError: if the factor does not divide both sides of the images.
+        """
+        if any(n % self.factor for n in image_shape[1:]):
+            raise InputError(
+                f"Downsample with factor {self.factor} cannot act on images of {image_shape[1]}×"
+                f"{image_shape[2]}: the factor must divide both sides; resize or crop the images, "
+                "or set another Downsample.factor."
+            )
+        height, width = (_bicubic_matrix(n, self.factor) for n in image_shape[1:])
+        return Separable(height, width, rcond=1e-3).bind(image_shape, noise, like)
+
+
+def _blur_matrix(kernel: Tensor, size: int, padding: Padding) -> Tensor:
+    radius = len(kernel) // 2
+    column = boundary(size, radius, radius, padding).unfold(0, len(kernel), 1)
+    matrix = kernel.new_zeros(size, size)
+    return matrix.scatter_add(1, column, kernel.expand(size, -1))
+
+
+def _bicubic_matrix(size: int, factor: int) -> Tensor:
+    reach = 2 * factor  # of the stretched kernel, on either side
+    centre = (torch.arange(size // factor, dtype=torch.float64) + 0.5) * factor - 0.5
+    position = torch.arange(-reach, size + reach, dtype=torch.float64)
+    distance = ((centre[:, None] - position) / factor).abs()
+    near = 1.5 * distance**3 - 2.5 * distance**2 + 1
+    far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
+    weight = torch.where(distance <= 1, near, torch.where(distance < 2, far, 0))
+    weight = weight / weight.sum(1, keepdim=True)
+    column = boundary(size, reach, reach, "symmetric").expand_as(weight)
+    return weight.new_zeros(len(centre), size).scatter_add(1, column, weight)

@@ -1,0 +1,138 @@
+"""The sampling loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from cmi_lightning.denoisers.base import Denoiser
+from cmi_lightning.errors import InputError
+from cmi_lightning.guidance.base import Guidance
+from cmi_lightning.linalg import norm
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.problem import Problem
+from cmi_lightning.schedule import Schedule
+from cmi_lightning.solvers.base import Solver
+from cmi_lightning.step import Cost, Record, Step
+
+
+class Sampler:
+    """Draws x₀ given y: a prior, a solver and any number of guidances.
+
+    Args:
+        denoiser: the prior.
+        solver: the discretisation.
+        guidances: folded in order at each hook; those with nothing to do are dropped.
+        num_steps: steps of the respaced chain; None for all levels of the schedule.
+        clamp: clamp the x̂₀ that the solver uses to the prior's value range.
+
+    Raises:
+        InputError: if a guidance needs noise that the solver does not inject, or the solver a
+            variance that the network does not give.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        solver: Solver,
+        guidances: Sequence[Guidance] = (),
+        num_steps: int | str | None = None,
+        clamp: bool = True,
+    ) -> None:
+        for guidance in guidances:
+            if guidance.stochastic and not solver.stochastic:
+                raise InputError(
+                    f"{type(guidance).__name__} steers the solver's noise, and {solver} injects "
+                    "none; use DDPM, or DDIM with eta > 0."
+                )
+        if solver.needs_variance and not denoiser.learns_variance:
+            raise InputError(
+                f"{solver} needs a network with learned variance (2C output channels); use "
+                "variance small or large."
+            )
+        self.denoiser, self.solver, self.clamp = denoiser, solver, clamp
+        self.guidances = tuple(g for g in guidances if g.active)
+        full = denoiser.schedule
+        self.schedule: Schedule = full if num_steps is None else full.respace(num_steps)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether some guidance asks for gradients."""
+        return any(g.differentiable for g in self.guidances)
+
+    def guided_x0(self, step: Step) -> Tensor:
+        """Return x̂₀ after every guidance, clamped, without graph: what solvers call."""
+        x0 = step.x0
+        for guidance in self.guidances:
+            x0, before = guidance.guide_denoised(step, x0), x0
+            _log_change(step, "denoised", guidance, before, x0)
+        x0 = x0.detach()
+        if self.clamp and self.denoiser.value_range is not None:
+            x0 = x0.clamp(*self.denoiser.value_range)
+        return x0
+
+    def advance(self, step: Step) -> Tensor:
+        """Return x_s (B, *) of a step, without graph; the caller's gradient mode is kept."""
+        with torch.set_grad_enabled(self.differentiable):
+            transition = self.solver.transition(step, self.guided_x0)
+            for guidance in self.guidances:
+                edited = guidance.guide_transition(step, transition)
+                if edited is not transition:
+                    _log_change(step, "step", guidance, transition.sample(), edited.sample())
+                transition = edited
+            x = transition.sample()
+            for guidance in self.guidances:
+                x, before = guidance.guide_sample(step, x), x
+                _log_change(step, "sample", guidance, before, x)
+            return x.detach()
+
+    def start(self, noise: SampleNoise, like: Tensor) -> Tensor:
+        """Return x_N ~ N(0, α² + σ²) (B, *), shaped like ``like``: N(0, I) on a DDPM chain."""
+        level = self.schedule[len(self.schedule) - 1]
+        return (level.alpha**2 + level.sigma**2) ** 0.5 * noise.normal("start", 0, like)
+
+    def iterate(self, problem: Problem, noise: SampleNoise, like: Tensor) -> Iterator[Record]:
+        """Yield a record after every step; the last one's ``x`` is the restored batch.
+
+        Args:
+            problem: the batch's measurement, operator and noise level.
+            noise: the batch's random numbers.
+            like: any tensor of the images' shape (B, C, H, W), dtype and device.
+        """
+        x, cost = self.start(noise, like), Cost()
+        for index, now, then in self.schedule.pairs():
+            step = Step(
+                index, x, now, then, problem, self.denoiser, noise, self.differentiable, cost
+            )
+            x = self.advance(step)
+            with torch.no_grad():
+                _ = step.residual  # its norm is logged, at the price of one A
+            x0, log = step.x0.detach(), step.log
+            del step  # else its graph outlives it while the next one is built
+            yield Record(
+                index,
+                len(self.schedule),
+                noise.ids,
+                now,
+                then,
+                x,
+                x0,
+                log,
+                cost.forwards,
+                cost.vjps,
+            )
+
+    def run(self, problem: Problem, noise: SampleNoise, like: Tensor) -> Tensor:
+        """Return restored images (B, *); see :meth:`iterate`."""
+        x = like
+        for record in self.iterate(problem, noise, like):
+            x = record.x
+        return x
+
+
+def _log_change(step: Step, hook: str, guidance: Guidance, before: Tensor, after: Tensor) -> None:
+    """Log ‖change‖ per sample that a guidance made at a hook, as "<hook>/<guidance>"."""
+    if after is not before:
+        step.log[f"{hook}/{type(guidance).__name__}"] = norm((after - before).detach())

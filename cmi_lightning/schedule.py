@@ -1,0 +1,183 @@
+"""Noise schedules: x_t = α_t x₀ + σ_t ε at a finite list of noise levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from cmi_lightning.errors import InputError
+
+
+class Level(NamedTuple):
+    """One noise level: x_t = α x₀ + σ ε, and ``time``, what the network is told about it."""
+
+    alpha: float
+    sigma: float
+    time: float
+
+
+CLEAN = Level(alpha=1.0, sigma=0.0, time=0.0)
+
+
+class Transition1D(NamedTuple):
+    """Coefficients of one reverse step x_t → x_s of the exact Gaussian chain.
+
+    q(x_s | x_t, x₀) = N(``from_x``·x_t + ``from_x0``·x₀, ``variance``), and ``beta`` is the
+    variance σ_t² − (α_t/α_s)² σ_s² that the forward chain adds from s to t (β_t of the chain).
+    """
+
+    from_x: float
+    from_x0: float
+    variance: float
+    beta: float
+
+
+def posterior(now: Level, then: Level) -> Transition1D:
+    """Bayes' rule for two levels of the chain, ``then`` less noisy than ``now``.
+
+    For the variance-preserving chain this is Ho et al. (2020), Eq. 7.
+    """
+    ratio = now.alpha / then.alpha
+    beta = now.sigma**2 - ratio**2 * then.sigma**2
+    return Transition1D(
+        from_x=ratio * then.sigma**2 / now.sigma**2,
+        from_x0=then.alpha * beta / now.sigma**2,
+        variance=beta * then.sigma**2 / now.sigma**2,
+        beta=beta,
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels (α_i, σ_i), from the least noisy to the noisiest, with the network's times.
+
+    The constructors are :meth:`linear` (the discrete DDPM chain, the default everywhere),
+    :meth:`cosine` and :meth:`edm`; :meth:`respace` thins any of them to fewer steps.
+
+    Args:
+        alphas: signal coefficients α_i > 0.
+        sigmas: noise coefficients σ_i, such that σ_i/α_i increases with i.
+        times: what the network receives at each level (the original index for DDPM chains).
+    """
+
+    alphas: Sequence[float]
+    sigmas: Sequence[float]
+    times: Sequence[float]
+
+    def __post_init__(self) -> None:
+        if not len(self.alphas) == len(self.sigmas) == len(self.times) > 0:
+            raise ValueError("alphas, sigmas and times must be of one length, at least 1.")
+        noise_to_signal = [s / a for a, s in zip(self.alphas, self.sigmas, strict=True)]
+        if any(b <= a for a, b in pairwise(noise_to_signal)):
+            raise ValueError("σ/α must increase from level to level.")
+
+    @classmethod
+    def _from_alpha_bars(cls, alpha_bars: np.ndarray) -> Schedule:
+        return cls(
+            tuple(np.sqrt(alpha_bars).tolist()),
+            tuple(np.sqrt(1 - alpha_bars).tolist()),
+            tuple(range(len(alpha_bars))),
+        )
+
+    @classmethod
+    def linear(
+        cls, num_levels: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> Schedule:
+        """DDPM's variance-preserving chain: β rises linearly, α_t² = ᾱ_t = ∏(1 − β) = 1 − σ_t².
+
+        The default βs belong to 1000 levels. Source: Ho et al. (2020), Sec. 4.
+        """
+        return cls._from_alpha_bars(np.cumprod(1 - np.linspace(beta_start, beta_end, num_levels)))
+
+    @classmethod
+    def cosine(cls, num_levels: int = 1000, offset: float = 0.008) -> Schedule:
+        """ᾱ(t) ∝ cos²((t/N + s)/(1 + s)·π/2), with β capped at 0.999.
+
+        Source: Nichol & Dhariwal (2021), Eq. 17.
+        """
+        grid = (np.arange(num_levels + 1) / num_levels + offset) / (1 + offset)
+        abar = np.cos(grid * math.pi / 2) ** 2
+        betas = np.minimum(1 - abar[1:] / abar[:-1], 0.999)
+        return cls._from_alpha_bars(np.cumprod(1 - betas))
+
+    @classmethod
+    def edm(
+        cls,
+        num_levels: int = 100,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+    ) -> Schedule:
+        """A variance-exploding chain: α = 1, σ_i^{1/ρ} evenly spaced, time = σ.
+
+        Source: Karras et al. (2022), Eq. 5.
+        """
+        ramp = np.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), num_levels)
+        sigmas = tuple((ramp**rho).tolist())
+        return cls((1.0,) * num_levels, sigmas, sigmas)
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+    def __getitem__(self, i: int) -> Level:
+        return Level(self.alphas[i], self.sigmas[i], self.times[i])
+
+    def respace(self, num_steps: int | str) -> Schedule:
+        """Keep ``num_steps`` levels by guided-diffusion's rule; the network's times stay.
+
+        Args:
+            num_steps: a count; "a,b,c" for counts in equal sections; or "ddimK" for the smallest
+                integer stride that leaves K levels.
+
+        Raises:
+            InputError: if there are not that many levels.
+        """
+        keep = _spaced(len(self), num_steps)
+        alphas, sigmas, times = (
+            tuple(values[i] for i in keep) for values in (self.alphas, self.sigmas, self.times)
+        )
+        return Schedule(alphas, sigmas, times)
+
+    def pairs(self) -> Iterator[tuple[int, Level, Level]]:
+        """Yield (i, level i, next lower level), from the noisiest down to the clean image."""
+        for i in reversed(range(len(self))):
+            yield i, self[i], self[i - 1] if i else CLEAN
+
+
+def _spaced(total: int, spec: int | str) -> list[int]:
+    """Indices kept by guided-diffusion's ``space_timesteps`` rule, ascending."""
+    text = str(spec)
+    try:
+        if text.startswith("ddim"):
+            wanted = int(text.removeprefix("ddim"))
+            strides = [s for s in range(1, total + 1) if len(range(0, total, s)) == wanted]
+            if not strides:
+                raise InputError(f"num_steps={text}: no integer stride leaves {wanted} of {total}.")
+            return list(range(0, total, strides[0]))
+        counts = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"num_steps must be a count, 'a,b,c' or 'ddimK', got {spec!r}.") from error
+    size, extra = divmod(total, len(counts))
+    keep: list[int] = []
+    start = 0
+    for section, count in enumerate(counts):
+        length = size + (section < extra)
+        if not 1 <= count <= length:
+            raise InputError(
+                f"num_steps={text}: a section of {length} levels cannot give {count} steps; choose "
+                f"between 1 and {length}."
+            )
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0
+        for _ in range(count):  # the float is accumulated, as the published code does
+            keep.append(start + round(position))
+            position += stride
+        start += length
+    return keep

@@ -1,0 +1,38 @@
+"""The contract of a solver: from x_t to a proposal for x_s."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor
+
+from cmi_lightning.step import Step, Transition
+
+GuidedX0 = Callable[[Step], Tensor]
+
+
+class Solver(ABC):
+    """Turns x̂₀ into a transition; it alone decides how often the network is asked.
+
+    Attributes:
+        needs_variance: the solver reads the network's learned variance.
+    """
+
+    needs_variance: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def stochastic(self) -> bool:
+        """Whether the transition injects noise."""
+
+    @abstractmethod
+    def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
+        """Return the proposal for x_s.
+
+        Args:
+            step: x_t and its levels.
+            guided_x0: returns the guided, clamped x̂₀ (B, *) of a step, without graph. Multi-stage
+                solvers call it again with ``step.at(x, level)``.
+        """

@@ -1,0 +1,160 @@
+"""One reverse step x_t → x_s: what guidances see, and the transition that they edit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from cmi_lightning.denoisers.base import Denoiser, Prediction
+from cmi_lightning.linalg import norm
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.problem import Problem
+from cmi_lightning.schedule import Level, Transition1D, posterior
+
+
+@dataclass
+class Cost:
+    """What a run has asked of the network, in passes over a batch."""
+
+    forwards: int = 0
+    vjps: int = 0
+
+
+@dataclass(frozen=True)
+class Transition:
+    """The proposal x_s = mean + std·noise, kept in parts so that each can be edited alone.
+
+    Attributes:
+        mean: (B, *).
+        std: a number, or (B, *) where the network has learned the variance.
+        noise: (B, *), standard normal unless a guidance replaced it.
+    """
+
+    mean: Tensor
+    std: float | Tensor
+    noise: Tensor
+
+    def shift(self, d: Tensor) -> Self:
+        """Return the transition with d (B, *) added to its mean."""
+        return replace(self, mean=self.mean + d)
+
+    def sample(self) -> Tensor:
+        """Return x_s."""
+        return self.mean + self.std * self.noise
+
+
+@dataclass(eq=False)
+class Step:
+    """Everything known at x_t. The network runs once, when x̂₀ is first asked for.
+
+    Attributes:
+        index: position in the respaced chain, N−1 … 0.
+        x: x_t (B, *); a leaf of the graph where ``differentiable``.
+        now: noise level t.
+        then: next lower level s.
+        problem: y, A and the noise level.
+        denoiser: the prior.
+        noise: random numbers of the samples.
+        differentiable: keep the graph of x̂₀, because some guidance asks for gradients.
+        cost: counts of network passes, shared by the whole run.
+        log: per-sample quantities (B,) that guidances report, by name.
+    """
+
+    index: int
+    x: Tensor
+    now: Level
+    then: Level
+    problem: Problem
+    denoiser: Denoiser
+    noise: SampleNoise
+    differentiable: bool = True
+    cost: Cost = field(default_factory=Cost)
+    log: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.x = self.x.detach().requires_grad_(self.differentiable)
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """The network's output at x_t, with its graph where ``differentiable``."""
+        self.cost.forwards += 1
+        with torch.set_grad_enabled(self.differentiable):
+            return self.denoiser(self.x, self.now)
+
+    @property
+    def x0(self) -> Tensor:
+        """x̂₀ = E[x₀ | x_t] (B, *), not clamped."""
+        return self.prediction.x0
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """y − A x̂₀ (B, *m), with its graph; its norm is logged."""
+        r = self.problem.y - self.problem.operator(self.x0)
+        self.log["residual"] = norm(r.detach())
+        return r
+
+    @cached_property
+    def chain(self) -> Transition1D:
+        """The exact Gaussian transition between the two levels."""
+        return posterior(self.now, self.then)
+
+    @property
+    def covariance_factor(self) -> float:
+        """σ_t²/α_t, for which Cov[x₀ | x_t] = (σ_t²/α_t) ∂x̂₀/∂x_t (Tweedie's formula)."""
+        return self.now.sigma**2 / self.now.alpha
+
+    def vjp(self, v: Tensor, create_graph: bool = False) -> Tensor:
+        """Return Jᵀ v with J = ∂x̂₀/∂x_t, for v (B, *)."""
+        self.cost.vjps += 1
+        (product,) = torch.autograd.grad(
+            self.x0, self.x, v, retain_graph=True, create_graph=create_graph
+        )
+        return product
+
+    def grad(self, value: Tensor) -> Tensor:
+        """Return ∇_{x_t} of per-sample scalars (B,) that were computed from x̂₀."""
+        self.cost.vjps += 1
+        return torch.autograd.grad(value.sum(), self.x, retain_graph=True)[0]
+
+    def normal(self, stream: str, like: Tensor | None = None) -> Tensor:
+        """Return this step's standard normal noise of a stream, shaped like x_t or ``like``."""
+        return self.noise.normal(stream, self.index, self.x if like is None else like).detach()
+
+    def at(self, x: Tensor, level: Level) -> Step:
+        """Return the same step seen from another point and noise level, for multi-stage solvers."""
+        return replace(self, x=x, now=level, log={})
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an observer sees of a finished step; holds no graph.
+
+    Attributes:
+        index: position in the respaced chain, N−1 … 0.
+        num_steps: N.
+        ids: sample ids, one per row.
+        now: noise level t.
+        then: noise level s.
+        x: x_s (B, *).
+        x0: x̂₀ of x_t (B, *), not clamped.
+        log: per-sample quantities (B,) by name: "residual" ‖y − A x̂₀‖; ‖change‖ that a guidance
+            made to x̂₀, the proposal or x_s, as "denoised/…", "step/…", "sample/…"; "cmi/…".
+        forwards: network evaluations so far.
+        vjps: vector-Jacobian products so far.
+    """
+
+    index: int
+    num_steps: int
+    ids: Sequence[str]
+    now: Level
+    then: Level
+    x: Tensor
+    x0: Tensor
+    log: dict[str, Tensor]
+    forwards: int
+    vjps: int

@@ -1,0 +1,1 @@
+"""The packaged configurations; ``cmi-lightning predict -c NAME`` finds them by name."""

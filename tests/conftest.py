@@ -1,0 +1,75 @@
+"""Shared fixtures: exact priors and a dense operator that everything is checked against."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from cmi_lightning.denoisers import GaussianMixture
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators.base import LinearOperator
+from cmi_lightning.problem import Problem
+from cmi_lightning.schedule import CLEAN, Level, Schedule
+from cmi_lightning.step import Step
+
+
+class Dense(LinearOperator):
+    """y = A x on flattened images, A (m, n); the base class derives everything else."""
+
+    def __init__(self, matrix: Tensor, image_shape: tuple[int, ...]) -> None:
+        self.matrix, self.image_shape = matrix, image_shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1)[:, None] * self.matrix).sum(2)
+
+
+SHAPE = (1, 2, 3)
+
+
+@pytest.fixture
+def mixture() -> GaussianMixture:
+    """Three well-separated components in six dimensions, float64."""
+    g = torch.Generator().manual_seed(3)
+    means = torch.randn(3, *SHAPE, generator=g, dtype=torch.float64)
+    variances = 0.05 + torch.rand(3, *SHAPE, generator=g, dtype=torch.float64) * 0.3
+    return GaussianMixture(means, variances, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64))
+
+
+@pytest.fixture
+def dense() -> Dense:
+    """A random 3x6 operator."""
+    g = torch.Generator().manual_seed(4)
+    return Dense(torch.randn(3, math.prod(SHAPE), generator=g, dtype=torch.float64), SHAPE)
+
+
+def make_step(
+    denoiser: GaussianMixture,
+    operator: LinearOperator,
+    index: int = 300,
+    batch: int = 4,
+    sigma: float | Tensor = 0.1,
+    schedule: Schedule | None = None,
+    differentiable: bool = True,
+) -> Step:
+    """A step of a batch drawn from the prior and noised to a level."""
+    schedule = schedule or denoiser.schedule
+    g = torch.Generator().manual_seed(5)
+    x0 = denoiser.sample(batch, g)
+    noise = SampleNoise(0, [f"sample/{b}" for b in range(batch)])
+    now: Level = schedule[index]
+    x = now.alpha * x0 + now.sigma * noise.normal("test", 0, x0)
+    problem = Problem.simulate(x0, operator, sigma, noise)
+    then = schedule[index - 1] if index else CLEAN
+    return Step(index, x, now, then, problem, denoiser, noise, differentiable)
+
+
+def jacobian(step: Step, denoiser: GaussianMixture, row: int) -> Tensor:
+    """∂x̂₀/∂x_t of one row as a dense matrix, from reverse-mode differentiation."""
+
+    def f(x: Tensor) -> Tensor:
+        return denoiser(x.reshape(1, *SHAPE), step.now).x0.flatten()
+
+    return torch.autograd.functional.jacobian(f, step.x[row].detach().flatten(), create_graph=True)

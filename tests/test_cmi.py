@@ -1,0 +1,217 @@
+"""CMI against dense float64 computations on exact priors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import SHAPE, Dense, jacobian, make_step
+from torch import Tensor
+
+from cmi_lightning.denoisers import GaussianMixture
+from cmi_lightning.errors import InputError
+from cmi_lightning.guidance import CMI
+from cmi_lightning.linalg import dot, norm
+from cmi_lightning.solvers import DDPM
+from cmi_lightning.step import Step
+
+
+def dense_information(
+    step: Step, mixture: GaussianMixture, operator: Dense, std: Tensor | float, row: int
+) -> tuple[Tensor, Tensor]:
+    """½ log det(I + Σ_n^{-1/2} A Σ Aᵀ Σ_n^{-1/2}) and its gradient, by autograd."""
+    x = step.x[row].detach().flatten().requires_grad_()
+
+    def f(z: Tensor) -> Tensor:
+        return mixture(z.reshape(1, *SHAPE), step.now).x0.flatten()
+
+    J = torch.autograd.functional.jacobian(f, x, create_graph=True)
+    A = operator.matrix / torch.as_tensor(std, dtype=x.dtype).reshape(-1, 1)
+    S = torch.eye(len(A), dtype=x.dtype) + step.covariance_factor * A @ J @ A.T
+    value = 0.5 * torch.logdet(S)
+    return value.detach(), torch.autograd.grad(value, x)[0]
+
+
+def posterior_covariance_form(step: Step, mixture: GaussianMixture, operator: Dense, row: int):
+    """The paper's Theorem 1, ½ log det Σ − ½ log det (Σ⁻¹ + AᵀΣ_n⁻¹A)⁻¹."""
+    covariance = step.covariance_factor * jacobian(step, mixture, row)
+    precision = torch.linalg.inv(covariance) + operator.matrix.T @ operator.matrix / 0.1**2
+    return (0.5 * torch.logdet(covariance) + 0.5 * torch.logdet(precision)).detach()
+
+
+class AllSigns:
+    """Stands in for random signs: the 2^(m−1) sign vectors, one per probe, up to a global sign."""
+
+    def __init__(self, noise) -> None:
+        self.ids, self.normal = noise.ids, noise.normal
+
+    def signs(self, stream: str, step: int, like: Tensor) -> Tensor:
+        k = int(stream.split("/")[1])
+        bits = [1.0] + [1.0 if k >> i & 1 else -1.0 for i in range(like.shape[1] - 1)]
+        return torch.tensor(bits, dtype=like.dtype).expand_as(like)
+
+
+@pytest.mark.parametrize("index", [30, 300, 600])
+@pytest.mark.parametrize("per_measurement", [False, True])
+def test_value_and_gradient_equal_the_dense_ones(mixture, dense, index, per_measurement):
+    std = torch.tensor([[0.05, 0.1, 0.3]], dtype=torch.float64) if per_measurement else 0.1
+    step = make_step(mixture, dense, index, sigma=std)
+    step.noise = AllSigns(step.noise)  # exhausts the probes: the estimate has no variance left
+    information = CMI(probes=4, krylov=3).estimate(step)
+    for row in range(4):
+        value, gradient = dense_information(step, mixture, dense, std, row)
+        assert information.value[row] == pytest.approx(float(value), rel=1e-9)
+        torch.testing.assert_close(
+            information.gradient[row].flatten(), gradient, rtol=1e-8, atol=1e-9
+        )
+    assert float(information.residual.max()) < 1e-6
+
+
+def test_theorem_1_equals_the_measurement_space_form(mixture, dense):
+    step = make_step(mixture, dense, 300)
+    for row in range(4):
+        value, _ = dense_information(step, mixture, dense, 0.1, row)
+        paper = posterior_covariance_form(step, mixture, dense, row)
+        assert float(value) == pytest.approx(float(paper), rel=1e-9)
+
+
+def test_random_probes_are_unbiased(mixture, dense):
+    step = make_step(mixture, dense, 300, batch=1)
+    estimates = []
+    for k in range(400):
+        step.index = k  # another index, other probes; level and point stay
+        estimates.append(CMI(krylov=3).estimate(step).gradient[0].flatten())
+    estimates = torch.stack(estimates)
+    _, exact = dense_information(step, mixture, dense, 0.1, 0)
+    error = (estimates.mean(0) - exact) / (estimates.std(0) / math.sqrt(len(estimates)))
+    assert float(error.abs().max()) < 4
+
+
+def test_gradient_matches_a_finite_difference_of_the_value(mixture, dense):
+    step = make_step(mixture, dense, 300, batch=1)
+    step.noise = AllSigns(step.noise)
+    cmi = CMI(probes=4, krylov=3)
+    direction = torch.ones_like(step.x.detach())
+    h = 1e-4
+    ahead = cmi.estimate(step.at(step.x.detach() + h * direction, step.now)).value
+    behind = cmi.estimate(step.at(step.x.detach() - h * direction, step.now)).value
+    slope = dot(cmi.estimate(step).gradient, direction)
+    assert float((ahead - behind) / (2 * h)) == pytest.approx(float(slope), rel=1e-5)
+
+
+def test_difference_agrees_with_autograd(mixture, dense):
+    step = make_step(mixture, dense, 300)
+    exact = CMI(krylov=3).estimate(step).gradient
+    approximate = CMI(krylov=3, second_order="difference").estimate(step).gradient
+    assert float((norm(exact - approximate) / norm(exact)).max()) < 5e-3
+
+
+def test_gaussian_prior_has_no_gradient(dense):
+    prior = GaussianMixture(torch.zeros(1, *SHAPE, dtype=torch.float64), 0.3)
+    information = CMI(krylov=3).estimate(make_step(prior, dense, 300))
+    assert float(information.gradient.abs().max()) < 1e-12
+    assert float(information.value.min()) > 0
+
+
+def test_value_vanishes_without_measurement_and_falls_with_noise(mixture, dense):
+    nothing = Dense(torch.zeros_like(dense.matrix), SHAPE)
+    assert float(CMI().estimate(make_step(mixture, nothing)).value.abs().max()) < 1e-12
+    values = []
+    for sigma in (0.03, 0.1, 0.3, 1.0):
+        step = make_step(mixture, dense, 300, sigma=sigma)
+        step.noise = AllSigns(step.noise)
+        values.append(CMI(probes=4, krylov=3).estimate(step).value)
+    assert all(bool((a > b).all()) for a, b in pairwise(values))
+
+
+class Indefinite(GaussianMixture):
+    """A "network" whose Jacobian is neither symmetric nor positive."""
+
+    def forward(self, x: Tensor, level):
+        x0 = super().forward(x, level).x0
+        twist = torch.tanh(3 * x.flip(-1)) - 2 * torch.sin(2 * x)
+        return super().forward(x, level)._replace(x0=x0 + twist)
+
+
+def test_indefinite_jacobian_is_harmless(mixture, dense):
+    prior = Indefinite(mixture.means, mixture.variances)
+    for index in (100, 600, 950):
+        step = make_step(prior, dense, index, sigma=0.05)
+        information = CMI(krylov=3).estimate(step)
+        assert bool(torch.isfinite(information.gradient).all())
+        J = [jacobian(step, prior, row).detach() for row in range(4)]
+        for row, j in enumerate(J):
+            S = dense.matrix @ j @ dense.matrix.T * step.covariance_factor / 0.05**2
+            eigenvalues = torch.linalg.eigvalsh(0.5 * (S + S.T)) + 1
+            # ½ Σ_i log max(λ_i, 1) bounds any probe's value by the largest eigenvalue's share
+            top = 0.5 * 3 * eigenvalues.max().clamp_min(1).log()
+            assert -1e-12 <= float(information.value[row]) <= float(top) + 1e-9
+
+
+def test_spectral_form_of_an_indefinite_operator(mixture, dense):
+    prior = Indefinite(mixture.means, mixture.variances)
+    step = make_step(prior, dense, 600, sigma=0.05)
+    step.noise = AllSigns(step.noise)
+    value = CMI(probes=4, krylov=3).estimate(step).value
+    for row in range(4):
+        S = dense.matrix @ jacobian(step, prior, row).detach() @ dense.matrix.T
+        S = step.covariance_factor * S / 0.05**2 + torch.eye(3, dtype=S.dtype)
+        exact = 0.5 * torch.linalg.eigvalsh(0.5 * (S + S.T)).clamp_min(1).log().sum()
+        assert float(value[row]) == pytest.approx(float(exact), rel=1e-9)
+
+
+def test_step_obeys_its_schedule_and_limit(mixture, dense):
+    step = make_step(mixture, dense, 300)
+    proposal = DDPM().transition(step, lambda s: s.x0.detach())
+    gradient = CMI(krylov=3).estimate(step).gradient
+    free = CMI(scale=2.0, krylov=3, max_step=math.inf).guide_transition(step, proposal)
+    torch.testing.assert_close(
+        free.mean - proposal.mean, 2.0 * step.chain.beta * gradient, rtol=1e-9, atol=1e-12
+    )
+    noise_length = math.sqrt(step.chain.variance * 6)
+    limited = CMI(scale=1e6, krylov=3, max_step=0.01).guide_transition(step, proposal)
+    lengths = norm(limited.mean - proposal.mean)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.01 * noise_length))
+    fixed = CMI(scale=0.003, step_size="noise", krylov=3).guide_transition(step, proposal)
+    lengths = norm(fixed.mean - proposal.mean)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.003 * noise_length))
+    assert set(step.log) >= {"cmi/value", "cmi/gradient", "cmi/krylov"}
+
+
+@pytest.mark.parametrize(
+    "quiet",
+    [CMI(signal_range=(0.9, 1.0)), CMI(interval=7)],
+    ids=["outside the range", "off the interval"],
+)
+def test_step_is_left_alone(mixture, dense, quiet):
+    step = make_step(mixture, dense, 300)
+    proposal = DDPM().transition(step, lambda s: s.x0.detach())
+    assert quiet.guide_transition(step, proposal) is proposal
+    assert step.cost.vjps == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("step_size", "gamma"),
+        ("second_order", "magic"),
+        ("max_step", -1.0),
+        ("signal_range", (0.9, 0.1)),
+        ("interval", 0),
+        ("probes", 0),
+        ("krylov", 0),
+    ],
+)
+def test_bad_options_are_named(option, value):
+    with pytest.raises(InputError, match=option):
+        replace(CMI(), **{option: value})
+
+
+def test_noiseless_measurements_are_refused(mixture, dense):
+    step = make_step(mixture, dense, sigma=0.0)
+    proposal = DDPM().transition(step, lambda s: s.x0.detach())
+    with pytest.raises(InputError, match="noise"):
+        CMI().guide_transition(step, proposal)

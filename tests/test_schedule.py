@@ -1,0 +1,114 @@
+"""Schedules against published values and Bayes' rule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from cmi_lightning.errors import InputError
+from cmi_lightning.schedule import CLEAN, Level, Schedule, posterior
+
+
+def abar(schedule: Schedule, i: int) -> float:
+    return schedule[i].alpha ** 2
+
+
+def test_linear_chain_has_the_published_values():
+    schedule = Schedule.linear()
+    published = {0: 0.9999, 99: 0.897018, 249: 0.524085, 499: 0.0785872, 749: 3.35055e-3}
+    for i, value in published.items():
+        assert abar(schedule, i) == pytest.approx(value, rel=2e-6)
+    assert abar(schedule, 999) == pytest.approx(4.03583e-5, rel=2e-6)
+    assert all(level.alpha**2 + level.sigma**2 == pytest.approx(1) for level in schedule)
+
+
+@pytest.mark.parametrize(
+    ("spec", "first", "last", "count"),
+    [
+        (100, [0, 10, 20], [989, 999], 100),
+        (50, [0, 20, 41, 61, 82], [999], 50),
+        (20, [0, 53, 105, 158], [999], 20),
+        ("ddim50", [0, 20, 40], [980], 50),
+        ("10,20", [0, 55], [999], 30),
+        (1, [0], [0], 1),
+        (1000, [0, 1, 2], [999], 1000),
+    ],
+)
+def test_respacing_follows_guided_diffusion(spec, first, last, count):
+    times = list(Schedule.linear().respace(spec).times)
+    assert times[: len(first)] == first
+    assert times[-len(last) :] == last
+    assert len(times) == count
+
+
+def test_respaced_levels_keep_their_noise():
+    full = Schedule.linear()
+    for level in full.respace(17):
+        assert level == full[int(level.time)]
+
+
+@pytest.mark.parametrize("spec", [0, 1001, "ddim7x", "600,600", "ddim999", "-3"])
+def test_impossible_respacing_is_refused(spec):
+    with pytest.raises(InputError, match="num_steps"):
+        Schedule.linear().respace(spec)
+
+
+def test_posterior_equals_ddpm_coefficients():
+    schedule = Schedule.linear()
+    for t in (1, 10, 500, 999):
+        a_t, a_s = abar(schedule, t), abar(schedule, t - 1)
+        beta = 1 - a_t / a_s
+        chain = posterior(schedule[t], schedule[t - 1])
+        assert chain.beta == pytest.approx(beta, rel=1e-10)
+        assert chain.variance == pytest.approx(beta * (1 - a_s) / (1 - a_t), rel=1e-10)
+        assert chain.from_x0 == pytest.approx(beta * math.sqrt(a_s) / (1 - a_t), rel=1e-10)
+        ratio = math.sqrt(1 - beta)
+        assert chain.from_x == pytest.approx((1 - a_s) * ratio / (1 - a_t), rel=1e-10)
+
+
+def test_last_step_returns_the_clean_image():
+    chain = posterior(Schedule.linear()[0], CLEAN)
+    assert chain.from_x0 == pytest.approx(1)
+    assert (chain.from_x, chain.variance) == (0, 0)
+
+
+def test_posterior_holds_for_any_gaussian_chain():
+    # x_t = (α_t/α_s) x_s + √β ε; condition the joint Gaussian of (x_s, x_t) given x₀ directly.
+    now, then = Level(0.8, 1.7, 0), Level(0.9, 0.6, 0)
+    ratio = now.alpha / then.alpha
+    covariance, variance = ratio * then.sigma**2, now.sigma**2
+    gain = covariance / variance
+    chain = posterior(now, then)
+    assert chain.from_x == pytest.approx(gain)
+    assert chain.from_x0 == pytest.approx(then.alpha - gain * now.alpha)
+    assert chain.variance == pytest.approx(then.sigma**2 - gain * covariance)
+
+
+def test_cosine_and_edm_end_where_their_papers_say():
+    cosine = Schedule.cosine()
+    offset = 0.008
+    start = math.cos(offset / (1 + offset) * math.pi / 2) ** 2
+    middle = math.cos((0.5 + offset) / (1 + offset) * math.pi / 2) ** 2 / start
+    assert abar(cosine, 499) == pytest.approx(middle, rel=1e-9)
+    assert abar(cosine, 999) < 1e-5
+    edm = Schedule.edm(18)
+    assert (edm[0].sigma, edm[17].sigma) == (pytest.approx(0.002), pytest.approx(80))
+    assert edm[9].sigma == pytest.approx(
+        (0.002 ** (1 / 7) + 9 / 17 * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+    )
+    assert set(edm.alphas) == {1.0}
+
+
+def test_levels_must_ascend():
+    with pytest.raises(ValueError, match="increase"):
+        Schedule((1.0, 1.0), (0.2, 0.1), (0, 1))
+    with pytest.raises(ValueError, match="one length"):
+        Schedule((1.0,), (0.2, 0.1), (0, 1))
+
+
+def test_pairs_run_from_noise_to_clean():
+    pairs = list(Schedule.linear().respace(3).pairs())
+    assert [i for i, _, _ in pairs] == [2, 1, 0]
+    assert [now.time for _, now, _ in pairs] == [999, 500, 0]
+    assert pairs[-1][2] == CLEAN
