@@ -8,7 +8,10 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from torch import Tensor
 
+from cmi_lightning.linalg import norm
+from cmi_lightning.operators import PixelMask
 from cmi_lightning.problem import Problem
 from cmi_lightning.step import Record
 
@@ -34,6 +37,14 @@ class SamplingCallback(L.Callback):
 def output_folder(trainer: L.Trainer, dirpath: str | None) -> Path:
     """Return ``dirpath``, or the trainer's ``default_root_dir``."""
     return Path(dirpath or trainer.default_root_dir).expanduser()
+
+
+def noise_norm(problem: Problem) -> Tensor:
+    """Return √(Σ std²) (B,), the residual that noise alone leaves: σ√m for m measured entries."""
+    std = problem.std.expand_as(problem.y)
+    if isinstance(problem.operator, PixelMask):  # padding is no measurement
+        std = std * problem.operator.valid[:, None]
+    return norm(std)
 
 
 def describe(pl_module: L.LightningModule) -> dict[str, str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from cmi_lightning.callbacks.base import SamplingCallback, log_image, output_folder
-from cmi_lightning.callbacks.drawing import path_of, save_png, tile, to_images, to_tile
 from PIL import Image
 
+from cmi_lightning.callbacks.base import SamplingCallback, log_image, output_folder
+from cmi_lightning.callbacks.drawing import path_of, save_png, tile, to_images, to_tile
 from cmi_lightning.module import Restoration
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from cmi_lightning.callbacks.base import SamplingCallback, describe, output_folder
+from torch import Tensor
+
+from cmi_lightning.callbacks.base import SamplingCallback, describe, noise_norm, output_folder
 from cmi_lightning.callbacks.drawing import levels
 from cmi_lightning.callbacks.features import (
     BACKBONES,
@@ -21,18 +24,17 @@ from cmi_lightning.callbacks.features import (
     rgb,
 )
 from cmi_lightning.callbacks.summary import (
+    PROTOCOL,
+    SSIM_WINDOW,
     append_rows,
     merge_fragments,
     print_table,
     read_rows,
     statistics,
 )
-from torch import Tensor
-
 from cmi_lightning.linalg import norm
 from cmi_lightning.module import Restoration
 
-SSIM_WINDOW = 11
 STABLE_FID = 2048  # fewer images leave the covariance of Inception's 2048 features singular
 
 
@@ -83,15 +85,7 @@ class RestorationMetrics(SamplingCallback):
         self._lpips = self._fid = None
         self.notes: dict[str, None] = {}  # an ordered set
         self.rows, self.fid_images = 0, 0
-        self.protocol: dict[str, Any] = {
-            "pixels": "clamped to [0, 1] and rounded to 8 bits, as saved",
-            "data_range": 1.0,
-            "psnr": "per image over all its pixels and channels, then averaged",
-            "ssim": f"per image, Gaussian window {SSIM_WINDOW} of sd 1.5, K = 0.01 and 0.03, "
-            "reflected borders, averaged over pixels and channels",
-            "residual": "norm of y - A x of the restoration before clamping",
-            "torchmetrics": version("torchmetrics"),
-        }
+        self.protocol: dict[str, Any] = {**PROTOCOL, "torchmetrics": version("torchmetrics")}
         if self.lpips is not None:
             path = self._locate(trainer, BACKBONES[self.lpips], self.lpips_weights)
             if path is not None:
@@ -109,9 +103,8 @@ class RestorationMetrics(SamplingCallback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move the feature networks to the module's device, known only now."""
-        for network in (self._lpips, self._fid):
-            if network is not None:
-                network.to(pl_module.device)
+        for network in filter(None, (self._lpips, self._fid)):
+            network.to(pl_module.device)
 
     def _locate(self, trainer: L.Trainer, weights: Any, given: str | None) -> Path | None:
         if trainer.world_size > 1:  # one process fetches, the others find
@@ -127,10 +120,6 @@ class RestorationMetrics(SamplingCallback):
     def _note(self, text: str | None) -> None:
         if text is not None:
             self.notes[text] = None
-
-    def _fragment(self, trainer: L.Trainer) -> Path:
-        rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-        return output_folder(trainer, self.dirpath) / f"metrics{rank}.csv"
 
     @torch.no_grad()
     def on_predict_batch_end(  # type: ignore[override]
@@ -154,7 +143,7 @@ class RestorationMetrics(SamplingCallback):
             )
         problem, record = outputs["problem"], outputs["record"]
         columns["residual"] = norm(problem.y - problem.operator(outputs["restored"]))
-        columns["expected_residual"] = norm(problem.std.expand_as(problem.y))
+        columns["expected_residual"] = noise_norm(problem)
         values = {name: column.tolist() for name, column in columns.items()}
         rows: list[dict[str, Any]] = [
             {
@@ -166,7 +155,8 @@ class RestorationMetrics(SamplingCallback):
             }
             for i, name in enumerate(outputs["id"])
         ]
-        path = self._fragment(trainer)
+        rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = output_folder(trainer, self.dirpath) / f"metrics{rank}.csv"
         if self.rows == 0:  # a summary of an earlier run would not belong to these rows
             path.with_name("summary.json").unlink(missing_ok=True)
         append_rows(path, rows, new=self.rows == 0)
@@ -220,20 +210,18 @@ class RestorationMetrics(SamplingCallback):
         count = torch.tensor(self.fid_images, device=pl_module.device)
         total = int(trainer.strategy.reduce(count, reduce_op="sum"))
         if 0 < total < STABLE_FID:
-            self._note(
-                f"FID of {total} images is biased upwards and unstable; use {STABLE_FID} or more."
-            )
+            self._note(f"FID of {total} images is biased and unstable; use {STABLE_FID} or more.")
         return float(self._fid.compute()) if total > 1 else None
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merge what other processes wrote, and write the summary."""
+        """Write the summary."""
         fid = self._fid_value(trainer, pl_module)
         path = output_folder(trainer, self.dirpath) / "metrics.csv"
         if trainer.world_size > 1:
             merge_fragments(trainer, path)
         rows = read_rows(path) if self.rows or trainer.world_size > 1 else []
         metrics, notes = statistics(rows)
-        if fid is not None:
+        if fid is not None and math.isfinite(fid):
             metrics["fid"] = {"mean": fid, "standard_error": None, "count": len(rows)}
         self.result: dict[str, Any] = {
             "images": len(rows),
@@ -257,7 +245,4 @@ class RestorationMetrics(SamplingCallback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(means, 0)  # self.log is refused in predict
-        folder = output_folder(trainer, self.dirpath)
-        files = f"Per image: {folder / 'metrics.csv'}; all of this: {folder / 'summary.json'}"
-        result = self.result
-        print_table(result["images"], result["metrics"], result["notes"], files)
+        print_table(self.result, output_folder(trainer, self.dirpath))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 import lightning as L
 import rich
-from cmi_lightning.callbacks.base import SamplingCallback, describe
 from lightning.pytorch.callbacks import ProgressBar
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from cmi_lightning.linalg import norm
+from cmi_lightning.callbacks.base import SamplingCallback, describe, noise_norm
 from cmi_lightning.module import Restoration
 from cmi_lightning.problem import Problem
 from cmi_lightning.step import Record
@@ -96,7 +96,7 @@ class SamplingProgress(ProgressBar, SamplingCallback):
     ) -> None:
         """Note the batch's size and the residual that noise alone would leave."""
         self.batch_size, self.steps_done, self.num_steps = len(ids), 0, 0
-        self.expected = float(norm(problem.std.expand_as(problem.y)).mean())
+        self.expected = float(noise_norm(problem).mean())
 
     def on_sampling_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, record: Record
@@ -156,7 +156,7 @@ class SamplingProgress(ProgressBar, SamplingCallback):
     def _texts(self) -> tuple[str, str, str, str]:
         seconds = time.monotonic() - self.started
         rate = self.fraction_done / max(seconds, 1e-9)
-        left = _clock((self.total - self.fraction_done) / rate) if rate else "?"
+        left = _clock(max(self.total - self.fraction_done, 0) / rate) if rate else "?"
         residual = f"residual {self.residual:.4g} (noise alone {self.expected:.4g})"
         return (
             f"{self.done}/{self.total}",
@@ -208,9 +208,9 @@ def _num_images(trainer: L.Trainer) -> int:
         trainer.num_predict_batches,
         strict=False,
     ):
-        sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
         try:
-            total += min(len(sampler), int(batches * (size or 1)))  # type: ignore[arg-type]
-        except (TypeError, OverflowError):
+            share = math.ceil(len(loader.dataset) / trainer.world_size)
+            total += min(share, int(batches * loader.batch_sampler.batch_size))
+        except (AttributeError, TypeError, OverflowError):
             return 0
     return total

@@ -7,10 +7,10 @@ import math
 
 import lightning as L
 import torch
-from cmi_lightning.callbacks.base import log_image, output_folder
-from cmi_lightning.callbacks.drawing import save_png, tile, to_tile
 from torch import Tensor
 
+from cmi_lightning.callbacks.base import log_image, output_folder
+from cmi_lightning.callbacks.drawing import save_png, tile, to_tile
 from cmi_lightning.denoisers.network import NetworkDenoiser
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators.base import LinearOperator

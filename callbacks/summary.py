@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import rich
@@ -18,6 +19,15 @@ ROWS = {  # metric: label, and digits shown
     "lpips": ("LPIPS ↓", 4),
     "fid": ("FID ↓", 2),
     "residual": ("‖y − A x̂‖", 3),
+}
+SSIM_WINDOW = 11
+PROTOCOL = {
+    "pixels": "clamped to [0, 1] and rounded to 8 bits, as saved",
+    "data_range": 1.0,
+    "psnr": "per image over all its pixels and channels, then averaged",
+    "ssim": f"per image, Gaussian window {SSIM_WINDOW} of sd 1.5, K = 0.01 and 0.03, reflected "
+    "borders, averaged over pixels and channels",
+    "residual": "norm of y - A x of the restoration before clamping",
 }
 
 
@@ -87,10 +97,14 @@ def statistics(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Statistics]
     return result, notes
 
 
-def print_table(
-    images: int, metrics: Mapping[str, Statistics], notes: Sequence[str], files: str
-) -> None:
-    """Print mean ± standard error of measurement and restoration, then the notes."""
+def print_table(result: Mapping[str, Any], folder: Path) -> None:
+    """Print mean ± standard error of measurement and restoration, then the notes.
+
+    Args:
+        result: the content of ``summary.json``.
+        folder: where the files are.
+    """
+    metrics: Mapping[str, Statistics] = result["metrics"]
 
     def cell(name: str, digits: int) -> str:
         if name not in metrics:
@@ -101,7 +115,7 @@ def print_table(
         return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
     console = rich.get_console()
-    table = Table(title=f"{images} images, mean ± standard error", title_justify="left")
+    table = Table(title=f"{result['images']} images, mean ± standard error", title_justify="left")
     for heading in ("", "measurement A⁺y", "restored"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, (label, digits) in ROWS.items():
@@ -114,5 +128,6 @@ def print_table(
             unit = {"seconds": "seconds per image", "forwards": "network forwards"}
             table.add_row(unit.get(name, "backward passes"), "", f"{metrics[name]['mean']:.4g}")
     console.print(table)
-    for note in [*notes, files]:
+    files = f"Per image: {folder / 'metrics.csv'}; all of this: {folder / 'summary.json'}"
+    for note in [*result["notes"], files]:
         console.print(f"• {note}", highlight=False, soft_wrap=True, markup=False)

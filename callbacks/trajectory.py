@@ -7,12 +7,11 @@ from collections import defaultdict
 from typing import Any
 
 import lightning as L
-from cmi_lightning.callbacks.base import SamplingCallback, log_image, output_folder
-from cmi_lightning.callbacks.drawing import save_png, tile, to_tile
 from PIL import Image
 from torch import Tensor
 
-from cmi_lightning.linalg import norm
+from cmi_lightning.callbacks.base import SamplingCallback, log_image, noise_norm, output_folder
+from cmi_lightning.callbacks.drawing import save_png, tile, to_tile
 from cmi_lightning.module import Restoration
 from cmi_lightning.problem import Problem
 from cmi_lightning.step import Record
@@ -49,7 +48,7 @@ class TrajectoryLogger(SamplingCallback):
     def _reset(self) -> None:
         # sums[name][step number] = [sum over samples, number of samples]
         self.sums: dict[str, dict[int, list[float]]] = defaultdict(dict)
-        self.noise_norm = [0.0, 0]
+        self.expected: list[float] = [0.0, 0]
         self.rows: list[list[Any]] = []
         self.batches = 0
         self.film: list[list[Image.Image]] = []
@@ -68,9 +67,9 @@ class TrajectoryLogger(SamplingCallback):
         problem: Problem,
     ) -> None:
         """Note the residual that noise alone would leave."""
-        expected = norm(problem.std.expand_as(problem.y))
-        self.noise_norm[0] += float(expected.sum())
-        self.noise_norm[1] += len(ids)
+        expected = noise_norm(problem)
+        self.expected[0] += float(expected.sum())
+        self.expected[1] += len(ids)
         wanted = min(len(ids), self.max_images - len(self.film))
         self.rows, self.strips = [], [[] for _ in range(wanted)]
 
@@ -157,7 +156,7 @@ class TrajectoryLogger(SamplingCallback):
             for logger in trainer.loggers:
                 for step, means in sorted(by_step.items()):
                     logger.log_metrics(means, step)
-            total, count = self.noise_norm
+            total, count = self.expected
             plot = plot_curves(curves, total / count if count else None)
             save_png(plot, folder / "trajectory.png")
             log_image(trainer, "trajectory", plot)
@@ -180,6 +179,7 @@ def plot_curves(
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
@@ -201,6 +201,7 @@ def plot_curves(
         axes.set_title("‖y − A x̂₀‖" if name == "residual" else name, fontsize=10)
         axes.set_xlabel("step" if panel >= len(curves) - columns else "", fontsize=9)
         axes.tick_params(labelsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     canvas.draw()

@@ -8,7 +8,10 @@ configurations.
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +74,8 @@ def _lightning_cli(model: type, args: list[str], **kwargs: Any) -> Any:
     Raises:
         InputError: for a wrong key, type or class, in one sentence.
     """
+    # Lightning 2.6 calls jsonargparse in ways that jsonargparse 5 will drop; no user can mend that.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     import lightning as L
     from jsonargparse import ArgumentError
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -87,6 +92,12 @@ def _lightning_cli(model: type, args: list[str], **kwargs: Any) -> Any:
                 "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from (fit)"
             )
 
+    # What Lightning says to its own authors, and advertisements, would bury what the user must see.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    # args, not sys.argv: that must stay whole, because Lightning starts further ranks with it.
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     try:
         return CLI(
             model,
@@ -120,11 +131,18 @@ def predict(args: list[str]) -> Any:
 
 
 def fit(args: list[str]) -> Any:
-    """Train a score network; returns the CLI object."""
+    """Train a score network and write its weights, network.safetensors; returns the CLI object."""
+    from safetensors.torch import save_file
+
     from cmi_lightning.training import ScoreTraining
 
     cli = _lightning_cli(ScoreTraining, args)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    if cli.trainer.is_global_zero:
+        path = Path(cli.trainer.default_root_dir) / "network.safetensors"
+        weights = {k: v.contiguous().cpu() for k, v in cli.model.network.state_dict().items()}
+        save_file(weights, path)  # averaged, where an averaging callback is on
+        print(f"weights: {path}")
     return cli
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmi_lightning.denoisers import GaussianMixture
+from cmi_lightning.denoisers import GaussianMixture, NetworkDenoiser, shipped_prior
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.problem import Problem
@@ -73,3 +73,19 @@ def jacobian(step: Step, denoiser: GaussianMixture, row: int) -> Tensor:
         return denoiser(x.reshape(1, *SHAPE), step.now).x0.flatten()
 
     return torch.autograd.functional.jacobian(f, step.x[row].detach().flatten(), create_graph=True)
+
+
+@pytest.fixture(scope="session")
+def prior() -> NetworkDenoiser:
+    """The shipped Fashion-MNIST prior."""
+    return shipped_prior()
+
+
+@pytest.fixture(scope="session")
+def shipped_images() -> Tensor:
+    """The shipped test garments (64, 1, 32, 32) in [−1, 1]."""
+    from cmi_lightning.data import ImageFolderData
+
+    data = ImageFolderData("fashion-mnist-test", batch_size=64)
+    data.setup("predict")
+    return next(iter(data.predict_dataloader()))["x"]

@@ -183,7 +183,7 @@ def test_step_obeys_its_schedule_and_limit(mixture, dense):
 
 @pytest.mark.parametrize(
     "quiet",
-    [CMI(signal_range=(0.9, 1.0)), CMI(interval=7)],
+    [CMI(min_signal=0.9, max_signal=1.0), CMI(interval=7)],
     ids=["outside the range", "off the interval"],
 )
 def test_step_is_left_alone(mixture, dense, quiet):
@@ -199,7 +199,8 @@ def test_step_is_left_alone(mixture, dense, quiet):
         ("step_size", "gamma"),
         ("second_order", "magic"),
         ("max_step", -1.0),
-        ("signal_range", (0.9, 0.1)),
+        ("min_signal", 0.95),
+        ("max_signal", 1.5),
         ("interval", 0),
         ("probes", 0),
         ("krylov", 0),

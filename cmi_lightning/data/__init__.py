@@ -1,5 +1,14 @@
 """Lightning data modules: image folders, given measurements, and Fashion-MNIST."""
 
 from cmi_lightning.data.fashion import FashionMNIST, FashionMNISTData
+from cmi_lightning.data.folder import ImageFolder, ImageFolderData
+from cmi_lightning.data.measurements import MeasurementFolder, MeasurementFolderData
 
-__all__ = ["FashionMNIST", "FashionMNISTData"]
+__all__ = [
+    "FashionMNIST",
+    "FashionMNISTData",
+    "ImageFolder",
+    "ImageFolderData",
+    "MeasurementFolder",
+    "MeasurementFolderData",
+]

@@ -41,7 +41,9 @@ class FashionMNIST(Dataset):
         if not root and not (folder / name).is_file():
             folder = _download()
         if not (folder / name).is_file():
-            raise InputError(f"No '{name}' in '{folder}': point data.root to Fashion-MNIST's files.")
+            raise InputError(
+                f"No '{name}' in '{folder}': point data.root to Fashion-MNIST's files."
+            )
         raw = gzip.decompress((folder / name).read_bytes())
         pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28)
         self.pixels = F.pad(torch.from_numpy(pixels.copy()), (2, 2, 2, 2))
@@ -108,7 +110,7 @@ class FashionMNISTData(L.LightningDataModule):
     def _loader(self, dataset: Dataset, shuffle: bool = False) -> DataLoader:
         return DataLoader(
             dataset,
-            self.batch_size,
+            batch_size=self.batch_size,  # by name: Lightning rebuilds loaders from their arguments
             shuffle=shuffle,
             drop_last=shuffle,
             num_workers=self.num_workers,

@@ -2,7 +2,7 @@
 
 from cmi_lightning.denoisers.base import Autocast, Denoiser, Prediction
 from cmi_lightning.denoisers.mixture import GaussianMixture
-from cmi_lightning.denoisers.network import NetworkDenoiser, load_weights
+from cmi_lightning.denoisers.network import NetworkDenoiser, load_weights, shipped_prior
 from cmi_lightning.denoisers.unet import UNet
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "Prediction",
     "UNet",
     "load_weights",
+    "shipped_prior",
 ]

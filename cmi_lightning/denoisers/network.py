@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cmi_lightning.denoisers.base import Denoiser, Prediction
+from cmi_lightning.denoisers.unet import UNet
 from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Level, Schedule
 
@@ -73,6 +74,18 @@ class NetworkDenoiser(Denoiser):
         else:
             x0 = output
         return Prediction(x0, fraction)
+
+
+def shipped_prior() -> NetworkDenoiser:
+    """Return the Fashion-MNIST prior that ships with the package: 1 channel, 32x32."""
+    network = UNet(
+        in_channels=1,
+        model_channels=32,
+        channel_mult=(1, 2, 2, 2),
+        num_res_blocks=1,
+        attention_levels=(2,),
+    )
+    return NetworkDenoiser(network, "fashion-mnist", image_shape=(1, 32, 32))
 
 
 def load_weights(network: nn.Module, source: str | Path) -> None:

@@ -60,7 +60,8 @@ class CMI(Guidance):
             depend on the number of steps; "noise": the step has the length scale·√n·std of the
             ancestral sampler's noise, whatever ‖∇I‖.
         max_step: longest step, as a share of √n·std of the ancestral sampler's noise.
-        signal_range: act where α²/(α² + σ²) lies in this range (ᾱ_t on a DDPM chain).
+        min_signal: act where α²/(α² + σ²), which is ᾱ_t on a DDPM chain, is at least this.
+        max_signal: act where it is at most this.
         interval: act every ``interval``-th step.
         probes: random sign vectors per step.
         krylov: dimension of the Krylov space.
@@ -77,7 +78,8 @@ class CMI(Guidance):
     scale: float = 1.0
     step_size: Literal["beta", "noise"] = "beta"
     max_step: float = 0.01
-    signal_range: tuple[float, float] = (0.003, 0.9)
+    min_signal: float = 0.003
+    max_signal: float = 0.9
     interval: int = 1
     probes: int = 1
     krylov: int = 6
@@ -89,10 +91,8 @@ class CMI(Guidance):
             "second_order must be autograd or difference": self.second_order
             in ("autograd", "difference"),
             "max_step must be at least 0": self.max_step >= 0,
-            "signal_range must be two ascending numbers in [0, 1]": 0
-            <= self.signal_range[0]
-            <= self.signal_range[1]
-            <= 1,
+            "min_signal must be between 0 and max_signal": 0 <= self.min_signal <= self.max_signal,
+            "max_signal must be at most 1": self.max_signal <= 1,
             "interval must be at least 1": self.interval >= 1,
             "probes must be at least 1": self.probes >= 1,
             "krylov must be at least 1": self.krylov >= 1,
@@ -112,8 +112,8 @@ class CMI(Guidance):
             raise InputError("CMI needs measurement noise: noise.sigma must be above 0.")
         alpha, sigma = step.now.alpha, step.now.sigma
         signal = alpha**2 / (alpha**2 + sigma**2)
-        low, high = self.signal_range
-        if not low <= signal <= high or step.index % self.interval or step.then.sigma == 0:
+        acts = self.min_signal <= signal <= self.max_signal
+        if not acts or step.index % self.interval or step.then.sigma == 0:
             return transition
         information = self.estimate(step)
         length = norm(information.gradient)

@@ -1,4 +1,4 @@
-"""The contract of a linear operator A, with generic (slower) defaults for all but the forward map."""
+"""The contract of a linear operator A, with generic, slower defaults beside the forward map."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ class LinearOperator(ABC):
         return self.adjoint(self.solve(y, 0.0))
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return A x; see :meth:`forward`."""
         return self.forward(x)
 
 

@@ -28,15 +28,16 @@ class Convolution(LinearOperator):
     """y_i = Σ_j k_j x_{i + j − c}: each channel correlated with its image's kernel, by FFT.
 
     c = (⌊kh/2⌋, ⌊kw/2⌋) is the kernel's centre. Measurements have the size of the images, and
-    kernels may be larger than those. With circular padding A is diagonal in Fourier space, and
-    solve and A⁺ are exact; A⁺ leaves out singular values |k̂| < rcond · max |k̂|. With reflected
-    padding both come from conjugate gradients.
+    kernels may be larger than those. With circular padding A is diagonal in Fourier space: solve is
+    a division, and A⁺ leaves out singular values |k̂| < rcond · max |k̂|. With reflected padding
+    solve takes conjugate gradients, and A⁺ is damped instead, Aᵀ (AAᵀ + (rcond · Σ|k|)²)⁻¹; it
+    nears the exact A⁺ as rcond → 0. Either way A⁺y magnifies noise at most about 1/rcond times.
 
     Args:
         kernels: (B, kh, kw), or (1, kh, kw) for one kernel for all images.
         padding: what lies outside the image: its mirror image without the outermost pixel
             ("reflect", as in the DPS code) or its other end ("circular").
-        rcond: relative size of the smallest singular value that A⁺ inverts, in [0, 1).
+        rcond: relative size of singular values below which A⁺ is truncated or damped, in [0, 1).
 
     Raises:
         InputError: if ``kernels`` are of another shape or ``rcond`` is out of range.
@@ -97,20 +98,17 @@ class Convolution(LinearOperator):
         gradients. Without shift, directions in which A is zero are left out.
         """
         added = per_sample(shift, y)
-        if self.padding == "reflect" or not constant_per_channel(added, y):
+        if self.padding == "reflect" or not constant_per_channel(added):
             return super().solve(y, added)
-        power = self._transfer(y).abs() ** 2
-        rounding = torch.finfo(power.dtype).eps ** 2 * power.amax((2, 3), keepdim=True)
-        power = torch.where(power > rounding, power, 0)
-        return _filter(y, reciprocal(power + added))
+        return _filter(y, reciprocal(_amplitude(self._transfer(y)) ** 2 + added))
 
     def pinv(self, y: Tensor) -> Tensor:
-        """Return A⁺ y, truncated by ``rcond``; (B, C, H, W) → (B, C, H, W)."""
+        """Return A⁺ y, truncated or damped by ``rcond``; (B, C, H, W) → (B, C, H, W)."""
         if self.padding == "reflect":
-            return super().pinv(y)
+            return self.adjoint(self.solve(y, (self.rcond * self.kernels.abs().sum((1, 2))) ** 2))
         transfer = self._transfer(y)
-        size = transfer.abs()
-        inverse = reciprocal(size, self.rcond * size.amax((2, 3), keepdim=True) * (1 - 1e-6))
+        size = _amplitude(transfer)
+        inverse = reciprocal(size, self.rcond * size.amax((2, 3), keepdim=True))
         return _filter(y, transfer * inverse**2)
 
     def _border(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +149,7 @@ class MotionBlur(Recipe):
         intensity: 0 for a straight line, up to 1 for a crooked path.
         padding: "reflect" (as in the DPS code) or "circular"; see :class:`Convolution`. Circular
             padding has exact, fast solves, where reflection needs conjugate gradients.
-        rcond: A⁺ of circular blur leaves out singular values below rcond times the largest, 1.
+        rcond: A⁺ is truncated or damped below singular values of rcond; see :class:`Convolution`.
 
     Raises:
         InputError: if an option is out of range.
@@ -184,10 +182,12 @@ class MotionBlur(Recipe):
         )
         image = Image.new("L", (canvas, canvas))
         line = [(float(p.real), float(p.imag)) for p in points]
-        ImageDraw.Draw(image).line(line, fill=255, width=int(diagonal / 150))
+        ImageDraw.Draw(image).line(line, fill=255, width=max(int(diagonal / 150), 1))
         image = image.filter(ImageFilter.GaussianBlur(int(0.01 * diagonal)))
         image = image.resize((self.kernel_size, self.kernel_size), Image.Resampling.LANCZOS)
         kernel = torch.from_numpy(np.array(image, dtype=np.float64))
+        if not kernel.any():  # a path around the canvas, or of one point
+            kernel[self.kernel_size // 2, self.kernel_size // 2] = 1
         return kernel / kernel.sum()
 
     def bind(
@@ -229,3 +229,11 @@ def _filter(x: Tensor, transfer: Tensor) -> Tensor:
     """Multiply x by a real filter's half spectrum."""
     height, width = x.shape[2:]
     return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=(height, width))
+
+
+def _amplitude(transfer: Tensor) -> Tensor:
+    """Return |transfer| (B, 1, ·, ·), with 0 for what is below rounding error."""
+    size = transfer.abs()
+    return torch.where(
+        size > torch.finfo(size.dtype).eps * size.amax((2, 3), keepdim=True), size, 0
+    )

@@ -83,6 +83,20 @@ class PixelMask(LinearOperator):
         valid = torch.arange(longest, device=like.device) < counts[:, None]
         return cls(index, valid, (channels, height, width))
 
+    def bind(self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor) -> Self:
+        """Check the images against the mask; see :meth:`LinearOperator.bind`.
+
+        Raises:
+            InputError: if the mask is made for images of another size or number.
+        """
+        made, given = (len(self.index), *self.image_shape[1:]), (len(noise.ids), *image_shape[1:])
+        if made != given:
+            raise InputError(
+                f"The mask is made for images of (number, height, width) {made}, not {given}; make "
+                "it anew for these."
+            )
+        return type(self)(self.index.to(like.device), self.valid.to(like.device), image_shape)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the known pixels, (B, C, H, W) → (B, C, m)."""
         index = self.index[:, None].expand(*x.shape[:2], -1)

@@ -28,9 +28,10 @@ def boundary(
     position = torch.arange(-before, size + after)
     if padding == "circular":
         return position % size
-    period = max(2 * size - 2, 1) if padding == "reflect" else 2 * size
-    position = position % period
-    return torch.minimum(position, period - position - (padding == "symmetric"))
+    if padding == "reflect":
+        period = max(2 * size - 2, 1)
+        return torch.minimum(position % period, -position % period)
+    return torch.minimum(position % (2 * size), (-1 - position) % (2 * size))
 
 
 def reciprocal(value: Tensor, threshold: Tensor | float = 0.0) -> Tensor:
@@ -39,9 +40,9 @@ def reciprocal(value: Tensor, threshold: Tensor | float = 0.0) -> Tensor:
     return torch.where(keep, 1 / torch.where(keep, value, 1), 0)
 
 
-def constant_per_channel(shift: Tensor, y: Tensor) -> bool:
+def constant_per_channel(shift: Tensor) -> bool:
     """Whether a shift, broadcastable to y (B, C, H, W), has one value for each channel."""
-    return shift.expand(y.shape).stride()[-2:] == (0, 0) or shift.shape[-2:] in ((), (1, 1))
+    return all(n == 1 for n in shift.shape[-2:])
 
 
 def check_rcond(rcond: float) -> None:
@@ -100,7 +101,7 @@ class Separable(LinearOperator):
         for matrix in (self.height, self.width):
             rows, columns = matrix.shape
             # Double precision on the CPU: small matrices, and the same result for every device.
-            u, s, vh = torch.linalg.svd(matrix.double().cpu())
+            u, s, vh = torch.linalg.svd(matrix.cpu().double())
             s = torch.cat([s, s.new_zeros(max(rows - len(s), 0))])
             v = torch.cat([vh.T, vh.new_zeros(columns, max(rows - columns, 0))], 1)[:, :rows]
             parts.append((u, s, v))
@@ -125,7 +126,7 @@ class Separable(LinearOperator):
         measurement. Without shift, directions in which A is zero are left out.
         """
         added = per_sample(shift, y)
-        if not constant_per_channel(added, y):
+        if not constant_per_channel(added):
             return super().solve(y, added)
         uh, uw, values, _, _ = self._svd
         return uh @ ((uh.T @ y @ uw) * reciprocal(values**2 + added)) @ uw.T
@@ -133,7 +134,7 @@ class Separable(LinearOperator):
     def pinv(self, y: Tensor) -> Tensor:
         """Return A⁺ y, truncated by ``rcond``; (B, C, h, w) → (B, C, H, W)."""
         uh, uw, values, vh, vw = self._svd
-        inverse = reciprocal(values, self.rcond * values.max() * (1 - 1e-6))
+        inverse = reciprocal(values, self.rcond * values.max())
         return vh @ ((uh.T @ y @ uw) * inverse) @ vw.T
 
 
@@ -189,9 +190,9 @@ class GaussianBlur(Recipe):
 class Downsample(Recipe):
     """Bicubic downsampling with antialiasing, as MATLAB's imresize: (H, W) → (H/f, W/f).
 
-    Along each axis y_i = Σ_j w_ij x_j with w_ij ∝ h((u_i − j)/f), u_i = (i + ½) f − ½, Σ_j w_ij = 1,
-    where h is Keys' cubic kernel with a = −½ and the image is mirrored at its edges. :meth:`bind`
-    returns a :class:`Separable`. A is well conditioned, so that A⁺ is exact.
+    Along each axis y_i = Σ_j w_ij x_j with w_ij ∝ h((u_i − j)/f), u_i = (i + ½) f − ½ and
+    Σ_j w_ij = 1. h is Keys' cubic kernel with a = −½, and the image is mirrored at its edges.
+    :meth:`bind` returns a :class:`Separable`. A is well conditioned, so that A⁺ is exact.
 
     Args:
         factor: f, at least 1.

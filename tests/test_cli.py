@@ -1,0 +1,225 @@
+"""The command line, end to end, and what it says to bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from cmi_lightning.cli import configs, main, shipped_configs
+from cmi_lightning.denoisers.network import SHIPPED
+
+FAST = [
+    "--data.limit=2",
+    "--data.batch_size=2",
+    "--model.num_steps=3",
+]
+
+
+def run(tmp_path, *args: str) -> int:
+    return main(["predict", *args, f"--trainer.default_root_dir={tmp_path / 'out'}"])
+
+
+def refusal(capsys, *args: str) -> str:
+    """The one line that bad input earns, with exit code 2."""
+    assert main(list(args)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("cmi-lightning: error: ")]
+    assert len(errors) == 1
+    assert lines[-1] == errors[0]
+    return errors[0]
+
+
+def test_demo_writes_everything(tmp_path, capsys):
+    assert run(tmp_path, "-c", "demo", *FAST) == 0
+    out = tmp_path / "out"
+    names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert {
+        "restored/00000.png",
+        "restored/00001.png",
+        "grid.png",
+        "metrics.csv",
+        "summary.json",
+        "config.yaml",
+        "trajectory.csv",
+        "trajectory.png",
+    } <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    with open(out / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == ["00000", "00001"]
+    printed = capsys.readouterr().out
+    assert "σ = 0.05 on [−1, 1] = 0.025 on [0, 1]" in printed
+    assert "PSNR" in printed
+    assert "LPIPS" in printed  # either a number or what is missing
+    json.loads((out / "summary.json").read_text())
+    with Image.open(out / "restored/00000.png") as image:
+        assert (image.size, image.mode) == ((32, 32), "L")
+
+
+def test_saved_config_reproduces_the_run(tmp_path):
+    assert run(tmp_path / "a", "-c", "demo", *FAST) == 0
+    saved = tmp_path / "a/out/config.yaml"
+    assert run(tmp_path / "b", "-c", str(saved)) == 0
+    a, b = (tmp_path / f"{x}/out/restored/00001.png" for x in "ab")
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_add_cmi_is_one_line(tmp_path):
+    task = ["-c", "task/super_resolution", "-c", "guidance/dps"]
+    assert run(tmp_path / "a", *task, "-c", "add_cmi", *FAST) == 0
+    saved = yaml.safe_load((tmp_path / "a/out/config.yaml").read_text())
+    classes = [g["class_path"].rsplit(".")[-1] for g in saved["model"]["guidances"]]
+    assert classes == ["DPS", "CMI"]
+    assert saved["model"]["operator"]["class_path"].endswith("Downsample")
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in shipped_configs() if n.split("/")[0] in ("task", "guidance", "solver")]
+)
+def test_every_config_runs(tmp_path, name):
+    assert run(tmp_path, "-c", name, *FAST, "--trainer.callbacks=[]", "--trainer.logger=false") == 0
+
+
+def test_config_in_an_own_file_and_long_spelling(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("model: {num_steps: 2}\n")
+    assert run(tmp_path, f"--config={own}", *FAST[:2]) == 0
+    saved = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    assert saved["model"]["num_steps"] == 2
+
+
+def test_guidance_of_the_users_own_needs_no_registration(tmp_path, monkeypatch):
+    (tmp_path / "my_terms.py").write_text(
+        textwrap.dedent(
+            """
+            from dataclasses import dataclass
+            from cmi_lightning.guidance import Guidance
+
+            @dataclass(frozen=True)
+            class Smoothness(Guidance):
+                weight: float = 0.1
+
+                def guide_transition(self, step, transition):
+                    x0 = step.x0
+                    edges = (x0.diff(dim=-1) ** 2).flatten(1).sum(1)
+                    return transition.shift(-self.weight * step.grad(edges))
+            """
+        )
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    extra = ["--model.guidances+=my_terms.Smoothness", "--model.guidances.init_args.weight=0.3"]
+    assert run(tmp_path, "-c", "demo", *FAST, *extra) == 0
+    saved = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    assert saved["model"]["guidances"][-1] == {
+        "class_path": "my_terms.Smoothness",
+        "init_args": {"weight": 0.3},
+    }
+    header = (tmp_path / "out/trajectory.csv").read_text()
+    assert "step/Smoothness" in header
+
+
+def test_bf16_and_ddim(tmp_path):
+    options = ["--trainer.precision=bf16-mixed", "-c", "solver/ddim"]
+    assert run(tmp_path, "-c", "demo", *options, *FAST) == 0
+
+
+def test_usage_names_commands_and_configs(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "predict" in printed
+    assert "add_cmi" in printed
+    assert main(["--version"]) == 0
+    assert main([]) == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input: one sentence, exit code 2, nothing sampled
+
+
+def test_unknown_command(capsys):
+    assert "Unknown command 'restore'" in refusal(capsys, "restore")
+
+
+def test_unknown_config(capsys):
+    error = refusal(capsys, "predict", "-c", "no_such_task")
+    assert "No configuration 'no_such_task'" in error
+    assert "add_cmi" in error
+
+
+def test_missing_folder(capsys, tmp_path):
+    error = refusal(capsys, "predict", f"--data.folder={tmp_path / 'absent'}")
+    assert str(tmp_path / "absent") in error
+
+
+def test_unreadable_image(capsys, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
+    error = refusal(capsys, "predict", f"--data.folder={tmp_path}")
+    assert "broken.png" in error
+
+
+def save_image(path, shape):
+    Image.fromarray(np.zeros(shape, np.uint8)).save(path)
+
+
+def test_channels_of_another_network(capsys, tmp_path):
+    save_image(tmp_path / "rgb.png", (32, 32, 3))
+    error = refusal(capsys, "predict", f"--data.folder={tmp_path}")
+    assert "3×32×32" in error
+    assert "1×32×32" in error
+
+
+def test_size_that_the_factor_does_not_divide(capsys, tmp_path):
+    error = refusal(
+        capsys, "predict", "-c", "task/super_resolution", "--model.operator.init_args.factor=5"
+    )
+    assert "5" in error
+    assert "32" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--model.operator=Blurr", ["model.operator", "Blurr"]),
+        ("--model.num_step=5", ["num_step"]),
+        ("--model.guidances=[{class_path: CMI, init_args: {scal: 1}}]", ["scal", "CMI"]),
+        ("--model.num_steps=0", ["num_steps", "between 1 and 1000"]),
+        ("--model.noise.sigma=-1", ["sigma"]),
+        ("--data.batch_size=many", ["batch_size", "many"]),
+        ("--model.noise.range=percent", ["range", "percent"]),
+    ],
+)
+def test_wrong_options_are_named(capsys, option, words):
+    error = refusal(capsys, "predict", option)
+    assert all(word in error for word in words), error
+
+
+def test_solver_without_noise_for_dsg(capsys):
+    error = refusal(capsys, "predict", "-c", "guidance/dsg", "-c", "solver/ddim")
+    assert "DSG" in error
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_checkpoint_that_does_not_fit(capsys, tmp_path, change):
+    state = load_file(SHIPPED["fashion-mnist"])
+    if change == "missing":
+        state.pop("out.2.bias")
+    else:
+        state["surplus.weight"] = torch.zeros(2)
+    save_file(state, tmp_path / "net.safetensors")
+    option = f"--model.denoiser.init_args.weights={tmp_path / 'net.safetensors'}"
+    error = refusal(capsys, "predict", option)
+    assert f"1 {change}" in error
+    assert "net.safetensors" in error
+
+
+def test_configs_are_packaged():
+    assert (configs() / "demo.yaml").is_file()
+    assert {"demo", "add_cmi", "guidance/dps", "task/denoise"} <= set(shipped_configs())

@@ -1,0 +1,180 @@
+"""What every combination of guidance, operator, solver and precision owes its user."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+
+import pytest
+import torch
+
+from cmi_lightning.denoisers import Autocast, Denoiser, GaussianMixture
+from cmi_lightning.guidance import CMI, DPS, DSG, MCG, PiGDM
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators import (
+    BoxMask,
+    Downsample,
+    GaussianBlur,
+    Identity,
+    MotionBlur,
+    RandomMask,
+)
+from cmi_lightning.problem import Problem
+from cmi_lightning.sampler import Sampler
+from cmi_lightning.solvers import DDIM, DDPM, Heun
+
+BASES = {"none": [], "DPS": [DPS()], "PiGDM": [PiGDM()], "MCG": [MCG()], "DSG": [DSG()]}
+OPERATORS = [
+    Identity(),
+    RandomMask(0.9),
+    BoxMask(4, 1),
+    GaussianBlur(9, 1.5),
+    MotionBlur(5, 0.5),
+    Downsample(4),
+]
+SOLVERS = [DDPM(), DDIM()]
+CASES = [
+    pytest.param(base, cmi, operator, solver, id=f"{base}{'+CMI' * cmi}-{operator}-{solver}")
+    for base, cmi, operator, solver in itertools.product(BASES, (False, True), OPERATORS, SOLVERS)
+    if not (base == "DSG" and isinstance(solver, DDIM))
+]
+each_case = pytest.mark.parametrize(("base", "cmi", "operator", "solver"), CASES)
+
+
+def guidances_of(base: str, cmi: bool) -> list:
+    return [*BASES[base], *([CMI(krylov=2, min_signal=0.0, max_signal=1.0)] if cmi else [])]
+
+
+def restore(sampler: Sampler, operator, x: torch.Tensor, ids: list[str]):
+    noise = SampleNoise(0, ids)
+    bound = operator.bind(tuple(x.shape[1:]), noise, x)
+    problem = Problem.simulate(x, bound, 0.05, noise)
+    *_, record = sampler.iterate(problem, noise, x)
+    return record
+
+
+@pytest.fixture(scope="module")
+def garments(shipped_images) -> torch.Tensor:
+    return shipped_images[:4]
+
+
+@each_case
+def test_on_the_shipped_prior(prior: Denoiser, garments, base, cmi, operator, solver):
+    sampler = Sampler(prior, solver, guidances_of(base, cmi), 4)
+    ids = ["a", "b", "c", "d"]
+    record = restore(sampler, operator, garments, ids)
+    assert bool(torch.isfinite(record.x).all())
+    assert record.forwards == 4
+    singles = [restore(sampler, operator, garments[i : i + 1], [ids[i]]).x for i in range(4)]
+    torch.testing.assert_close(record.x, torch.cat(singles), rtol=0, atol=1e-4)
+
+    low = Sampler(Autocast(prior, torch.bfloat16), solver, guidances_of(base, cmi), 4)
+    record = restore(low, operator, garments, ids)
+    assert bool(torch.isfinite(record.x).all())
+    assert record.x.dtype == torch.float32
+
+
+@each_case
+def test_on_an_exact_prior_a_batch_is_its_samples(base, cmi, operator, solver):
+    g = torch.Generator().manual_seed(0)
+    prior = GaussianMixture(torch.randn(3, 1, 12, 8, generator=g), 0.1)
+    x = prior.sample(4, g)
+    sampler = Sampler(prior, solver, guidances_of(base, cmi), 12)
+    ids = ["a", "b", "c", "d"]
+    record = restore(sampler, operator, x, ids)
+    assert bool(torch.isfinite(record.x).all())
+    assert record.forwards == 12
+    for i in (0, 3):
+        alone = restore(sampler, operator, x[i : i + 1], [ids[i]])
+        assert torch.equal(record.x[i], alone.x[0])
+        assert {k: float(v[i]) for k, v in record.log.items()} == {
+            k: float(v[0]) for k, v in alone.log.items()
+        }
+
+
+@pytest.mark.parametrize("base", list(BASES))
+def test_cmi_of_scale_zero_is_the_base_bit_for_bit_and_free(prior, garments, base):
+    plain = restore(Sampler(prior, DDPM(), BASES[base], 3), BoxMask(8, 2), garments, list("abcd"))
+    zero = Sampler(prior, DDPM(), [CMI(scale=0.0), *BASES[base]], 3)
+    record = restore(zero, BoxMask(8, 2), garments, list("abcd"))
+    assert torch.equal(plain.x, record.x)
+    assert (plain.forwards, plain.vjps) == (record.forwards, record.vjps)
+
+
+def test_unguided_sampling_builds_no_graph(prior, garments):
+    seen = []
+
+    class Spy(type(prior)):
+        def forward(self, x, level):
+            seen.append((x.requires_grad, torch.is_grad_enabled()))
+            return super().forward(x, level)
+
+    prior.__class__, original = Spy, prior.__class__
+    try:
+        record = restore(Sampler(prior, DDPM(), [], 3), Identity(), garments, list("abcd"))
+    finally:
+        prior.__class__ = original
+    assert seen == [(False, False)] * 3
+    assert record.vjps == 0
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_gradient_mode_is_the_callers_own(prior, garments, enabled):
+    sampler = Sampler(prior, DDPM(), [CMI(krylov=2), DPS()], 3)
+    noise = SampleNoise(0, list("abcd"))
+    problem = Problem.simulate(garments, Identity(), 0.05, noise)
+    with torch.set_grad_enabled(enabled):
+        for record in sampler.iterate(problem, noise, garments):
+            assert torch.is_grad_enabled() is enabled
+            assert not record.x.requires_grad
+            assert not record.x0.requires_grad
+            assert not any(v.requires_grad for v in record.log.values())
+        assert torch.is_grad_enabled() is enabled
+
+
+def test_no_graph_outlives_its_step(prior, garments):
+    sampler = Sampler(prior, DDPM(), [CMI(krylov=2), DPS()], 4)
+    noise = SampleNoise(0, list("abcd"))
+    problem = Problem.simulate(garments, Identity(), 0.05, noise)
+    alive: list[weakref.ref] = []
+
+    class Watch(type(prior)):
+        def forward(self, x, level):
+            assert not any(ref() is not None for ref in alive), "an earlier graph is alive"
+            prediction = super().forward(x, level)
+            alive.append(weakref.ref(prediction.x0.grad_fn))
+            return prediction
+
+    prior.__class__, original = Watch, prior.__class__
+    gc.disable()  # graphs must go by reference counting alone
+    try:
+        for _ in sampler.iterate(problem, noise, garments):
+            pass
+    finally:
+        gc.enable()
+        prior.__class__ = original
+    assert len(alive) == 4
+
+
+def test_heun_runs_every_guidance_but_dsg(prior, garments):
+    for base in ("none", "DPS", "PiGDM", "MCG"):
+        sampler = Sampler(prior, Heun(), guidances_of(base, True), 3)
+        record = restore(sampler, BoxMask(8, 2), garments, list("abcd"))
+        assert bool(torch.isfinite(record.x).all())
+        assert record.forwards == 2 * 3 - 1
+
+
+def test_log_tells_what_happened(prior, garments):
+    noise = SampleNoise(0, list("abcd"))
+    bound = BoxMask(8, 2).bind((1, 32, 32), noise, garments)
+    problem = Problem.simulate(garments, bound, 0.05, noise)
+    sampler = Sampler(prior, DDPM(), [CMI(krylov=2), MCG()], 4)
+    records = list(sampler.iterate(problem, noise, garments))
+    expected = {"residual", "step/MCG", "sample/MCG"}
+    assert all(set(r.log) >= expected for r in records)
+    acting = {"step/CMI", "cmi/value", "cmi/gradient", "cmi/krylov"}
+    assert any(set(r.log) >= acting for r in records)
+    first = records[0]
+    residual = problem.y - bound(first.x0)
+    torch.testing.assert_close(first.log["residual"], residual.flatten(1).norm(dim=1))

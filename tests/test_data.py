@@ -1,0 +1,262 @@
+"""Image folders and given measurements: values, order, and one clear sentence for bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmi_lightning.data import (
+    FashionMNIST,
+    FashionMNISTData,
+    ImageFolderData,
+    MeasurementFolderData,
+)
+from cmi_lightning.data.fashion import DEBIAN_FOLDER
+from cmi_lightning.data.folder import SHIPPED, crop_to
+from cmi_lightning.data.measurements import read_kernel
+from cmi_lightning.errors import InputError
+
+RNG = np.random.default_rng(0)
+
+
+def save(path: Path, *shape: int, dtype: type = np.uint8) -> np.ndarray:
+    array = RNG.integers(0, np.iinfo(dtype).max, shape, dtype=dtype, endpoint=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return array
+
+
+def ready(data: ImageFolderData | MeasurementFolderData) -> ImageFolderData | MeasurementFolderData:
+    data.setup("predict")
+    return data
+
+
+def items(data: ImageFolderData | MeasurementFolderData) -> list[dict]:
+    images = ready(data).images
+    return [images[i] for i in range(len(images))]
+
+
+def test_shipped_garments_are_the_first_of_the_test_set():
+    data = ready(ImageFolderData("fashion-mnist-test", batch_size=64))
+    batch = next(iter(data.predict_dataloader()))
+    assert data.image_shape == (1, 32, 32)
+    assert batch["id"] == [f"{i:05d}" for i in range(64)]
+    assert batch["x"].shape == (64, 1, 32, 32)
+    assert batch["x"].dtype == torch.float32
+    if not DEBIAN_FOLDER.is_dir():  # else it would be downloaded
+        pytest.skip("Fashion-MNIST is not on this machine")
+    source = FashionMNIST(train=False)
+    assert torch.equal(batch["x"], torch.stack([source[i]["x"] for i in range(64)]))
+
+
+def test_values_ids_and_natural_order(tmp_path):
+    arrays = {name: save(tmp_path / f"{name}.png", 5, 6, 3) for name in ("a10", "a9", "b/2")}
+    save(tmp_path / ".hidden.png", 9, 9)
+    (tmp_path / "notes.txt").write_text("no image")
+    found = items(ImageFolderData(str(tmp_path)))
+    assert [item["id"] for item in found] == ["a9", "a10", "b/2"]
+    for item in found:
+        expected = arrays[item["id"]].transpose(2, 0, 1) / 255 * 2 - 1
+        assert np.allclose(item["x"], expected, atol=1e-6)
+    assert [i["id"] for i in items(ImageFolderData(str(tmp_path), limit=2))] == ["a9", "a10"]
+
+
+def test_limit_leaves_later_files_unread(tmp_path):
+    save(tmp_path / "0.png", 4, 4)
+    (tmp_path / "1.png").write_bytes(b"broken")
+    assert len(items(ImageFolderData(str(tmp_path), limit=1))) == 1
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "bmp", "tif", "webp"])
+def test_other_formats_are_read(tmp_path, suffix):
+    Image.new("RGB", (6, 5), (255, 0, 0)).save(tmp_path / f"x.{suffix}")
+    (item,) = items(ImageFolderData(str(tmp_path)))
+    assert item["x"].shape == (3, 5, 6)
+    assert torch.allclose(item["x"][0], torch.ones(5, 6), atol=0.05)
+
+
+def test_16_bit_gray_is_scaled_by_65535(tmp_path):
+    array = save(tmp_path / "x.png", 4, 5, dtype=np.uint16)
+    (gray,) = items(ImageFolderData(str(tmp_path)))
+    (color,) = items(ImageFolderData(str(tmp_path), channels=4))
+    assert np.allclose(gray["x"][0], array / 65535 * 2 - 1, atol=1e-6)
+    assert torch.equal(color["x"][:3], gray["x"].expand(3, 4, 5))
+    assert (color["x"][3] == 1).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_are_converted_only_when_asked(tmp_path, channels):
+    save(tmp_path / "a.png", 4, 4)
+    save(tmp_path / "b.png", 4, 4, 3)
+    save(tmp_path / "c.png", 4, 4, 4)
+    Image.new("P", (4, 4)).save(tmp_path / "d.png")
+    Image.new("1", (4, 4)).save(tmp_path / "e.png")
+    found = items(ImageFolderData(str(tmp_path), channels=channels))
+    assert {tuple(item["x"].shape) for item in found} == {(channels, 4, 4)}
+    with pytest.raises(InputError, match=r"a\.png' has 1 channels and .*b\.png' 3; set data\.chan"):
+        ready(ImageFolderData(str(tmp_path)))
+
+
+def test_size_resizes_the_shorter_side_and_crops_the_centre(tmp_path):
+    save(tmp_path / "a.png", 12, 20)
+    save(tmp_path / "b.png", 31, 9)
+    data = ready(ImageFolderData(str(tmp_path), size=6))
+    assert data.image_shape == (1, 6, 6)
+    assert {tuple(item["x"].shape) for item in items(data)} == {(1, 6, 6)}
+    x = torch.linspace(-1, 1, 4 * 8).reshape(1, 4, 8)
+    assert torch.equal(crop_to(x, 4), x[:, :, 2:6])
+    flat = torch.full((1, 10, 14), 0.3)
+    assert torch.allclose(crop_to(flat, 5), torch.full((1, 5, 5), 0.3), atol=1e-6)
+    with pytest.raises(InputError, match=r"a\.png' is 12×20 .* data\.size"):
+        ready(ImageFolderData(str(tmp_path)))
+
+
+def test_photos_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    Image.new("L", (8, 4)).save(tmp_path / "x.jpg", exif=exif)
+    assert ready(ImageFolderData(str(tmp_path))).image_shape == (1, 8, 4)
+
+
+def broken_folder(folder: Path, kind: str) -> None:
+    save(folder / "ok.png", 8, 8)
+    if kind == "truncated":
+        save(folder / "bad.png", 64, 64)
+        data = (folder / "bad.png").read_bytes()
+        (folder / "bad.png").write_bytes(data[: len(data) // 2])
+    elif kind == "text":
+        (folder / "bad.jpg").write_text("not an image")
+    elif kind == "float":
+        Image.fromarray(np.zeros((8, 8), np.float32)).save(folder / "bad.tif")
+    elif kind == "cmyk":
+        Image.new("CMYK", (8, 8)).save(folder / "bad.jpg")
+    elif kind == "twice":
+        save(folder / "ok.bmp", 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("truncated", r"Cannot read the image '.*bad\.png'"),
+        ("text", r"Cannot read the image '.*bad\.jpg'"),
+        ("float", r"bad\.tif' has 32-bit pixels"),
+        ("cmyk", r"bad\.jpg' has pixels of kind CMYK; set data\.channels"),
+        ("twice", r"ok\.bmp' and '.*ok\.png' would share the id 'ok'"),
+    ],
+)
+def test_bad_files_are_named_at_setup(tmp_path, kind, words):
+    broken_folder(tmp_path, kind)
+    with pytest.raises(InputError, match=words) as caught:
+        ready(ImageFolderData(str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_folders_and_options(tmp_path):
+    with pytest.raises(InputError, match=r"data\.folder: there is no folder '.*nowhere'"):
+        ready(ImageFolderData(str(tmp_path / "nowhere")))
+    with pytest.raises(InputError, match="holds no image"):
+        ready(ImageFolderData(str(tmp_path)))
+    for option in ("size", "limit", "batch_size"):
+        with pytest.raises(InputError, match=rf"data\.{option} must be at least 1, got 0"):
+            ready(ImageFolderData("fashion-mnist-test", **{option: 0}))
+
+
+@pytest.mark.parametrize("source", ["folder", "measurements", "fashion"])
+def test_lightning_takes_the_loaders(tmp_path, source):
+    class Count(L.LightningModule):
+        def predict_step(self, batch: dict) -> int:
+            return len(batch["id"])
+
+    data: L.LightningDataModule
+    if source == "folder":
+        data = ImageFolderData("fashion-mnist-test", limit=5, batch_size=2)
+    elif source == "measurements":
+        data = MeasurementFolderData(str(SHIPPED["fashion-mnist-test"]), limit=5, batch_size=2)
+    else:
+        data = FashionMNISTData(limit=5, batch_size=2)
+        if not DEBIAN_FOLDER.is_dir():
+            pytest.skip("Fashion-MNIST is not on this machine")
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    assert trainer.predict(Count(), datamodule=data) == [2, 2, 1]
+
+
+def test_denoise_and_downsample_measurements(tmp_path):
+    array = save(tmp_path / "s/x.png", 5, 6, 3)
+    (item,) = items(MeasurementFolderData(str(tmp_path)))
+    assert set(item) == {"y_image", "id"}
+    assert item["id"] == "s/x"
+    assert np.allclose(item["y_image"], array.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+    data = ready(MeasurementFolderData(str(tmp_path), "downsample", factor=4))
+    assert data.image_shape == (3, 20, 24)
+    assert int(next(iter(data.predict_dataloader()))["factor"][0]) == 4
+
+
+def test_masks_one_for_all_or_one_for_each(tmp_path):
+    save(tmp_path / "y/a/0.png", 6, 5)
+    save(tmp_path / "y/1.png", 6, 5)
+    known = RNG.random((6, 5)) > 0.5
+    (tmp_path / "m/a").mkdir(parents=True)
+    Image.fromarray((known * 255).astype(np.uint8)).save(tmp_path / "m/a/0.png")
+    Image.fromarray((~known * 255).astype(np.uint8)).save(tmp_path / "m/1.png")
+    y, masks = str(tmp_path / "y"), tmp_path / "m"
+    data = ready(MeasurementFolderData(y, "inpaint", masks=str(masks)))
+    batch = next(iter(data.predict_dataloader()))
+    assert batch["id"] == ["1", "a/0"]
+    assert batch["mask"].dtype == torch.bool
+    assert np.array_equal(batch["mask"], np.stack([~known, known]))
+    same = items(MeasurementFolderData(y, "inpaint", masks=str(masks / "1.png")))
+    assert all(np.array_equal(item["mask"], ~known) for item in same)
+
+
+def test_kernels_sum_to_one(tmp_path):
+    save(tmp_path / "y/0.png", 6, 5)
+    kernel = RNG.random((3, 5))
+    np.save(tmp_path / "k.npy", kernel)
+    data = MeasurementFolderData(str(tmp_path / "y"), "blur", kernels=str(tmp_path / "k.npy"))
+    (item,) = items(data)
+    assert np.allclose(item["kernel"], kernel / kernel.sum(), atol=1e-6)
+    array = save(tmp_path / "k.png", 5, 5)
+    assert np.allclose(read_kernel(tmp_path / "k.png"), array / array.sum(), atol=1e-6)
+
+
+def test_bad_measurements(tmp_path):
+    y = tmp_path / "y"
+    save(y / "0.png", 6, 5)
+
+    def refused(words: str, **options: object) -> None:
+        with pytest.raises(InputError, match=words):
+            ready(MeasurementFolderData(str(y), **options))
+
+    refused(r"data\.kind=inpaint needs data\.masks", kind="inpaint")
+    refused(r"data\.masks is not used by data\.kind=blur", kind="blur", kernels="k", masks="m")
+    refused(r"data\.kind must be one of", kind="haze")
+    refused(r"data\.factor must be at least 2", kind="downsample", factor=1)
+    refused(r"there is no '.*none'", kind="inpaint", masks=str(tmp_path / "none"))
+    (tmp_path / "m").mkdir()
+    refused(r"has nothing for the measurement '0'", kind="inpaint", masks=str(tmp_path / "m"))
+    save(tmp_path / "m/0.png", 5, 6)
+    refused(r"0\.png' is 5×6 .* are 6×5", kind="inpaint", masks=str(tmp_path / "m"))
+    Image.new("L", (5, 6)).save(tmp_path / "m/0.png")
+    refused("no white", kind="inpaint", masks=str(tmp_path / "m"))
+    np.save(tmp_path / "k.npy", np.array([[np.nan]]))
+    refused("must be a 2-D array of finite", kind="blur", kernels=str(tmp_path / "k.npy"))
+    np.save(tmp_path / "k.npy", np.array([{}]), allow_pickle=True)
+    refused("Cannot read the kernel", kind="blur", kernels=str(tmp_path / "k.npy"))
+    save(y / "1.png", 6, 5)
+    (tmp_path / "k").mkdir()
+    np.save(tmp_path / "k/0.npy", np.ones((3, 3)))
+    np.save(tmp_path / "k/1.npy", np.ones((5, 5)))
+    refused("pad the smaller ones with zeros", kind="blur", kernels=str(tmp_path / "k"))
+    save(y / "2.png", 7, 5)
+    refused("restore each size in a run of its own", kind="denoise")

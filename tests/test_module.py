@@ -1,0 +1,166 @@
+"""The Lightning module, used as plain Python."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
+from cmi_lightning.denoisers import GaussianMixture
+from cmi_lightning.guidance import CMI, DPS
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators import BoxMask, Downsample, Identity
+from cmi_lightning.problem import Problem
+from cmi_lightning.sampler import Sampler
+from cmi_lightning.solvers import DDPM
+
+QUIET = dict(
+    accelerator="cpu",
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    enable_checkpointing=False,
+)
+
+
+def loader(images: torch.Tensor, batch_size: int = 4) -> DataLoader:
+    items = [{"x": x, "id": f"img/{i}"} for i, x in enumerate(images)]
+    return DataLoader(items, batch_size)
+
+
+@pytest.fixture
+def module(prior) -> PosteriorSampler:
+    return PosteriorSampler(prior, BoxMask(14, 4), DDPM(), [CMI(krylov=2), DPS()], num_steps=4)
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_predict_equals_the_core_in_either_mode(module, prior, shipped_images, inference_mode):
+    x = shipped_images[:4]
+    trainer = L.Trainer(**QUIET, inference_mode=inference_mode)
+    (restoration,) = trainer.predict(module, loader(x))
+    noise = SampleNoise(0, [f"img/{i}" for i in range(4)])
+    problem = Problem.simulate(x, BoxMask(14, 4).bind((1, 32, 32), noise, x), 0.05, noise)
+    expected = Sampler(prior, DDPM(), [CMI(krylov=2), DPS()], 4).run(problem, noise, x)
+    assert torch.equal(restoration["restored"], expected)
+    assert torch.equal(restoration["problem"].y, problem.y)
+    assert restoration["id"] == [f"img/{i}" for i in range(4)]
+    assert restoration["record"].forwards == 4
+    assert restoration["seconds"] > 0
+
+
+def test_batch_size_changes_nothing(module, shipped_images):
+    trainer = L.Trainer(**QUIET)
+    together, apart = (
+        torch.cat(
+            [r["restored"] for r in trainer.predict(module, loader(shipped_images[:4], size))]
+        )
+        for size in (4, 1)
+    )
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_precisions(prior, shipped_images, precision):
+    import copy
+
+    module = PosteriorSampler(copy.deepcopy(prior), BoxMask(14, 4), guidances=[DPS()], num_steps=4)
+    trainer = L.Trainer(**QUIET, precision=precision)
+    (restoration,) = trainer.predict(module, loader(shipped_images[:2]))
+    wanted = torch.float64 if precision == "64-true" else torch.float32
+    assert restoration["problem"].y.dtype == wanted  # the measurement is never lowered
+    assert restoration["restored"].dtype == wanted
+    reference = PosteriorSampler(prior, BoxMask(14, 4), guidances=[DPS()], num_steps=4)
+    (full,) = L.Trainer(**QUIET).predict(reference, loader(shipped_images[:2]))
+    difference = (restoration["restored"] - full["restored"]).abs().mean()
+    assert 0 < float(difference) < 0.05
+
+
+def test_given_measurements_need_no_truth(prior, shipped_images):
+    items = [
+        {
+            "y_image": x,
+            "id": str(i),
+            "mask": torch.rand(32, 32, generator=torch.manual_seed(i)) > 0.3 + 0.2 * i,
+        }
+        for i, x in enumerate(shipped_images[:2])
+    ]
+    module = PosteriorSampler(prior, guidances=[DPS()], num_steps=3)
+    (restoration,) = L.Trainer(**QUIET).predict(module, DataLoader(items, 2))
+    assert restoration["truth"] is None
+    for i, item in enumerate(items):
+        kept = item["mask"]
+        assert torch.equal(restoration["measurement"][i][:, kept], item["y_image"][:, kept])
+        assert bool((restoration["measurement"][i][:, ~kept] == 0).all())
+
+
+@pytest.mark.parametrize("kind", ["kernel", "factor", "plain"])
+def test_other_given_measurements(prior, shipped_images, kind):
+    y = shipped_images[0, :, ::4, ::4] if kind == "factor" else shipped_images[0]
+    extra = {
+        "kernel": {"kernel": torch.full((3, 3), 1 / 9)},
+        "factor": {"factor": 4},
+        "plain": {},
+    }[kind]
+    module = PosteriorSampler(prior, guidances=[DPS()], num_steps=3)
+    loader = DataLoader([{"y_image": y, "id": "a", **extra}])
+    (restoration,) = L.Trainer(**QUIET).predict(module, loader)
+    assert restoration["restored"].shape == (1, 1, 32, 32)
+    assert bool(torch.isfinite(restoration["restored"]).all())
+
+
+def test_images_are_checked_before_sampling(prior):
+    class Images(L.LightningDataModule):
+        image_shape = (1, 40, 32)
+
+        def predict_dataloader(self):
+            raise AssertionError("sampling must not start")
+
+    with pytest.raises(InputError, match="1×40×32"):
+        L.Trainer(**QUIET).predict(PosteriorSampler(prior), datamodule=Images())
+    Images.image_shape = (1, 32, 32)
+    with pytest.raises(InputError, match="5"):
+        L.Trainer(**QUIET).predict(PosteriorSampler(prior, Downsample(5)), datamodule=Images())
+
+
+def test_noise_range_is_stated_and_converted(prior):
+    assert GaussianNoise(0.05).std == 0.05
+    assert GaussianNoise(0.05, "unit").std == 0.1
+    with pytest.raises(InputError, match="sigma"):
+        GaussianNoise(-0.1)
+    described = PosteriorSampler(prior, noise=GaussianNoise(0.05, "unit")).describe()
+    assert described["noise"] == "σ = 0.1 on [−1, 1] = 0.05 on [0, 1]"
+
+
+def test_observers_see_every_step(shipped_images):
+    prior = GaussianMixture(torch.zeros(1, 1, 8, 8), 0.2)
+    seen = []
+
+    class Watch(L.Callback):
+        def on_sampling_start(self, trainer, pl_module, ids, problem):
+            seen.append(ids)
+
+        def on_sampling_step(self, trainer, pl_module, record):
+            seen.append(record.index)
+
+    module = PosteriorSampler(prior, Identity(), num_steps=3)
+    trainer = L.Trainer(**QUIET, callbacks=[Watch()])
+    trainer.predict(module, loader(torch.zeros(2, 1, 8, 8)))
+    assert seen == [["img/0", "img/1"], 2, 1, 0]
+
+
+def test_import_is_light():
+    import subprocess
+    import sys
+
+    heavy = "lpips torch_fidelity matplotlib torchvision.models lightning"
+    code = (
+        "import sys, cmi_lightning, cmi_lightning.guidance, cmi_lightning.solvers, "
+        "cmi_lightning.operators, cmi_lightning.denoisers; "
+        f"print([m for m in '{heavy}'.split() if m in sys.modules])"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip() == "[]"

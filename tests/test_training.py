@@ -1,0 +1,103 @@
+"""Training: the loss, and fit end to end with resuming."""
+
+from __future__ import annotations
+
+import gzip
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+
+from cmi_lightning.cli import main
+from cmi_lightning.training import ScoreTraining
+
+
+class Constant(nn.Module):
+    """Predicts one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(0.5))
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x, times):
+        self.seen.append(times)
+        return self.value.expand_as(x)
+
+
+def test_loss_is_the_error_of_the_noise():
+    module = ScoreTraining(Constant())
+    noise = torch.randn(64, 1, 8, 8, generator=torch.manual_seed(0))
+    loss = module.loss(torch.zeros_like(noise), torch.zeros(64, dtype=torch.long), noise)
+    assert float(loss.detach()) == pytest.approx(float((noise - 0.5).square().mean()))
+
+
+@pytest.mark.parametrize(("power", "share"), [(1.0, 0.1), (2.0, 0.1**0.5)])
+def test_times_are_stratified(power, share, monkeypatch):
+    module = ScoreTraining(Constant(), low_noise_power=power)
+    monkeypatch.setattr(module, "log", lambda *a, **k: None)
+    module.training_step({"x": torch.zeros(1000, 1, 2, 2)}, 0)
+    (times,) = module.network.seen
+    assert float((times < 100).float().mean()) == pytest.approx(share, abs=0.002)
+    assert bool((times.diff() >= 0).all())
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 1024 + 48), ("t10k", 8)):
+        pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        content = bytes(16) + pixels.tobytes()
+        (folder / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
+    return folder
+
+
+def test_fit_trains_averages_resumes_and_exports(tmp_path, dataset, capsys):
+    out = tmp_path / "run"
+    config = {
+        "model": {
+            "network": {
+                "class_path": "cmi_lightning.denoisers.UNet",
+                "init_args": {"in_channels": 1, "model_channels": 32, "channel_mult": [1]},
+            },
+            "warmup_steps": 2,
+        },
+        "data": {
+            "class_path": "cmi_lightning.data.FashionMNISTData",
+            "init_args": {"batch_size": 16, "root": str(dataset)},
+        },
+        "trainer": {
+            "default_root_dir": str(out),
+            "accelerator": "cpu",
+            "precision": "bf16-mixed",
+            "logger": False,
+            "limit_val_batches": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"},
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"dirpath": str(out), "save_last": True, "every_n_train_steps": 2},
+                },
+            ],
+        },
+    }
+    path = tmp_path / "fit.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert main(["fit", "-c", str(path), "--trainer.max_steps=3"]) == 0
+    first = load_file(out / "network.safetensors")
+    last = torch.load(out / "last.ckpt", weights_only=False)
+    assert last["global_step"] == 2
+    resumed = f"--ckpt_path={out / 'last.ckpt'}"
+    assert main(["fit", "-c", str(path), "--trainer.max_steps=5", resumed]) == 0
+    second = load_file(out / "network.safetensors")
+    assert first.keys() == second.keys()
+    assert any(not torch.equal(first[k], second[k]) for k in first)
+    assert torch.load(out / "last.ckpt", weights_only=False)["global_step"] == 4
+    assert "network.safetensors" in capsys.readouterr().out
