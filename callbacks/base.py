@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from cmi_lightning.linalg import norm
-from cmi_lightning.operators import PixelMask
 from cmi_lightning.problem import Problem
 from cmi_lightning.step import Record
 
@@ -41,10 +40,7 @@ def output_folder(trainer: L.Trainer, dirpath: str | None) -> Path:
 
 def noise_norm(problem: Problem) -> Tensor:
     """Return √(Σ std²) (B,), the residual that noise alone leaves: σ√m for m measured entries."""
-    std = problem.std.expand_as(problem.y)
-    if isinstance(problem.operator, PixelMask):  # padding is no measurement
-        std = std * problem.operator.valid[:, None]
-    return norm(std)
+    return norm(problem.operator.measured(problem.std.expand_as(problem.y)))
 
 
 def describe(pl_module: L.LightningModule) -> dict[str, str]:

@@ -93,7 +93,8 @@ def _lightning_cli(model: type, args: list[str], **kwargs: Any) -> Any:
             )
 
     # What Lightning says to its own authors, and advertisements, would bury what the user must see.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
     # args, not sys.argv: that must stay whole, because Lightning starts further ranks with it.
@@ -107,7 +108,12 @@ def _lightning_cli(model: type, args: list[str], **kwargs: Any) -> Any:
             args=args,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False, **kwargs},
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                **kwargs,
+            },
             save_config_kwargs={"overwrite": True},
         )
     except ArgumentError as error:

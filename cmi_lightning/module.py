@@ -104,9 +104,10 @@ class PosteriorSampler(L.LightningModule):
         std = self.measurement_noise.std
         shape = self.denoiser.image_shape
         size = "×".join("any" if n is None else str(n) for n in shape) if shape else "any"
+        datamodule = getattr(self._trainer, "datamodule", None)
         return {
             "prior": f"{_name(self.denoiser)}, images {size}",
-            "operator": _name(self.operator),
+            "operator": getattr(datamodule, "given", None) or _name(self.operator),
             "noise": f"σ = {std:g} on [−1, 1] = {std / 2:g} on [0, 1]",
             "solver": _name(self.solver),
             "guidances": ", ".join(map(_name, self.guidances)) or "none",

@@ -64,7 +64,7 @@ class Problem:
         """Measure clean images x (B, C, H, W) in [−1, 1] with a bound operator."""
         clean = operator(x)
         n = per_sample(noise_std, clean) * noise.normal("measurement", 0, clean)
-        return cls(clean + n, operator, noise_std)
+        return cls(clean + operator.measured(n), operator, noise_std)
 
     @property
     def std(self) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from cmi_lightning.data.files import Channels, check_alike, find_images, read_image
 from cmi_lightning.errors import InputError
@@ -98,6 +98,7 @@ class ImageFolderData(L.LightningDataModule):
         limit: restore only the first ``limit`` images.
         batch_size: images per batch.
         num_workers: worker processes of the loader.
+        val_count: for ``fit``: the last ``val_count`` images are not trained on but validate.
 
     Raises:
         InputError: at set-up, before any sampling: for a missing or empty folder, a file that
@@ -113,8 +114,10 @@ class ImageFolderData(L.LightningDataModule):
         limit: int | None = None,
         batch_size: int = 16,
         num_workers: int = 0,
+        val_count: int = 0,
     ) -> None:
         super().__init__()
+        self.val_count = val_count
         self.folder, self.size, self.channels, self.limit = folder, size, channels, limit
         self.batch_size, self.num_workers = batch_size, num_workers
 
@@ -130,4 +133,26 @@ class ImageFolderData(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """The images to restore."""
-        return DataLoader(self.images, batch_size=self.batch_size, num_workers=self.num_workers)
+        return self._loader(self.images)
+
+    def train_dataloader(self) -> DataLoader:
+        """All but the last ``val_count`` images, shuffled."""
+        return self._loader(Subset(self.images, range(self._trained)), shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """The last ``val_count`` images."""
+        return self._loader(Subset(self.images, range(self._trained, len(self.images))))
+
+    @property
+    def _trained(self) -> int:
+        if not 0 <= self.val_count < len(self.images):
+            raise InputError(
+                f"data.val_count must leave images to train on: it is {self.val_count} of "
+                f"{len(self.images)}."
+            )
+        return len(self.images) - self.val_count
+
+    def _loader(self, images: Dataset, shuffle: bool = False) -> DataLoader:
+        return DataLoader(
+            images, batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers
+        )

@@ -211,6 +211,13 @@ class MeasurementFolderData(L.LightningDataModule):
         self.images = MeasurementFolder(self)
 
     @property
+    def given(self) -> str:
+        """What was measured, for people."""
+        needed = NEEDS.get(self.kind)
+        option = f", {needed} {getattr(self, needed)}" if needed else ""
+        return f"given measurements, {self.kind}{option}"
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of every restored image, known after :meth:`setup`."""
         return self.images.image_shape

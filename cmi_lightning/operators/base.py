@@ -59,6 +59,10 @@ class LinearOperator(ABC):
             x = y.new_zeros(y.shape[0], *self.image_shape, requires_grad=True)
             return torch.autograd.grad(self.forward(x), x, y)[0]
 
+    def measured(self, y: Tensor) -> Tensor:
+        """Return y (B, *m) with zeros where a batch's common shape holds no measurement."""
+        return y
+
     def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
         """Return (A Aᵀ + diag(shift))⁻¹ y.
 

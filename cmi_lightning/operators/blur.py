@@ -122,7 +122,9 @@ class Convolution(LinearOperator):
     def _spectrum(self, padded: Tensor) -> Tensor:
         """Return the kernels' Fourier transform on the padded grid, (B, 1, ·, ·)."""
         height, width = padded.shape[2:]
-        return torch.fft.rfft2(self.kernels, s=(height, width))[:, None]
+        kernels = self.kernels
+        padding = (0, width - kernels.shape[2], 0, height - kernels.shape[1])
+        return _spectrum_of(torch.nn.functional.pad(kernels, padding))[:, None]
 
     def _transfer(self, x: Tensor) -> Tensor:
         """Return the Fourier transform of the kernels, centred at the origin and wrapped."""
@@ -132,7 +134,7 @@ class Convolution(LinearOperator):
             place = (torch.arange(taps, device=x.device) - taps // 2) % size
             shape = [size if a == axis else n for a, n in enumerate(wrapped.shape)]
             wrapped = wrapped.new_zeros(shape).index_add(axis, place, wrapped)
-        return torch.fft.rfft2(wrapped)[:, None]
+        return _spectrum_of(wrapped)[:, None]
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,15 @@ def _path(diagonal: float, intensity: float, random: np.random.Generator) -> np.
 def _filter(x: Tensor, transfer: Tensor) -> Tensor:
     """Multiply x by a real filter's half spectrum."""
     height, width = x.shape[2:]
-    return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=(height, width))
+    return torch.stack([torch.fft.irfft2(s, s=(height, width)) for s in _spectrum_of(x) * transfer])
+
+
+def _spectrum_of(x: Tensor) -> Tensor:
+    """Return the half spectrum of each image, one transform a sample.
+
+    A transform of a whole batch rounds differently than those of its samples.
+    """
+    return torch.stack([torch.fft.rfft2(sample) for sample in x])
 
 
 def _amplitude(transfer: Tensor) -> Tensor:

@@ -100,14 +100,18 @@ class PixelMask(LinearOperator):
     def forward(self, x: Tensor) -> Tensor:
         """Return the known pixels, (B, C, H, W) → (B, C, m)."""
         index = self.index[:, None].expand(*x.shape[:2], -1)
-        return x.flatten(2).gather(2, index).masked_fill(~self.valid[:, None], 0)
+        return self.measured(x.flatten(2).gather(2, index))
+
+    def measured(self, y: Tensor) -> Tensor:
+        """Return y (B, C, m) with zeros at padding."""
+        return y.masked_fill(~self.valid[:, None], 0)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Return an image of the known pixels and zeros, (B, C, m) → (B, C, H, W)."""
         height, width = self.image_shape[1:]
         flat = y.new_zeros(*y.shape[:2], height * width)
         index = self.index[:, None].expand(*y.shape[:2], -1)
-        flat = flat.scatter(2, index, y.masked_fill(~self.valid[:, None], 0))
+        flat = flat.scatter(2, index, self.measured(y))
         return flat.unflatten(2, (height, width))
 
     def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
