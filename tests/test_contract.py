@@ -56,7 +56,8 @@ def restore(sampler: Sampler, operator, x: torch.Tensor, ids: list[str]):
 
 @pytest.fixture(scope="module")
 def garments(shipped_images) -> torch.Tensor:
-    return shipped_images[:4]
+    """Centres of four garments: the network is convolutional, and a quarter is four times faster."""
+    return shipped_images[:4, :, 8:24, 8:24]
 
 
 @each_case
@@ -167,7 +168,7 @@ def test_heun_runs_every_guidance_but_dsg(prior, garments):
 
 def test_log_tells_what_happened(prior, garments):
     noise = SampleNoise(0, list("abcd"))
-    bound = BoxMask(8, 2).bind((1, 32, 32), noise, garments)
+    bound = BoxMask(8, 2).bind((1, 16, 16), noise, garments)
     problem = Problem.simulate(garments, bound, 0.05, noise)
     sampler = Sampler(prior, DDPM(), [CMI(krylov=2), MCG()], 4)
     records = list(sampler.iterate(problem, noise, garments))
