@@ -56,7 +56,7 @@ def restore(sampler: Sampler, operator, x: torch.Tensor, ids: list[str]):
 
 @pytest.fixture(scope="module")
 def garments(shipped_images) -> torch.Tensor:
-    """Centres of four garments: the network is convolutional, and a quarter is four times faster."""
+    """Centres of four garments: the network is convolutional, and this is faster."""
     return shipped_images[:4, :, 8:24, 8:24]
 
 
