@@ -141,7 +141,7 @@ class RestorationMetrics(SamplingCallback):
                 levels(outputs["measurement"]) / 255,
                 levels(outputs["truth"]) / 255,
             )
-        problem, record = outputs["problem"], outputs["record"]
+        problem, record = outputs["details"].problem, outputs["details"].record
         columns["residual"] = norm(problem.y - problem.operator(outputs["restored"]))
         columns["expected_residual"] = noise_norm(problem)
         values = {name: column.tolist() for name, column in columns.items()}

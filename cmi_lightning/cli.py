@@ -68,7 +68,7 @@ def _resolved(args: Sequence[str]) -> list[str]:
     return out
 
 
-def _lightning_cli(model: type, args: list[str], **kwargs: Any) -> Any:
+def _lightning_cli(model: type, args: list[str], resumable: bool = False, **kwargs: Any) -> Any:
     """Parse ``args`` and instantiate model, data and trainer; nothing is run.
 
     Raises:
@@ -88,9 +88,10 @@ def _lightning_cli(model: type, args: list[str], **kwargs: Any) -> Any:
 
     class CLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.add_argument(
-                "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from (fit)"
-            )
+            if resumable:
+                parser.add_argument(
+                    "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from"
+                )
 
     # What Lightning says to its own authors, and advertisements, would bury what the user must see.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
@@ -132,21 +133,30 @@ def predict(args: list[str]) -> Any:
 
     base = [str(configs() / "base.yaml")]
     cli = _lightning_cli(PosteriorSampler, args, default_config_files=base)
+    # Checked before the trainer starts, so that a refused run touches no file of an earlier one.
+    cli.datamodule.setup("predict")
+    cli.model.check(cli.trainer, cli.datamodule)
     cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     return cli
 
 
 def fit(args: list[str]) -> Any:
     """Train a score network and write its weights, network.safetensors; returns the CLI object."""
+    import torch
     from safetensors.torch import save_file
 
     from cmi_lightning.training import ScoreTraining
 
-    cli = _lightning_cli(ScoreTraining, args)
+    cli = _lightning_cli(ScoreTraining, args, resumable=True)
+    if (resume := cli.config.ckpt_path) and not Path(resume).is_file():
+        raise InputError(f"--ckpt_path: there is no checkpoint '{resume}'.")
+    path = Path(cli.trainer.default_root_dir) / "network.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
     if cli.trainer.is_global_zero:
-        path = Path(cli.trainer.default_root_dir) / "network.safetensors"
-        weights = {k: v.contiguous().cpu() for k, v in cli.model.network.state_dict().items()}
+        whole = torch.contiguous_format
+        state = cli.model.network.state_dict()
+        weights = {name: v.cpu().clone(memory_format=whole) for name, v in state.items()}
         save_file(weights, path)  # averaged, where an averaging callback is on
         print(f"weights: {path}")
     return cli
@@ -158,6 +168,8 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {"predict": predict, "fit": fi
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, or 2 for bad input."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if os.getcwd() not in sys.path:  # a console script lacks it, and users keep their classes here
+        sys.path.insert(0, os.getcwd())
     command, rest = (args[0], args[1:]) if args else ("--help", [])
     try:
         if command in ("-h", "--help"):
@@ -170,7 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             COMMANDS[command](_resolved(rest))
         else:
             raise InputError(f"Unknown command '{command}': use {' or '.join(COMMANDS)}.")
-    except InputError as error:
-        print(f"cmi-lightning: error: {error}", file=sys.stderr)
+    except Exception as error:
+        # Lightning's own word for bad options; importing it here would slow down --help.
+        lightnings = type(error).__name__ == "MisconfigurationException"
+        if not isinstance(error, InputError) and not lightnings:
+            raise
+        print(f"cmi-lightning: error: {_one_sentence(str(error))}", file=sys.stderr)
         return 2
     return 0

@@ -15,11 +15,28 @@ from cmi_lightning.denoisers.base import Autocast, Denoiser
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import Convolution, Downsample, Identity, LinearOperator, PixelMask
+from cmi_lightning.operators import (
+    Convolution,
+    Downsample,
+    Identity,
+    LinearOperator,
+    PixelMask,
+    Recipe,
+)
 from cmi_lightning.problem import GaussianNoise, Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDPM, Solver
 from cmi_lightning.step import Record
+
+
+class Details:
+    """A batch's problem (y, A and the noise level) and the last step's record.
+
+    A plain class: Lightning looks into containers and dataclasses and refuses frozen ones.
+    """
+
+    def __init__(self, problem: Problem, record: Record) -> None:
+        self.problem, self.record = problem, record
 
 
 class Restoration(TypedDict):
@@ -27,17 +44,15 @@ class Restoration(TypedDict):
 
     ``id``: list of sample ids. ``restored``: (B, C, H, W), not clamped. ``measurement``: A⁺y
     (B, C, H, W), the measurement seen as an image. ``truth``: (B, C, H, W), or None for real
-    measurements. ``problem``: y, A and the noise level. ``record``: the last step's record.
-    ``seconds``: sampling time per image.
+    measurements. ``seconds``: sampling time per image. ``details``: what else a callback may want.
     """
 
     id: list[str]
     restored: Tensor
     measurement: Tensor
     truth: Tensor | None
-    problem: Problem
-    record: Record
     seconds: float
+    details: Details
 
 
 @runtime_checkable
@@ -66,8 +81,10 @@ class PosteriorSampler(L.LightningModule):
         solver: default: DDPM with the posterior variance.
         guidances: the likelihood; none draws from the prior.
         num_steps: steps, by guided-diffusion's respacing rule; None for every level of the prior.
-        noise: the measurement noise, with the image range it is meant in.
-        seed: seed of all random numbers; see :class:`cmi_lightning.noise.SampleNoise`.
+        noise: the measurement noise, with the image range it is meant in. (A standard deviation per
+            measurement is :class:`cmi_lightning.Problem`'s, for use without Lightning.)
+        seed: seed of all random numbers (Lightning's ``seed_everything`` has no part in them); see
+            :class:`cmi_lightning.noise.SampleNoise`.
         clamp: clamp the x̂₀ that the solver uses to the prior's value range.
 
     Raises:
@@ -81,7 +98,7 @@ class PosteriorSampler(L.LightningModule):
         solver: Solver | None = None,
         guidances: list[Guidance] | None = None,
         num_steps: int | str | None = 100,
-        noise: GaussianNoise | None = None,
+        noise: GaussianNoise = GaussianNoise(),  # noqa: B008
         seed: int = 0,
         clamp: bool = True,
     ) -> None:
@@ -91,8 +108,13 @@ class PosteriorSampler(L.LightningModule):
         self.solver = solver or DDPM()
         self.guidances = list(guidances or [])
         self.num_steps, self.seed, self.clamp = num_steps, seed, clamp
-        self.measurement_noise = noise or GaussianNoise()
+        self.measurement_noise = noise
         self.sampler()  # refuses parts that do not fit
+        for guidance in self.guidances:
+            if guidance.active and guidance.needs_noise and self.measurement_noise.std == 0:
+                raise InputError(
+                    f"{type(guidance).__name__} needs measurement noise: set noise.sigma above 0."
+                )
 
     def sampler(self, dtype: torch.dtype | None = None) -> Sampler:
         """Return the sampler, with the network under autocast to ``dtype`` if given."""
@@ -116,23 +138,44 @@ class PosteriorSampler(L.LightningModule):
         }
 
     def setup(self, stage: str) -> None:
-        """Check images against prior and operator, before any sampling.
+        """Check everything before any sampling; see :meth:`check`."""
+        self.check(self.trainer, self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def check(self, trainer: L.Trainer, datamodule: Any) -> None:
+        """Check the trainer's precision, and the images of a datamodule that was set up.
 
         Raises:
-            InputError: if the images have other channels or another size than the network, or
-                the operator cannot act on them.
+            InputError: for a precision that would round the measurement, or if the datamodule's
+                ``image_shape`` does not suit the network or the operator.
         """
-        shape = getattr(self.trainer.datamodule, "image_shape", None)  # type: ignore[attr-defined]
+        precision = str(trainer.precision)
+        if precision.endswith("-true") and precision not in ("32-true", "64-true"):
+            raise InputError(
+                f"trainer.precision={precision} would round the measurement; use "
+                f"{precision.removesuffix('-true')}-mixed, which lowers the network alone."
+            )
+        shape = getattr(datamodule, "image_shape", None)
         if shape is None:
             return
-        wanted = self.denoiser.image_shape
+        self._check_shape(tuple(shape))
+        if isinstance(self.operator, Recipe) and getattr(datamodule, "given", None) is None:
+            self.operator.bind(shape, SampleNoise(self.seed, ["check"]), torch.zeros(1))
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        """Refuse images (C, H, W) that the network does not take."""
+        wanted, multiple = self.denoiser.image_shape, self.denoiser.size_multiple
+        given = "×".join(map(str, shape))
         if wanted and any(w is not None and w != n for w, n in zip(wanted, shape, strict=True)):
             size = "×".join("any" if n is None else str(n) for n in wanted)
             raise InputError(
-                f"The images are {'×'.join(map(str, shape))} (channels×height×width) and the "
-                f"network takes {size}; set data.channels or data.size, or use another network."
+                f"The images are {given} (channels×height×width) and the network takes {size}; set "
+                "data.channels or data.size, or use another network."
             )
-        self.operator.bind(shape, SampleNoise(self.seed, ["check"]), torch.zeros(1))
+        if any(n % multiple for n in shape[1:]):
+            raise InputError(
+                f"The images are {given} (channels×height×width) and the network needs sides that "
+                f"are multiples of {multiple}; set data.size."
+            )
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> Restoration:
         """Measure and restore one batch."""
@@ -153,6 +196,7 @@ class PosteriorSampler(L.LightningModule):
             operator = self.operator.bind(tuple(truth.shape[1:]), noise, truth)
             problem = Problem.simulate(truth, operator, self.measurement_noise.std, noise)
             like = truth
+        self._check_shape(tuple(like.shape[1:]))
         observers = [c for c in self._callbacks() if isinstance(c, SamplingObserver)]
         for observer in observers:
             observer.on_sampling_start(self._trainer, self, ids, problem)
@@ -165,9 +209,8 @@ class PosteriorSampler(L.LightningModule):
             restored=record.x,
             measurement=problem.operator.pinv(problem.y),
             truth=truth,
-            problem=problem,
-            record=record,
             seconds=(time.perf_counter() - started) / len(ids),
+            details=Details(problem, record),
         )
 
     def _callbacks(self) -> list[Any]:

@@ -36,7 +36,9 @@ class SampleNoise:
     def normal(self, stream: str, step: int, like: Tensor) -> Tensor:
         """Return standard normal noise of the shape, dtype and device of ``like`` (B, *)."""
         rows = [
-            torch.randn(like.shape[1:], generator=self.generator(row, stream, step))
+            torch.randn(
+                like.shape[1:], generator=self.generator(row, stream, step), dtype=torch.float32
+            )
             for row in range(len(like))
         ]
         return torch.stack(rows).to(like)

@@ -63,8 +63,8 @@ class Problem:
     ) -> Self:
         """Measure clean images x (B, C, H, W) in [−1, 1] with a bound operator."""
         clean = operator(x)
-        n = per_sample(noise_std, clean) * noise.normal("measurement", 0, clean)
-        return cls(clean + operator.measured(n), operator, noise_std)
+        white = operator.white(lambda like: noise.normal("measurement", 0, like), clean)
+        return cls(clean + per_sample(noise_std, clean) * white, operator, noise_std)
 
     @property
     def std(self) -> Tensor:

@@ -29,8 +29,8 @@ class Sampler:
         clamp: clamp the x̂₀ that the solver uses to the prior's value range.
 
     Raises:
-        InputError: if a guidance needs noise that the solver does not inject, or the solver a
-            variance that the network does not give.
+        InputError: if a guidance needs noise that the solver does not inject, or one of them a
+            variance or a derivative that the network does not give.
     """
 
     def __init__(
@@ -46,6 +46,13 @@ class Sampler:
                 raise InputError(
                     f"{type(guidance).__name__} steers the solver's noise, and {solver} injects "
                     "none; use DDPM, or DDIM with eta > 0."
+                )
+        for guidance in guidances:
+            if guidance.active and guidance.derivatives > denoiser.derivatives:
+                raise InputError(
+                    f"{type(guidance).__name__} differentiates the network "
+                    f"{guidance.derivatives} times and the network allows {denoiser.derivatives}: "
+                    "set second_order to difference, or fused_attention to false."
                 )
         if solver.needs_variance and not denoiser.learns_variance:
             raise InputError(

@@ -121,6 +121,16 @@ class Schedule:
         sigmas = tuple((ramp**rho).tolist())
         return cls((1.0,) * num_levels, sigmas, sigmas)
 
+    @classmethod
+    def named(cls, schedule: Schedule | str) -> Schedule:
+        """Return a schedule as it is, or the one of a name: "linear", "cosine" or "edm"."""
+        if isinstance(schedule, Schedule):
+            return schedule
+        if schedule not in (names := ("linear", "cosine", "edm")):
+            raise InputError(f"schedule must be one of {', '.join(names)}, got '{schedule}'.")
+        made: Schedule = getattr(cls, schedule)()
+        return made
+
     def __len__(self) -> int:
         return len(self.alphas)
 

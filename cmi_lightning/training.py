@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Schedule
 
 
@@ -21,7 +22,7 @@ class ScoreTraining(L.LightningModule):
 
     Args:
         network: maps x_t (B, C, H, W) and times (B,) to ε (B, C, H, W).
-        schedule: noise levels; default: the linear DDPM chain of 1000.
+        schedule: noise levels, or their name: "linear" (the DDPM chain of 1000), "cosine", "edm".
         learning_rate: peak learning rate of AdamW, after ``warmup_steps``.
         warmup_steps: steps of linear warm-up; the rest is a cosine decay to zero at the end of
             training (``trainer.max_steps`` or ``max_epochs``).
@@ -38,7 +39,7 @@ class ScoreTraining(L.LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        schedule: Schedule | None = None,
+        schedule: Schedule | Literal["linear", "cosine", "edm"] = "linear",
         learning_rate: float = 1e-3,
         warmup_steps: int = 500,
         weight_decay: float = 0.0,
@@ -47,7 +48,7 @@ class ScoreTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         self.network = network
-        self.schedule = schedule or Schedule.linear()
+        self.schedule = Schedule.named(schedule)
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.weight_decay, self.num_eval_levels = weight_decay, num_eval_levels
         self.low_noise_power = low_noise_power
@@ -59,6 +60,12 @@ class ScoreTraining(L.LightningModule):
         """Return the mean squared error of ε of a batch (B, C, H, W) at levels ``indices``."""
         alpha, sigma = (v[indices][:, None, None, None] for v in (self.alphas, self.sigmas))
         predicted = self.network(alpha * x0 + sigma * noise, self.times[indices])
+        if predicted.shape != noise.shape:
+            raise InputError(
+                f"The network returns {tuple(predicted.shape)} for images {tuple(noise.shape)}: "
+                "training fits ε alone, so set in_channels to the images' channels and "
+                "learn_variance to false."
+            )
         return (predicted.float() - noise).square().mean()
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
@@ -80,7 +87,7 @@ class ScoreTraining(L.LightningModule):
             noise = torch.randn(x0.shape, generator=generator).to(x0)
             indices = torch.full((len(x0),), int(level), device=x0.device)
             loss = self.loss(x0, indices, noise)
-            self.log("val/loss", loss, prog_bar=True, batch_size=len(x0))
+            self.log("val/loss", loss, prog_bar=True, batch_size=len(x0), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and cosine decay over the whole training."""
@@ -90,10 +97,12 @@ class ScoreTraining(L.LightningModule):
             betas=(0.9, 0.99),
             weight_decay=self.weight_decay,
         )
-        total = int(self.trainer.estimated_stepping_batches)
+        total = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total):
+            raise InputError("Training needs an end: set trainer.max_steps or trainer.max_epochs.")
 
         def factor(step: int) -> float:
-            warm = min(1.0, (step + 1) / self.warmup_steps)
+            warm = min(1.0, (step + 1) / max(self.warmup_steps, 1))
             return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -175,8 +175,8 @@ def test_metrics_equal_skimage_on_the_saved_pixels(tmp_path, channels, capsys):
             assert float(row[f"psnr{suffix}"]) == pytest.approx(psnr, abs=1e-4)
             ssim = reference_ssim(unit(x[i]), image)
             assert float(row[f"ssim{suffix}"]) == pytest.approx(ssim, abs=1e-4)
-        y = keep.outputs[i // 3]["problem"].y[i % 3]
-        operator = keep.outputs[i // 3]["problem"].operator
+        y = keep.outputs[i // 3]["details"].problem.y[i % 3]
+        operator = keep.outputs[i // 3]["details"].problem.operator
         residual = y - operator(keep.outputs[i // 3]["restored"])[i % 3]
         assert float(row["residual"]) == pytest.approx(float(residual.norm()), rel=1e-4)
         expected = 0.05 * (channels * (24 * 24 - 12 * 12)) ** 0.5

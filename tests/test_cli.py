@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import textwrap
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,8 +29,11 @@ def run(tmp_path, *args: str) -> int:
 
 
 def refusal(capsys, *args: str) -> str:
-    """The one line that bad input earns, with exit code 2."""
-    assert main(list(args)) == 2
+    """The one line that bad input earns, with exit code 2 and not a file written."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = f"--trainer.default_root_dir={folder}/out"
+        assert main([*args, *([root] if args[0] in ("predict", "fit") else [])]) == 2
+        assert not list(Path(folder).rglob("*.*"))
     lines = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in lines if line.startswith("cmi-lightning: error: ")]
     assert len(errors) == 1
@@ -94,36 +98,6 @@ def test_config_in_an_own_file_and_long_spelling(tmp_path):
     assert run(tmp_path, f"--config={own}", *FAST[:2]) == 0
     saved = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
     assert saved["model"]["num_steps"] == 2
-
-
-def test_guidance_of_the_users_own_needs_no_registration(tmp_path, monkeypatch):
-    (tmp_path / "my_terms.py").write_text(
-        textwrap.dedent(
-            """
-            from dataclasses import dataclass
-            from cmi_lightning.guidance import Guidance
-
-            @dataclass(frozen=True)
-            class Smoothness(Guidance):
-                weight: float = 0.1
-
-                def guide_transition(self, step, transition):
-                    x0 = step.x0
-                    edges = (x0.diff(dim=-1) ** 2).flatten(1).sum(1)
-                    return transition.shift(-self.weight * step.grad(edges))
-            """
-        )
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    extra = ["--model.guidances+=my_terms.Smoothness", "--model.guidances.init_args.weight=0.3"]
-    assert run(tmp_path, "-c", "demo", *FAST, *extra) == 0
-    saved = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
-    assert saved["model"]["guidances"][-1] == {
-        "class_path": "my_terms.Smoothness",
-        "init_args": {"weight": 0.3},
-    }
-    header = (tmp_path / "out/trajectory.csv").read_text()
-    assert "step/Smoothness" in header
 
 
 def test_bf16_and_ddim(tmp_path):
@@ -194,11 +168,44 @@ def test_size_that_the_factor_does_not_divide(capsys, tmp_path):
         ("--model.noise.sigma=-1", ["sigma"]),
         ("--data.batch_size=many", ["batch_size", "many"]),
         ("--model.noise.range=percent", ["range", "percent"]),
+        ("--data.limit=0", ["data.limit"]),
+        ("--trainer.devices=0", ["devices"]),
+        ("--trainer.precision=bf16-true", ["bf16-mixed"]),
+        ("--ckpt_path=x.ckpt", ["ckpt_path"]),
     ],
 )
 def test_wrong_options_are_named(capsys, option, words):
     error = refusal(capsys, "predict", option)
     assert all(word in error for word in words), error
+
+
+def test_cmi_without_measurement_noise(capsys):
+    error = refusal(capsys, "predict", "-c", "demo", "--model.noise.sigma=0")
+    assert "CMI needs measurement noise" in error
+
+
+def test_second_derivatives_of_fused_attention(capsys):
+    option = "--model.denoiser.init_args.network.init_args.fused_attention=true"
+    error = refusal(capsys, "predict", "-c", "demo", option)
+    assert "second_order" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--ckpt_path=absent.ckpt", ["absent.ckpt"]),
+        ("--trainer.max_stepz=3", ["max_stepz"]),
+        ("--model.schedule=quadratic", ["schedule", "quadratic"]),
+    ],
+)
+def test_fit_names_what_is_wrong(capsys, option, words):
+    error = refusal(capsys, "fit", "-c", "fit/fashion_mnist", option)
+    assert all(word in error for word in words), error
+
+
+def test_cosine_schedule_by_name(tmp_path):
+    options = [*FAST, "--model.denoiser.init_args.schedule=cosine", "--trainer.callbacks=[]"]
+    assert run(tmp_path, "-c", "demo", *options) == 0
 
 
 def test_solver_without_noise_for_dsg(capsys):

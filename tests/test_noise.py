@@ -47,3 +47,13 @@ def test_moments():
     assert abs(float(z.var()) - 1) < 4 * 2**0.5 / 200
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
     assert abs(float(signs.mean())) < 4 / 200
+
+
+def test_default_dtype_does_not_change_the_numbers():
+    noise = SampleNoise(0, ["a", "b", "c"])
+    before = noise.normal("s", 0, LIKE.double())
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(noise.normal("s", 0, LIKE.double()), before)
+    finally:
+        torch.set_default_dtype(torch.float32)

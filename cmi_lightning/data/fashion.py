@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from cmi_lightning.data.files import check_at_least_1
 from cmi_lightning.errors import InputError
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
@@ -44,7 +45,10 @@ class FashionMNIST(Dataset):
             raise InputError(
                 f"No '{name}' in '{folder}': point data.root to Fashion-MNIST's files."
             )
-        raw = gzip.decompress((folder / name).read_bytes())
+        try:
+            raw = gzip.decompress((folder / name).read_bytes())
+        except (OSError, EOFError) as error:
+            raise InputError(f"'{folder / name}' is damaged; fetch it again.") from error
         pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28)
         self.pixels = F.pad(torch.from_numpy(pixels.copy()), (2, 2, 2, 2))
 
@@ -96,8 +100,11 @@ class FashionMNISTData(L.LightningDataModule):
         self.root, self.batch_size, self.num_workers = root, batch_size, num_workers
         self.predict_split, self.limit = predict_split, limit
 
+    image_shape = (1, 32, 32)
+
     def setup(self, stage: str) -> None:
         """Read the files once per stage."""
+        check_at_least_1({"data.batch_size": self.batch_size, "data.limit": self.limit})
         if stage in ("fit", "validate") or self.predict_split == "val":
             train = FashionMNIST(True, self.root)
             cut = len(train) - NUM_HELD_OUT

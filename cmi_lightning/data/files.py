@@ -131,3 +131,10 @@ def check_alike(shapes: dict[str, tuple[int, ...]], what: str, channels: str, si
                 f"{what}: '{first}' is {shape[1]}×{shape[2]} (height×width) and '{name}' "
                 f"{other[1]}×{other[2]}; {size}."
             )
+
+
+def check_at_least_1(options: dict[str, int | None]) -> None:
+    """Raise InputError for the first option that is set below 1."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}.")

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from cmi_lightning.data.files import Channels, check_alike, find_images, read_image
+from cmi_lightning.data.files import (
+    Channels,
+    check_alike,
+    check_at_least_1,
+    find_images,
+    read_image,
+)
 from cmi_lightning.errors import InputError
 
 SHIPPED = {
@@ -74,13 +80,6 @@ def crop_to(x: Tensor, size: int) -> Tensor:
         x = F.interpolate(x[None], (height, width), mode="bicubic", antialias=True)[0].clamp(-1, 1)
     top, left = (height - size) // 2, (width - size) // 2
     return x[:, top : top + size, left : left + size]
-
-
-def check_at_least_1(options: dict[str, int | None]) -> None:
-    """Raise InputError for the first option that is set below 1."""
-    for name, value in options.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}.")
 
 
 class ImageFolderData(L.LightningDataModule):

@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cmi_lightning.data.files import Channels, check_alike, find_images, read_image
-from cmi_lightning.data.folder import check_at_least_1
+from cmi_lightning.data.files import (
+    Channels,
+    check_alike,
+    check_at_least_1,
+    find_images,
+    read_image,
+)
 from cmi_lightning.errors import InputError
 
 Kind = Literal["denoise", "inpaint", "blur", "downsample"]

@@ -33,12 +33,16 @@ class Denoiser(nn.Module, ABC):
         value_range: smallest and largest value of a clean image, or None when unbounded. Solvers
             clamp x̂₀ to it; derivatives are always taken of the unclamped x̂₀.
         learns_variance: predictions carry a variance fraction.
+        derivatives: how often x̂₀ can be differentiated.
+        size_multiple: both sides of an image must be multiples of this.
     """
 
     schedule: Schedule
     image_shape: tuple[int | None, ...] | None = None
     value_range: tuple[float, float] | None = None
     learns_variance: bool = False
+    derivatives: int = 2
+    size_multiple: int = 1
 
     @abstractmethod
     def forward(self, x: Tensor, level: Level) -> Prediction:
@@ -58,6 +62,7 @@ class Autocast(Denoiser):
         self.denoiser, self.dtype = denoiser, dtype
         self.schedule, self.image_shape = denoiser.schedule, denoiser.image_shape
         self.value_range, self.learns_variance = denoiser.value_range, denoiser.learns_variance
+        self.derivatives, self.size_multiple = denoiser.derivatives, denoiser.size_multiple
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
         """Return the denoiser's prediction of x_t (B, *)."""

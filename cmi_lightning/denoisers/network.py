@@ -26,10 +26,12 @@ class NetworkDenoiser(Denoiser):
     Args:
         network: maps x_t (B, C, H, W) and times (B,) to the prediction (B, C, H, W), or to 2C
             channels of which the second half is the learned variance (the network then says so
-            by an attribute ``learn_variance = True``).
+            by an attribute ``learn_variance = True``). Two more attributes are read where present:
+            ``size_multiple`` and ``derivatives``, see :class:`Denoiser`.
         weights: a ``.safetensors``, ``.pt`` or ``.pth`` file, or the name of a shipped prior
             ("fashion-mnist"). None takes the network as it is, for networks you loaded yourself.
-        schedule: the levels the network was trained on; default: the linear DDPM chain.
+        schedule: the levels the network was trained on, or their name: "linear" (the DDPM chain of
+            1000), "cosine" or "edm".
         prediction: what the network predicts.
         image_shape: (C, H, W), with None where the network takes any size.
         value_range: range of clean images.
@@ -42,18 +44,20 @@ class NetworkDenoiser(Denoiser):
         self,
         network: nn.Module,
         weights: str | None,
-        schedule: Schedule | None = None,
+        schedule: Schedule | Literal["linear", "cosine", "edm"] = "linear",
         prediction: Literal["epsilon", "x0", "v"] = "epsilon",
         image_shape: tuple[int | None, int | None, int | None] | None = None,
         value_range: tuple[float, float] | None = (-1.0, 1.0),
     ) -> None:
         super().__init__()
         self.network = network
-        self.schedule = schedule or Schedule.linear()
+        self.schedule = Schedule.named(schedule)
         self.prediction = prediction
         self.image_shape = image_shape
         self.value_range = value_range
         self.learns_variance = bool(getattr(network, "learn_variance", False))
+        self.derivatives = int(getattr(network, "derivatives", 2))
+        self.size_multiple = int(getattr(network, "size_multiple", 1))
         if weights is not None:
             load_weights(network, weights)
         # Frozen parameters need no gradient buffers; gradients with respect to x_t stay available.
@@ -110,9 +114,10 @@ def load_weights(network: nn.Module, source: str | Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"Cannot read the weights '{path}' ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}); only plain tensors are loaded (weights_only=True)."
+            f"Cannot read the weights '{path}' ({type(error).__name__}: {reason}); only plain "
+            "tensors are loaded (weights_only=True)."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"'{path}' is not a state dict (a mapping of names to tensors).")

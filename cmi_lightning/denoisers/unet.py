@@ -17,6 +17,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cmi_lightning.errors import InputError
+
 
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation over 32 groups whose statistics are taken in float32."""
@@ -169,10 +171,11 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         if model_channels % 32:
-            raise ValueError(f"model_channels must be a multiple of 32, got {model_channels}.")
+            raise InputError(f"model_channels must be a multiple of 32, got {model_channels}.")
         self.in_channels, self.model_channels = in_channels, model_channels
         self.learn_variance, self.checkpoint = learn_variance, checkpoint
         self.size_multiple = 2 ** (len(channel_mult) - 1)
+        self.derivatives = 1 if fused_attention else 2
         embed_dim = 4 * model_channels
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim)
@@ -223,10 +226,10 @@ class UNet(nn.Module):
         """Map x_t (B, C, H, W) and the original time indices (B,) to ε or (ε, v).
 
         Raises:
-            ValueError: if the image size is not a multiple of the network's total downsampling.
+            InputError: if the image size is not a multiple of the network's total downsampling.
         """
         if any(n % self.size_multiple for n in x.shape[-2:]):
-            raise ValueError(
+            raise InputError(
                 f"The network halves the image {int(math.log2(self.size_multiple))} times, so its "
                 f"sides must be multiples of {self.size_multiple}; got {tuple(x.shape[-2:])}."
             )

@@ -21,10 +21,17 @@ class Guidance(ABC):  # noqa: B024
     Attributes:
         differentiable: the guidance asks for gradients with respect to x_t.
         stochastic: the guidance needs a solver that injects noise.
+        needs_noise: the guidance needs measurements with noise.
     """
 
     differentiable: ClassVar[bool] = True
     stochastic: ClassVar[bool] = False
+    needs_noise: ClassVar[bool] = False
+
+    @property
+    def derivatives(self) -> int:
+        """How often the guidance differentiates x̂₀: 0, 1 or 2 times."""
+        return int(self.differentiable)
 
     @property
     def active(self) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class Information(NamedTuple):
     Attributes:
         value: I(x₀; y | x_t) in nats, (B,).
         gradient: ∇_{x_t} I, (B, *).
-        residual: relative residual of the Krylov solve, (B,).
+        residual: ‖S w − v‖/‖v‖ of the solve as the recursion has it, (B,); exact where S is
+            symmetric and above the noise.
     """
 
     value: Tensor
@@ -84,6 +86,7 @@ class CMI(Guidance):
     probes: int = 1
     krylov: int = 6
     second_order: Literal["autograd", "difference"] = "autograd"
+    needs_noise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks = {
@@ -100,6 +103,11 @@ class CMI(Guidance):
         for rule, kept in checks.items():
             if not kept:
                 raise InputError(f"CMI.{rule}, got {getattr(self, rule.split()[0])!r}.")
+
+    @property
+    def derivatives(self) -> int:
+        """How often x̂₀ is differentiated: twice by autograd, once by a central difference."""
+        return 2 if self.second_order == "autograd" else 1
 
     @property
     def active(self) -> bool:
@@ -140,7 +148,7 @@ class CMI(Guidance):
 
         parts = []
         for probe in range(self.probes):
-            v = step.noise.signs(f"cmi/{probe}", step.index, step.problem.y)
+            v = A.white(partial(step.noise.signs, f"cmi/{probe}", step.index), step.problem.y)
             space = krylov(matvec, v, self.krylov)
             w, residual = space.apply(lambda s: torch.where(s > 1, 1 / s.clamp_min(1), 0.0))
             value = 0.5 * space.quadratic(lambda s: s.clamp_min(1).log())

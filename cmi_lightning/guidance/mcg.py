@@ -20,6 +20,10 @@ class MCG(Guidance):
     y_s = α_s y + σ_s A z, z ~ N(0, I). The last projection is onto y itself, noise included: MCG
     trusts the measurement.
 
+    Where A⁺ is exact (masks, downsampling) this is the orthogonal projection onto A x = y_s. The A⁺
+    of a blur leaves out or damps small singular values, which would magnify noise; there only the
+    well-measured part is replaced.
+
     Differs from the reference codes: the projection is one for every operator, where the DPS
     repository's keeps the wrong part of the image for inpainting and deblurring and upsamples by
     nearest neighbour instead of A⁺; y is noised to the level s of the sample it replaces, where

@@ -16,8 +16,9 @@ from cmi_lightning.step import Step, Transition
 class PiGDM(Guidance):
     """ΠGDM: p(y | x_t) ≈ N(A x̂₀, r² A Aᵀ + Σ_n), with r² the variance of an isotropic posterior.
 
-    g = r² ∇_{x_t} log p(y | x_t) = Jᵀ Aᵀ (A Aᵀ + Σ_n/r²)⁻¹ (y − A x̂₀), solved exactly, and
-    x_s ← x_s + w g.
+    g = r² ∇_{x_t} log p(y | x_t) = Jᵀ Aᵀ (A Aᵀ + Σ_n/r²)⁻¹ (y − A x̂₀) and
+    x_s ← x_s + w g. The solve is the operator's closed form, or conjugate gradients where there is
+    none (blur with reflected borders and a kernel that is not separable).
 
     There is no official code for noisy measurements, and re-implementations differ in r² and w,
     which are options here. Differs from the published code (noiseless): Σ_n is not ignored; x_N is

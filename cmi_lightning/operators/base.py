@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,13 +56,24 @@ class LinearOperator(ABC):
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Return Aᵀ y, (B, *m) → (B, C, H, W)."""
+        keep_graph = torch.is_grad_enabled() and y.requires_grad
         with torch.enable_grad():
             x = y.new_zeros(y.shape[0], *self.image_shape, requires_grad=True)
-            return torch.autograd.grad(self.forward(x), x, y)[0]
+            return torch.autograd.grad(self.forward(x), x, y, create_graph=keep_graph)[0]
 
     def measured(self, y: Tensor) -> Tensor:
         """Return y (B, *m) with zeros where a batch's common shape holds no measurement."""
         return y
+
+    def white(self, draw: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        """Return independent random numbers, one per measurement, shaped like y (B, *m).
+
+        Args:
+            draw: fills a tensor like the one given; a sample's numbers must not depend on the
+                shape that its batch happens to have.
+            y: measurements (B, *m).
+        """
+        return draw(y)
 
     def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
         """Return (A Aᵀ + diag(shift))⁻¹ y.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -89,6 +90,9 @@ class PixelMask(LinearOperator):
         Raises:
             InputError: if the mask is made for images of another size or number.
         """
+        if len(self.index) == 1 and len(noise.ids) > 1:  # one mask for all images
+            index, valid = (t.expand(len(noise.ids), -1) for t in (self.index, self.valid))
+            return type(self)(index, valid, self.image_shape).bind(image_shape, noise, like)
         made, given = (len(self.index), *self.image_shape[1:]), (len(noise.ids), *image_shape[1:])
         if made != given:
             raise InputError(
@@ -105,6 +109,10 @@ class PixelMask(LinearOperator):
     def measured(self, y: Tensor) -> Tensor:
         """Return y (B, C, m) with zeros at padding."""
         return y.masked_fill(~self.valid[:, None], 0)
+
+    def white(self, draw: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        """Return one random number per known pixel, drawn per pixel of the image; 0 at padding."""
+        return self.forward(draw(y.new_empty(len(y), *self.image_shape)))
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Return an image of the known pixels and zeros, (B, C, m) → (B, C, H, W)."""
