@@ -165,8 +165,8 @@ def test_samples_are_independent(name: str, dtype: torch.dtype) -> None:
 
 @every
 @pytest.mark.parametrize("kind", ["number", "sample", "channel", "measurement"])
-def test_solve(name: str, kind: str) -> None:
-    shape = (3, 4, 4) if name != "box" else (2, 6, 4)
+@pytest.mark.parametrize("shape", [(3, 6, 4), (1, 9, 15), (4, 6, 8)])
+def test_solve(name: str, kind: str, shape: tuple[int, int, int]) -> None:
     operator, matrix = bind(name, shape), dense(name, shape)
     y = draw(*operator(torch.zeros(3, *shape, dtype=torch.float64)).shape, seed=1)
     shifts: dict[str, Tensor | float] = {
@@ -185,8 +185,8 @@ def test_solve(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_pinv_is_exact(name: str) -> None:
-    shape = (1, 6, 4)
+@pytest.mark.parametrize("shape", [(1, 6, 4), (3, 9, 15), (4, 6, 8)])  # 9×15: factor 3
+def test_pinv_is_exact(name: str, shape: tuple[int, int, int]) -> None:
     operator, matrix = bind(name, shape), dense(name, shape)
     x = draw(3, *shape)
     y = operator(x)
@@ -195,6 +195,15 @@ def test_pinv_is_exact(name: str) -> None:
     noisy = draw(*y.shape, seed=1)
     expected = (torch.linalg.pinv(matrix) @ noisy.flatten(1)[..., None]).reshape(x.shape)
     assert close(operator.pinv(noisy), expected, tolerance)
+
+
+def test_downsampling_by_sixteen() -> None:
+    x = draw(1, 3, 48, 32)
+    operator = Downsample(16).bind((3, 48, 32), SampleNoise(0, ["0"]), x)
+    y = operator(x)
+    assert y.shape == (1, 3, 3, 2)
+    assert close(operator(operator.pinv(y)), y, 1e-10)
+    assert close(operator(operator.adjoint(operator.solve(y, 0.0))), y, 1e-10)
 
 
 @pytest.mark.parametrize("name", TRUNCATED)
@@ -513,7 +522,7 @@ def test_bad_options(make: object, words: str) -> None:
         (Separable(torch.eye(28), torch.eye(28)), "28×28, not of 33×28"),
         (Convolution(torch.ones(3, 5, 5)), "3 blur kernels for 2 images"),
         (PixelMask.from_mask(torch.ones(2, 8, 8), torch.zeros(2, 3, 8, 8)), "made for images"),
-        (PixelMask.from_mask(torch.ones(1, 33, 28), torch.zeros(1, 3, 33, 28)), "made for images"),
+        (PixelMask.from_mask(torch.ones(3, 33, 28), torch.zeros(3, 3, 33, 28)), "made for images"),
     ],
 )
 def test_bad_images(operator: LinearOperator, words: str) -> None:
@@ -533,3 +542,23 @@ def test_bad_images(operator: LinearOperator, words: str) -> None:
 def test_bad_masks(mask: Tensor, words: str) -> None:
     with pytest.raises(InputError, match=words):
         PixelMask.from_mask(mask, torch.zeros(2, 3, 8, 8))
+
+
+def test_one_mask_serves_all_images() -> None:
+    mask, x = torch.rand(1, 6, 4) > 0.5, draw(3, 2, 6, 4)
+    one = PixelMask.from_mask(mask, x[:1]).bind((2, 6, 4), SampleNoise(0, ["0", "1", "2"]), x)
+    assert torch.equal(one(x), PixelMask.from_mask(mask, x)(x))
+
+
+def test_numbers_drawn_for_pixels_do_not_depend_on_the_batch() -> None:
+    shape, draws = (3, 6, 4), []
+    for ids in (("0", "1", "2"), ("1",)):
+        operator, noise = bind("ragged", shape, ids), SampleNoise(0, ids)
+        y = operator(torch.zeros(len(ids), *shape, dtype=torch.float64))
+        white = operator.white(lambda like, n=noise: n.normal("s", 0, like), y)
+        assert white.shape == y.shape
+        draws.append(white)
+    kept = draws[1].shape[2]
+    assert torch.equal(draws[0][1, :, :kept], draws[1][0])
+    assert not draws[0][1, :, kept:].any()
+    assert draws[1].all()
