@@ -15,6 +15,7 @@ from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators.base import LinearOperator, Recipe
 
 
+@dataclass(frozen=True)
 class Identity(LinearOperator):
     """y = x₀ + n (denoising): A = I, measurements (B, C, H, W)."""
 
