@@ -46,7 +46,7 @@ TASKS = {
     "random inpainting 90 %": (RandomMask(0.9), 0.05),
     "box inpainting 14×14": (BoxMask(14, 4), 0.05),
     "Gaussian blur, sd 2": (GaussianBlur(61, 2.0), 0.05),
-    "motion blur 9×9": (MotionBlur(9, 0.5), 0.05),
+    "motion blur 9×9": (MotionBlur(9, 0.5, padding="circular"), 0.05),
     "super-resolution ×4": (Downsample(4), 0.05),
     "denoising, σ = 0.5": (Identity(), 0.5),
 }
@@ -57,6 +57,7 @@ METHODS: dict[str, tuple[type[Guidance], str, list[float]]] = {
     "MCG": (MCG, "scale", [0.5, 1.0, 2.0]),
     "DSG": (DSG, "rate", [0.05, 0.1, 0.2]),
 }
+CMI_TASKS = ["box inpainting 14×14", "super-resolution ×4"]
 STEP_SIZES = Path(__file__).with_name("step_sizes.yaml")
 
 
@@ -137,10 +138,12 @@ def mean_and_error(values: Tensor) -> str:
     return f"{values.mean():.2f} ± {values.std() / len(values) ** 0.5:.2f}"
 
 
-def tune(count: int) -> None:
+def tune(count: int, tasks: list[str]) -> None:
     bench = Bench(*held_back(0, count))
     chosen: dict[str, dict[str, float]] = {}
-    for task in TASKS:
+    if STEP_SIZES.is_file():
+        chosen = yaml.safe_load(STEP_SIZES.read_text())
+    for task in tasks:
         print(f"{task}: A⁺y {mean_and_error(psnr(bench.measurement(task), bench.images))}")
         chosen[task] = {}
         for method, (guidance, option, grid) in METHODS.items():
@@ -217,20 +220,19 @@ def main() -> None:
     parser.add_argument(
         "--tasks",
         nargs="*",
-        default=["box inpainting 14×14", "super-resolution ×4"],
         choices=list(TASKS),
-        help="tasks on which cmi and table try CMI",
+        help="tasks to tune (default: all); tasks on which cmi and table try CMI (default: two)",
     )
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     args = parser.parse_args()
     global PRECISION
     PRECISION = args.precision
     if args.command == "tune":
-        tune(args.count)
+        tune(args.count, args.tasks or list(TASKS))
     elif args.command == "cmi":
-        cmi(args.count, args.settings, args.tasks)
+        cmi(args.count, args.settings, args.tasks or CMI_TASKS)
     else:
-        table(args.tasks)
+        table(CMI_TASKS if args.tasks is None else args.tasks)
 
 
 if __name__ == "__main__":
