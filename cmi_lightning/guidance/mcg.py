@@ -21,8 +21,8 @@ class MCG(Guidance):
     trusts the measurement.
 
     Where A⁺ is exact (masks, downsampling) this is the orthogonal projection onto A x = y_s. The A⁺
-    of a blur leaves out small singular values, which would magnify noise; there only the well-measured
-    part is replaced. Where A⁺ is damped instead (motion blur with reflected borders), repeated
+    of a blur leaves out small singular values, which would magnify noise; there only what is well
+    measured is replaced. Where A⁺ is damped instead (motion blur with reflected borders), repeated
     corrections undo the damping and the noise comes back: use circular borders there.
 
     Differs from the reference codes: the projection is one for every operator, where the DPS
