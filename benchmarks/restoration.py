@@ -46,7 +46,7 @@ TASKS = {
     "random inpainting 90 %": (RandomMask(0.9), 0.05),
     "box inpainting 14×14": (BoxMask(14, 4), 0.05),
     "Gaussian blur, sd 2": (GaussianBlur(61, 2.0), 0.05),
-    "motion blur 9×9": (MotionBlur(9, 0.5, padding="circular"), 0.05),
+    "motion blur 9×9": (MotionBlur(9, 0.5, "circular", rcond=0.2), 0.05),
     "super-resolution ×4": (Downsample(4), 0.05),
     "denoising, σ = 0.5": (Identity(), 0.5),
 }

@@ -59,8 +59,8 @@ class CMI(Guidance):
     Args:
         scale: η as a share, see ``step_size``; 0 switches the guidance off, at no cost.
         step_size: "beta": η = scale·β_t of the respaced chain, so that the total drift does not
-            depend on the number of steps; "noise": the step has the length scale·√n·std of the
-            ancestral sampler's noise, whatever ‖∇I‖.
+            depend on the number of steps while ``max_step`` is not reached; "noise": the step has
+            the length scale·√n·std of the ancestral sampler's noise, whatever ‖∇I‖.
         max_step: longest step, as a share of √n·std of the ancestral sampler's noise.
         min_signal: act where α²/(α² + σ²), which is ᾱ_t on a DDPM chain, is at least this.
         max_signal: act where it is at most this.
@@ -77,14 +77,14 @@ class CMI(Guidance):
     Source: Hamidi & Yang (2025), Theorems 1 and 2, Alg. 1; the spectral form is ours.
     """
 
-    scale: float = 1.0
+    scale: float = 0.02
     step_size: Literal["beta", "noise"] = "beta"
     max_step: float = 0.01
     min_signal: float = 0.003
     max_signal: float = 0.9
     interval: int = 1
     probes: int = 1
-    krylov: int = 6
+    krylov: int = 3
     second_order: Literal["autograd", "difference"] = "autograd"
     needs_noise: ClassVar[bool] = True
 
