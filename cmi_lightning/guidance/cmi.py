@@ -61,7 +61,7 @@ class CMI(Guidance):
     −0.05 ± 0.01 (MCG) and +0.01 ± 0.04 (DSG) on super-resolution ×4, and by −0.02 ± 0.02 (DPS) on
     box inpainting, where the bases' own standard errors are 0.5 to 1.2 dB. So no base gets worse
     than its standard error, and none gains. Scales of 0.1 and 1 on the box were no better
-    (−0.04 ± 0.03, −0.05 ± 0.04). Other priors may differ: search ``scale``, with 0 among its values.
+    (−0.04 ± 0.03, −0.05 ± 0.04). Other priors may differ: search ``scale``, zero included.
 
     Args:
         scale: η as a share, see ``step_size``; 0 switches the guidance off, at no cost.
