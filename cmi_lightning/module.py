@@ -125,7 +125,7 @@ class PosteriorSampler(L.LightningModule):
         """Return what will be run, for people."""
         std = self.measurement_noise.std
         shape = self.denoiser.image_shape
-        size = "×".join("any" if n is None else str(n) for n in shape) if shape else "any"
+        size = _size(shape) if shape else "any"
         datamodule = getattr(self._trainer, "datamodule", None)
         return {
             "prior": f"{_name(self.denoiser)}, images {size}",
@@ -164,12 +164,11 @@ class PosteriorSampler(L.LightningModule):
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         """Refuse images (C, H, W) that the network does not take."""
         wanted, multiple = self.denoiser.image_shape, self.denoiser.size_multiple
-        given = "×".join(map(str, shape))
+        given = _size(shape)
         if wanted and any(w is not None and w != n for w, n in zip(wanted, shape, strict=True)):
-            size = "×".join("any" if n is None else str(n) for n in wanted)
             raise InputError(
-                f"The images are {given} (channels×height×width) and the network takes {size}; set "
-                "data.channels or data.size, or use another network."
+                f"The images are {given} (channels×height×width) and the network takes "
+                f"{_size(wanted)}; set data.channels or data.size, or use another network."
             )
         if any(n % multiple for n in shape[1:]):
             raise InputError(
@@ -204,12 +203,13 @@ class PosteriorSampler(L.LightningModule):
         for record in self.sampler(dtype).iterate(problem, noise, like):
             for observer in observers:
                 observer.on_sampling_step(self._trainer, self, record)
+        seconds = (time.perf_counter() - started) / len(ids)  # of sampling, without A⁺y
         return Restoration(
             id=ids,
             restored=record.x,
             measurement=problem.operator.pinv(problem.y),
             truth=truth,
-            seconds=(time.perf_counter() - started) / len(ids),
+            seconds=seconds,
             details=Details(problem, record),
         )
 
@@ -240,6 +240,11 @@ def _plain_autograd(device: str) -> Iterator[None]:
     """Leave Lightning's inference mode and autocast: guidance needs gradients in full precision."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         yield
+
+
+def _size(shape: tuple[int | None, ...]) -> str:
+    """Return a shape as text, "any" for sides that are free."""
+    return "×".join("any" if n is None else str(n) for n in shape)
 
 
 def _name(part: object) -> str:
