@@ -1,9 +1,10 @@
-"""The command line: ``cmi-lightning predict`` and ``cmi-lightning fit``.
+"""The command line: ``cmi-lightning predict``, ``fit`` and ``verify``.
 
-Both are Lightning's own command-line interface over :class:`cmi_lightning.PosteriorSampler` and
-:class:`cmi_lightning.training.ScoreTraining`: every constructor argument is an option, files given
-by ``-c`` overlay each other, and a name that is no file in reach is looked up among the packaged
-configurations.
+``predict`` and ``fit`` are Lightning's own command-line interface over
+:class:`cmi_lightning.PosteriorSampler` and :class:`cmi_lightning.training.ScoreTraining`: every
+constructor argument is an option, files given by ``-c`` overlay each other, and a name that is no
+file in reach is looked up among the packaged configurations. ``verify`` checks the mathematics, or
+a network.
 """
 
 from __future__ import annotations
@@ -12,20 +13,26 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmi_lightning.errors import InputError
 
-USAGE = """usage: cmi-lightning {predict,fit} [-c CONFIG]... [--option VALUE]...
+if TYPE_CHECKING:
+    from cmi_lightning.verify import Check
+
+USAGE = """usage: cmi-lightning {predict,fit,verify} [-c CONFIG]... [--option VALUE]...
 
   predict   restore images: measure them (or read measurements), sample, write images and metrics
   fit       train a score network
+  verify    check the mathematics on exact priors; with --denoiser or -c, check that network
 
   cmi-lightning predict -c demo                                    sixteen garments under a box
   cmi-lightning predict -c demo -c task/super_resolution -c guidance/dps -c add_cmi
   cmi-lightning predict --help                                     all options
+  cmi-lightning verify                                             the mathematics, in a minute
+  cmi-lightning verify -c mine.yaml                                the network of a configuration
 
 Configurations that ship with the package: """
 
@@ -162,11 +169,83 @@ def fit(args: list[str]) -> Any:
     return cli
 
 
-COMMANDS: dict[str, Callable[[list[str]], Any]] = {"predict": predict, "fit": fit}
+def verify(args: list[str]) -> int:
+    """Print a table of checks and return 1 if one failed.
+
+    Without arguments, the mathematics is checked on exact priors. With ``--denoiser`` (short for
+    ``--model.denoiser``) or a configuration that names one, that network is; ``--size`` gives the
+    side of the images where the network takes any.
+    """
+    import torch
+
+    from cmi_lightning.verify import exact_checks, network_checks
+
+    size, args = _take(args, "--size")
+    if size is not None and not size.isdecimal():
+        raise InputError(f"--size must be a number of pixels, got '{size}'.")
+    if not args:
+        return _print_checks("exact priors, float64", exact_checks())
+    from cmi_lightning.module import PosteriorSampler
+
+    base = [str(configs() / "base.yaml")]
+    options = [f"--model.{a[2:]}" if a.startswith("--denoiser") else a for a in args]
+    denoiser = _lightning_cli(PosteriorSampler, options, default_config_files=base).model.denoiser
+    denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
+    checks = network_checks(denoiser, int(size) if size else None)
+    return _print_checks(type(denoiser).__name__, checks)
+
+
+def _take(args: list[str], option: str) -> tuple[str | None, list[str]]:
+    """Return the value of ``option``, in either spelling, and the other arguments."""
+    value, rest = None, []
+    remaining = iter(args)
+    for arg in remaining:
+        if arg == option:
+            value = next(remaining, "")
+        elif arg.startswith(f"{option}="):
+            value = arg.removeprefix(f"{option}=")
+        else:
+            rest.append(arg)
+    return value, rest
+
+
+def _print_checks(title: str, checks: Iterable[Check]) -> int:
+    """Print checks as they come, and return 1 if one failed, else 0."""
+    import rich
+    from rich.markup import escape
+
+    colours = {"ok": "green", "FAIL": "bold red", "note": "yellow"}
+    console = rich.get_console()
+    console.print(f"[bold]{escape(title)}[/]\n   figure      bar  verdict", highlight=False)
+    failed = total = 0
+    for check in checks:
+        total += check.bar is not None
+        failed += not check.passed
+        bar = "" if check.bar is None else f"{check.bar:g}"
+        remark = f"  [dim]({escape(check.remark)})[/]" if check.remark else ""
+        console.print(
+            f"{check.figure:9.2g} {bar:>8}  [{colours[check.verdict]}]{check.verdict:7}[/] "
+            f"{escape(check.name)}{remark}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(
+        f"[bold red]{failed} of {total} checks failed[/]"
+        if failed
+        else f"all {total} checks passed"
+    )
+    return int(failed > 0)
+
+
+COMMANDS: dict[str, Callable[[list[str]], Any]] = {
+    "predict": predict,
+    "fit": fit,
+    "verify": verify,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, or 2 for bad input."""
+    """Run a command and return its exit code: 0, 1 if a check failed, or 2 for bad input."""
     args = list(sys.argv[1:] if argv is None else argv)
     if os.getcwd() not in sys.path:  # a console script lacks it, and users keep their classes here
         sys.path.insert(0, os.getcwd())
@@ -179,9 +258,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"cmi-lightning {__version__}")
         elif command in COMMANDS:
-            COMMANDS[command](_resolved(rest))
+            result = COMMANDS[command](_resolved(rest))
+            return result if isinstance(result, int) else 0
         else:
-            raise InputError(f"Unknown command '{command}': use {' or '.join(COMMANDS)}.")
+            raise InputError(f"Unknown command '{command}': use {', '.join(COMMANDS)}.")
     except Exception as error:
         # Lightning's own word for bad options; importing it here would slow down --help.
         lightnings = type(error).__name__ == "MisconfigurationException"

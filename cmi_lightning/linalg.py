@@ -95,7 +95,7 @@ class KrylovSpace:
 
         The second is the relative residual of conjugate gradients when f(λ) = 1/λ.
         """
-        coefficients = (self.vectors * f(self.values)[:, None]) @ self.vectors[:, 0, :, None]
+        coefficients = (self.vectors * self._of(f)[:, None]) @ self.vectors[:, 0, :, None]
         coefficients = coefficients[..., 0].to(self.basis.dtype)
         applied = (coefficients[..., None] * self.basis).sum(1) * self.length[:, None]
         return applied.reshape(self.shape), self.rest * coefficients[:, -1].abs()
@@ -103,7 +103,11 @@ class KrylovSpace:
     def quadratic(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Return vᵀ f(M) v ≈ ‖v‖² e₁ᵀ f(T) e₁ (B,)."""
         weights = self.vectors[:, 0] ** 2
-        return (weights * f(self.values)).sum(1).to(self.length.dtype) * self.length**2
+        return (weights * self._of(f)).sum(1).to(self.length.dtype) * self.length**2
+
+    def _of(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return f(values), NaN where the values are: a comparison in f would hide them."""
+        return torch.where(self.values.isnan(), torch.nan, f(self.values))
 
 
 def krylov(matvec: Callable[[Tensor], Tensor], v: Tensor, dimension: int) -> KrylovSpace:
@@ -141,5 +145,8 @@ def krylov(matvec: Callable[[Tensor], Tensor], v: Tensor, dimension: int) -> Kry
         q = torch.where(ended[:, None], 0.0, unit(remainder))
     M = torch.stack(images, 1)
     T = (Q @ M.mT).double()
-    values, vectors = torch.linalg.eigh(0.5 * (T + T.mT))
+    finite = torch.isfinite(T).all(2, keepdim=True).all(1, keepdim=True)
+    # A sample that has diverged shall not stop the others: eigh refuses what is not finite.
+    values, vectors = torch.linalg.eigh(torch.where(finite, 0.5 * (T + T.mT), 0.0))
+    values = torch.where(finite[..., 0], values, torch.nan)
     return KrylovSpace(Q, values, vectors, length, rest, v.shape)

@@ -52,7 +52,7 @@ class Sampler:
                 raise InputError(
                     f"{type(guidance).__name__} differentiates the network "
                     f"{guidance.derivatives} times and the network allows {denoiser.derivatives}: "
-                    "set second_order to difference, or fused_attention to false."
+                    "set its estimator's derivative to difference, or fused_attention to false."
                 )
         if solver.needs_variance and not denoiser.learns_variance:
             raise InputError(

@@ -57,7 +57,8 @@ class Schedule:
     """Noise levels (α_i, σ_i), from the least noisy to the noisiest, with the network's times.
 
     The constructors are :meth:`linear` (the discrete DDPM chain, the default everywhere),
-    :meth:`cosine` and :meth:`edm`; :meth:`respace` thins any of them to fewer steps.
+    :meth:`cosine`, :meth:`edm`, :meth:`vp` and :meth:`from_betas`; :meth:`respace` thins any of
+    them to fewer steps. In YAML, ``{class_path: cmi_lightning.Schedule.vp, init_args: {…}}``.
 
     Args:
         alphas: signal coefficients α_i > 0.
@@ -122,11 +123,56 @@ class Schedule:
         return cls((1.0,) * num_levels, sigmas, sigmas)
 
     @classmethod
+    def vp(
+        cls,
+        num_levels: int = 1000,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        t_min: float = 1e-3,
+        time_scale: float = 999.0,
+    ) -> Schedule:
+        """The continuous variance-preserving process, at evenly spaced t from ``t_min`` to 1.
+
+        log α(t) = −t²(β_max − β_min)/4 − t β_min/2 and σ² = 1 − α². The network receives
+        ``time_scale``·t: 999 t in the authors' code, 1 for networks that take t itself.
+
+        Source: Song et al. (2021), Score-based generative modeling through SDEs, Eq. 33.
+        """
+        t = np.linspace(t_min, 1, num_levels)
+        log_alpha = -(t**2) * (beta_max - beta_min) / 4 - t * beta_min / 2
+        sigmas = np.sqrt(-np.expm1(2 * log_alpha))
+        return cls(
+            tuple(np.exp(log_alpha).tolist()),
+            tuple(sigmas.tolist()),
+            tuple((time_scale * t).tolist()),
+        )
+
+    @classmethod
+    def from_betas(cls, betas: Sequence[float]) -> Schedule:
+        """A variance-preserving chain of given β_t: ᾱ_t = ∏(1 − β), times 0, 1, 2, ….
+
+        Last levels without any signal (ᾱ = 0, zero terminal SNR) are left out: there x̂₀ does not
+        depend on x_t, and the level before them is noise for all purposes.
+
+        Raises:
+            InputError: if a β is not in (0, 1], or is 1 before the last.
+        """
+        b = np.asarray(betas, dtype=np.float64)
+        kept = b[: len(b) - int(b.size and b[-1] == 1)]
+        if not kept.size or np.any(kept <= 0) or np.any(kept >= 1):
+            raise InputError("betas must lie between 0 and 1 (the last may be 1), and not be none.")
+        return cls._from_alpha_bars(np.cumprod(1 - kept))
+
+    def scale_noise(self, factor: float) -> Schedule:
+        """Return the schedule with every σ times ``factor``: that of x_t in other units."""
+        return Schedule(self.alphas, tuple(factor * s for s in self.sigmas), self.times)
+
+    @classmethod
     def named(cls, schedule: Schedule | str) -> Schedule:
-        """Return a schedule as it is, or the one of a name: "linear", "cosine" or "edm"."""
+        """Return a schedule as it is, or that of a name: "linear", "cosine", "edm" or "vp"."""
         if isinstance(schedule, Schedule):
             return schedule
-        if schedule not in (names := ("linear", "cosine", "edm")):
+        if schedule not in (names := ("linear", "cosine", "edm", "vp")):
             raise InputError(f"schedule must be one of {', '.join(names)}, got '{schedule}'.")
         made: Schedule = getattr(cls, schedule)()
         return made

@@ -10,7 +10,7 @@ from conftest import SHAPE, jacobian, make_step
 
 from cmi_lightning.denoisers import GaussianMixture
 from cmi_lightning.errors import InputError
-from cmi_lightning.guidance import DPS, DSG, MCG, PiGDM
+from cmi_lightning.guidance import DPS, DSG, MCG, MomentMatching, PiGDM
 from cmi_lightning.linalg import norm, unit
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.problem import Problem
@@ -75,6 +75,49 @@ def test_pigdm_is_exact_on_an_isotropic_gaussian(dense, variance, index):
         seen = torch.cat([step.x[row].detach().flatten(), step.problem.y[row]])
         expected = mean + gain @ (seen - H @ mean)
         torch.testing.assert_close(x0[row].flatten(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("std", [0.1, torch.tensor([[0.05, 0.1, 0.4]], dtype=torch.float64)])
+@pytest.mark.parametrize("index", [20, 300, 900])
+def test_moment_matching_is_exact_on_any_gaussian(dense, index, std):
+    variances = torch.linspace(0.2, 3.0, 6, dtype=torch.float64).reshape(1, *SHAPE)
+    prior = GaussianMixture(torch.full((1, *SHAPE), 0.3, dtype=torch.float64), variances)
+    step = make_step(prior, dense, index, sigma=std)
+    x0 = MomentMatching(krylov=3).guide_denoised(step, step.x0.detach())
+    # E[x₀ | x_t, y] from the joint Gaussian of (x₀, x_t, y), with no reference to the code
+    n, (alpha, sigma) = 6, step.now[:2]
+    eye = torch.eye(n, dtype=torch.float64)
+    H = torch.cat([alpha * eye, dense.matrix])
+    noise = torch.as_tensor(std, dtype=torch.float64).expand(1, 3)[0] ** 2
+    R = torch.block_diag(sigma**2 * eye, torch.diag(noise))
+    C = torch.diag(variances.flatten())
+    gain = C @ H.T @ torch.linalg.inv(H @ C @ H.T + R)
+    mean = torch.full((n,), 0.3, dtype=torch.float64)
+    for row in range(4):
+        seen = torch.cat([step.x[row].detach().flatten(), step.problem.y[row]])
+        expected = mean + gain @ (seen - H @ mean)
+        torch.testing.assert_close(x0[row].flatten(), expected, rtol=1e-6, atol=1e-6)
+    assert step.cost.vjps == 4
+    assert float(step.log["moments/residual"].max()) < 1e-6
+
+
+def test_moment_matching_uses_the_denoisers_covariance(mixture, dense):
+    step = make_step(mixture, dense)
+    x0 = MomentMatching(krylov=3, scale=0.5).guide_denoised(step, step.x0.detach())
+    A = dense.matrix
+    for row in range(4):
+        P = step.covariance_factor * jacobian(step, mixture, row).detach()
+        r = step.problem.y[row] - A @ step.x0[row].detach().flatten()
+        S = A @ P @ A.T + 0.1**2 * torch.eye(3, dtype=A.dtype)
+        expected = 0.5 * P @ A.T @ torch.linalg.solve(S, r)
+        moved = (x0 - step.x0.detach())[row].flatten()
+        torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_moment_matching_needs_noise(mixture, dense):
+    step = make_step(mixture, dense, sigma=0.0)
+    with pytest.raises(InputError, match="MomentMatching needs measurement noise"):
+        MomentMatching().guide_denoised(step, step.x0.detach())
 
 
 @pytest.mark.parametrize("weight", ["canonical", "paper"])

@@ -78,6 +78,19 @@ def test_krylov_residual_is_that_of_the_solve(spd, b):
     torch.testing.assert_close(residual, true, rtol=1e-8, atol=1e-10)
 
 
+def test_krylov_of_a_diverged_sample_leaves_the_others_alone(spd, b):
+    broken = b.clone()
+    broken[1] = torch.nan
+    good, bad = (krylov(matvec_of(spd), v, 4) for v in (b, broken))
+    clipped = lambda s: torch.where(s > 1, 1 / s.clamp_min(1), 0.0)  # noqa: E731
+    for value, expected in (
+        (bad.apply(clipped)[0], good.apply(clipped)[0]),
+        (bad.quadratic(clipped), good.quadratic(clipped)),
+    ):
+        assert torch.equal(value[[0, 2]], expected[[0, 2]])
+        assert bool(value[1].isnan().all())
+
+
 def test_small_helpers():
     a = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     assert norm(a).tolist() == [5, 0]

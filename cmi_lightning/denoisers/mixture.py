@@ -1,70 +1,407 @@
-"""A Gaussian mixture prior, whose x̂₀ has a closed form: the truth that samplers are tested on."""
+"""Priors whose x̂₀, scores, Jacobians and posteriors have closed forms: the truth of every test."""
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+from typing import Literal, NamedTuple
+
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cmi_lightning.denoisers.base import Denoiser, Prediction
+from cmi_lightning.denoisers.covariance import (
+    KINDS,
+    Covariance,
+    DenseCovariance,
+    DiagonalCovariance,
+    StationaryCovariance,
+)
+from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.schedule import Level, Schedule
 
 
-class GaussianMixture(Denoiser):
-    """p(x₀) = Σ_k w_k N(μ_k, diag(v_k)), exactly denoised.
+class _Terms(NamedTuple):
+    """x_t against the components, in their eigenbases.
 
-    p(x_t) = Σ_k w_k N(α μ_k, α² v_k + σ²) elementwise, and with γ_k = α v_k/(α² v_k + σ²) and
-    responsibilities r_k(x_t), x̂₀ = Σ_k r_k [μ_k + γ_k (x_t − α μ_k)]. One component makes a
-    Gaussian prior.
+    With one covariance for all, ``residual`` is Uᵀ(x_t − α c) (B, n), ``offsets`` are
+    Uᵀ(μ_k − c) (K, n) for a centre c, and ``logits`` are without what all components share. Else
+    ``residual`` is Uₖᵀ(x_t − α μ_k) (B, K, n), and ``offsets`` is None.
+    """
+
+    variance: Tensor
+    residual: Tensor
+    logits: Tensor
+    offsets: Tensor | None
+
+    @property
+    def responsibilities(self) -> Tensor:
+        """r_k(x_t) = p(k | x_t), (B, K)."""
+        return torch.softmax(self.logits, dim=1)
+
+
+class GaussianMixture(Denoiser):
+    """p(x₀) = Σ_k w_k N(μ_k, C_k) on images or vectors, exactly denoised.
+
+    p(x_t) = Σ_k w_k N(α μ_k, V_k) with V_k = α² C_k + σ². With gains G_k = α C_k V_k⁻¹, component
+    scores s_k = −V_k⁻¹(x_t − α μ_k) and responsibilities r_k = p(k | x_t),
+
+        x̂₀ = Σ_k r_k [μ_k + G_k (x_t − α μ_k)],
+        ∇ log p(x_t) = Σ_k r_k s_k,
+        ∂x̂₀/∂x_t = Σ_k r_k G_k + (σ²/α) Cov_r[s_k].
+
+    Everything is differentiable, as often as one likes, and is computed in the mixture's dtype and
+    returned in that of x_t. At σ = 0, densities and scores are those of
+    x₀ itself and need covariances without zero eigenvalues.
+
+    Where all components share one covariance and the means are large, responsibilities come from
+    the products ⟨x_t, μ_k⟩ alone, a matrix product that never forms (B, K, n); a row's x̂₀ then
+    depends on the rest of the batch by rounding. Else rows of a diagonal mixture are independent to
+    the last bit.
 
     Args:
         means: μ (K, *shape).
-        variances: v > 0: a number, (K,), or (K, *shape).
-        weights: w (K,), positive; normalised. Default: equal.
+        covariance: a variance ≥ 0: a number, (K,), or (K, *shape); or a :class:`Covariance` of one
+            or K components.
+        weights: w (K,), at least 0; normalised. Default: equal.
         schedule: noise levels; default: the linear DDPM chain.
+
+    Attributes:
+        covariances: the C_k.
+        fast: take the matrix product.
+
+    Raises:
+        InputError: if means, covariance and weights do not fit together.
     """
 
     means: Tensor
-    variances: Tensor
     log_weights: Tensor
 
     def __init__(
         self,
         means: Tensor,
-        variances: Tensor | float = 1.0,
+        covariance: Covariance | Tensor | float = 1.0,
         weights: Tensor | None = None,
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
         self.schedule = schedule or Schedule.linear()
-        if weights is None:
-            weights = means.new_ones(len(means))
-        variances = per_sample(variances, means).expand_as(means).clone()
         self.image_shape = tuple(means.shape[1:])
+        if not isinstance(covariance, Covariance):
+            covariance = _diagonal(covariance, means)
+        count, size = len(means), means[0].numel()
+        if covariance.values.shape not in ((1, size), (count, size)):
+            raise InputError(
+                f"The means are {count} of {size} numbers each and the covariances "
+                f"{len(covariance.values)} of {covariance.values.shape[1]}; they must agree."
+            )
+        weights = means.new_ones(count) if weights is None else weights.to(means)
+        if weights.shape != (count,) or bool((weights < 0).any()) or not float(weights.sum()) > 0:
+            raise InputError(
+                f"A mixture of {count} components needs as many weights, at least 0, and not all "
+                f"0, got {weights.tolist()}."
+            )
+        self.covariances = covariance
         self.register_buffer("means", means)
-        self.register_buffer("variances", variances)
         self.register_buffer("log_weights", torch.log(weights / weights.sum()))
+        # Small mixtures cost next to nothing either way, and so keep their rows apart.
+        self.fast = 1 == len(covariance.values) < count and means.numel() > 1024
 
-    def _by_component(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:
-        """Return x_t − α μ_k and α² v_k + σ² (B, K, *), and log w_k N(x_t; …) (B, K)."""
-        centred = x[:, None] - level.alpha * self.means
-        variance = level.alpha**2 * self.variances + level.sigma**2
-        exponent = (centred**2 / variance + torch.log(2 * torch.pi * variance)).flatten(2).sum(2)
-        return centred, variance, self.log_weights - 0.5 * exponent
+    @property
+    def variances(self) -> Tensor:
+        """The diagonals of the C_k, (K, *shape)."""
+        values = self.covariances.variances().unflatten(1, self.image_shape)
+        return values.expand_as(self.means)
+
+    def _variance(self, level: Level) -> Tensor:
+        """Return the eigenvalues of V_k = α² C_k + σ², (K, n) or (1, n)."""
+        variance = level.alpha**2 * self.covariances.values + level.sigma**2
+        if level.sigma == 0 and bool((variance == 0).any()):
+            raise InputError(
+                "A degenerate covariance has no density without noise; ask at a level with σ > 0."
+            )
+        return variance
+
+    def _separate(self, x: Tensor, level: Level) -> _Terms:
+        """Return x_t (B, *) against every component."""
+        variance = self._variance(level)
+        centred = x.flatten(1).to(self.means.dtype)[:, None] - level.alpha * self.means.flatten(1)
+        residual = self.covariances.to_basis(centred)
+        exponent = (residual**2 / variance + torch.log(2 * torch.pi * variance)).sum(2)
+        return _Terms(variance, residual, self.log_weights - 0.5 * exponent, None)
+
+    def _terms(self, x: Tensor, level: Level) -> _Terms:
+        """Return x_t (B, *) against the components, the fast way where there is one."""
+        if not self.fast:
+            return self._separate(x, level)
+        variance, means = self._variance(level), self.means.flatten(1)
+        centre = means.mean(0, keepdim=True)  # without it, a common offset would cost digits
+        residual = self.covariances.to_basis(x.flatten(1).to(means.dtype) - level.alpha * centre)
+        offsets = self.covariances.to_basis(means - centre)
+        scaled = level.alpha * offsets / variance
+        exponent = 0.5 * level.alpha * (offsets * scaled).sum(1)
+        return _Terms(
+            variance, residual, self.log_weights - exponent + residual @ scaled.mT, offsets
+        )
 
     def log_prob(self, x: Tensor, level: Level) -> Tensor:
         """Return log p(x_t) of x_t (B, *), in nats, (B,)."""
-        return torch.logsumexp(self._by_component(x, level)[2], dim=1)
+        terms = self._terms(x, level)
+        log_prob = torch.logsumexp(terms.logits, dim=1)
+        if terms.offsets is not None:
+            variance = terms.variance
+            shared = terms.residual**2 / variance + torch.log(2 * torch.pi * variance)
+            log_prob = log_prob - 0.5 * shared.sum(1)
+        return log_prob.to(x.dtype)
+
+    def score(self, x: Tensor, level: Level) -> Tensor:
+        """Return ∇ log p(x_t) of x_t (B, *), (B, *)."""
+        terms = self._terms(x, level)
+        r, z = terms.responsibilities, terms.residual
+        if terms.offsets is not None:
+            scaled = level.alpha * terms.offsets / terms.variance
+            score = self.covariances.from_basis(torch.addmm(z / -terms.variance, r, scaled))
+        else:
+            score = -(r[..., None] * self.covariances.from_basis(z / terms.variance)).sum(1)
+        return score.reshape(x.shape).to(x.dtype)
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
         """Return the exact x̂₀ of x_t (B, *)."""
-        centred, variance, logits = self._by_component(x, level)
-        gain = level.alpha * self.variances / variance
-        responsibilities = torch.softmax(logits, dim=1).reshape(*logits.shape, *(1,) * (x.ndim - 1))
-        return Prediction((responsibilities * (self.means + gain * centred)).sum(1))
+        with torch.autocast(x.device.type, enabled=False):  # low precision would not be exact
+            terms = self._terms(x, level)
+            r, z, means = terms.responsibilities, terms.residual, self.means.flatten(1)
+            gain = level.alpha * self.covariances.values / terms.variance
+            if terms.offsets is not None:
+                centre = self.covariances.to_basis(means.mean(0, keepdim=True))
+                kept = centre + (1 - level.alpha * gain) * terms.offsets
+                x0 = self.covariances.from_basis(torch.addmm(gain * z, r, kept))
+            else:
+                x0 = (r[..., None] * (means + self.covariances.from_basis(gain * z))).sum(1)
+        return Prediction(x0.reshape(x.shape).to(x.dtype))
+
+    def jacobian(self, x: Tensor, level: Level) -> Tensor:
+        """Return ∂x̂₀/∂x_t (B, n, n) of x_t (B, *), in closed form; differentiable."""
+        terms = self._separate(x, level)
+        r = terms.responsibilities
+        gains = self.covariances.matrix(level.alpha * self.covariances.values / terms.variance)
+        scores = -self.covariances.from_basis(terms.residual / terms.variance)
+        scores = scores - (r[..., None] * scores).sum(1, keepdim=True)
+        spread = torch.einsum("bk,bki,bkj->bij", r, scores, scores)
+        return (_mix(r, gains) + level.sigma**2 / level.alpha * spread).to(x.dtype)
+
+    def tweedie_covariance(self, x: Tensor, level: Level) -> Tensor:
+        """Return Cov[x₀ | x_t] = (σ²/α) ∂x̂₀/∂x_t (B, n, n): Tweedie's formula."""
+        return level.sigma**2 / level.alpha * self.jacobian(x, level)
+
+    def mean(self) -> Tensor:
+        """Return E[x₀] (*shape)."""
+        weights = self.log_weights.exp()
+        return (weights @ self.means.flatten(1)).reshape(self.means.shape[1:])
+
+    def covariance(self, x: Tensor | None = None, level: Level | None = None) -> Tensor:
+        """Return Cov[x₀ | x_t] (B, n, n) of x_t (B, *) at ``level``; Cov[x₀] (n, n) without both.
+
+        Law of total covariance, Σ_k r_k (C_k|x + m_k m_kᵀ) − x̂₀ x̂₀ᵀ, with the components' posterior
+        means m_k = μ_k + G_k (x_t − α μ_k) and covariances C_k|x = σ² C_k V_k⁻¹.
+        """
+        if x is None or level is None:
+            if x is not level:
+                raise TypeError("covariance takes x_t and its level, or neither.")
+            r, means = self.log_weights.exp()[None], self.means.flatten(1)[None]
+            return _total(r, means, self.covariances.matrix())[0]
+        terms = self._separate(x, level)
+        shrunk = self.covariances.values / terms.variance
+        moved = self.covariances.from_basis(level.alpha * shrunk * terms.residual)
+        within = self.covariances.matrix(level.sigma**2 * shrunk)
+        total = _total(terms.responsibilities, self.means.flatten(1) + moved, within)
+        return total.to(x.dtype)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Return ``count`` draws of x₀ (count, *shape)."""
-        k = torch.multinomial(self.log_weights.exp(), count, True, generator=generator)
-        z = torch.randn(self.means[k].shape, generator=generator, dtype=self.means.dtype)
-        return self.means[k] + self.variances[k].sqrt() * z
+        weights, device = self.log_weights.exp(), generator.device
+        k = torch.multinomial(weights.to(device), count, True, generator=generator)
+        shape = (count, *self.means.shape[1:])
+        z = torch.randn(shape, generator=generator, dtype=self.means.dtype, device=device)
+        k, z = k.to(self.means.device), z.to(self.means.device).flatten(1)
+        # Draws are stacked per component, so that each component's basis is applied to its own.
+        values = self.covariances.values
+        column = k if len(values) > 1 else torch.zeros_like(k)
+        same = torch.nn.functional.one_hot(column, len(values)).cumsum(0)
+        row = same.gather(1, column[:, None])[:, 0] - 1
+        stacked = z.new_zeros(int(row.max()) + 1, *values.shape)
+        stacked[row, column] = z
+        moved = self.covariances.from_basis(values.sqrt() * stacked)[row, column]
+        return self.means[k] + moved.reshape(shape)
+
+    def condition(self, matrix: Tensor, y: Tensor, std: Tensor | float) -> GaussianMixture:
+        """Return the posterior p(x₀ | y) of y = A x₀ + n, n ~ N(0, diag(std²)): again a mixture.
+
+        With S_k = A C_k Aᵀ + diag(std²), weights ∝ w_k N(y; A μ_k, S_k), means
+        μ_k + C_k Aᵀ S_k⁻¹ (y − A μ_k) and covariances C_k − C_k Aᵀ S_k⁻¹ A C_k. Its density is
+        ``log_prob`` at :data:`cmi_lightning.schedule.CLEAN`. Computed in float64.
+
+        Args:
+            matrix: A (m, n) on flattened images.
+            y: (m,).
+            std: noise standard deviation ≥ 0, a number or (m,).
+
+        Raises:
+            InputError: if shapes do not fit, or measurements without noise determine one another.
+        """
+        A = matrix.to(self.means.device, torch.float64)
+        means = self.means.double().flatten(1)
+        if A.ndim != 2 or A.shape[1] != means.shape[1] or y.shape != A.shape[:1]:
+            raise InputError(
+                f"The operator's matrix must be (m, {means.shape[1]}) and y (m,), got "
+                f"{tuple(A.shape)} and {tuple(y.shape)}."
+            )
+        # Widened before it is multiplied out: single precision would leave negative eigenvalues.
+        covariance = copy.deepcopy(self.covariances).double().matrix()
+        noise = torch.as_tensor(std, dtype=A.dtype, device=A.device).expand(len(A)) ** 2
+        CA = covariance @ A.mT
+        S = A @ CA + torch.diag(noise)
+        L, failed = torch.linalg.cholesky_ex(S)
+        pivots = L.diagonal(dim1=1, dim2=2) ** 2
+        rounding = len(A) * torch.finfo(A.dtype).eps * S.diagonal(dim1=1, dim2=2)
+        if bool(failed.any()) or bool((pivots <= rounding).any()):
+            raise InputError(
+                "Measurements without noise determine one another, so that no density exists; set "
+                "a noise above 0 or drop the redundant ones."
+            )
+        residual = (y.to(A) - means @ A.mT)[..., None]
+        white = torch.linalg.solve_triangular(L, residual, upper=False)[..., 0]
+        fit = -0.5 * (white**2).sum(1) - 0.5 * pivots.log().sum(1)
+        gain = torch.cholesky_solve(CA.mT, L).mT
+        dtype = self.means.dtype
+        floor = A.shape[1] * torch.finfo(torch.float64).eps * float(self.covariances.values.max())
+        shrunk = covariance - gain @ CA.mT
+        posterior = DenseCovariance(0.5 * (shrunk + shrunk.mT), floor).to(dtype)
+        means = (means + (gain @ residual)[..., 0]).to(dtype).reshape(self.means.shape)
+        weights = torch.softmax(self.log_weights.double() + fit, dim=0).to(dtype)
+        return GaussianMixture(means, posterior, weights, self.schedule)
+
+    def save(self, path: str | Path) -> None:
+        """Write mixture and schedule to a ``.safetensors`` file, for :func:`load_mixture`."""
+        s = self.schedule
+        tensors = {
+            "means": self.means,
+            "log_weights": self.log_weights,
+            "schedule": torch.tensor([s.alphas, s.sigmas, s.times], dtype=torch.float64),
+            **{f"covariance.{name}": v for name, v in self.covariances.options().items()},
+        }
+        tensors = {name: v.detach().cpu().contiguous().clone() for name, v in tensors.items()}
+        save_file(tensors, path, {"covariance": type(self.covariances).__name__})
+
+
+class GaussianPrior(GaussianMixture):
+    """p(x₀) = N(μ, C): the mixture of one component. J is constant, and CMI has no gradient.
+
+    Args:
+        mean: μ (*shape).
+        covariance: a variance ≥ 0, a number or (*shape), or a :class:`Covariance`.
+        schedule: noise levels; default: the linear DDPM chain.
+
+    Raises:
+        InputError: if mean and covariance do not fit together.
+    """
+
+    def __init__(
+        self,
+        mean: Tensor,
+        covariance: Covariance | Tensor | float = 1.0,
+        schedule: Schedule | None = None,
+    ) -> None:
+        if isinstance(covariance, Tensor) and covariance.ndim:
+            covariance = covariance[None]
+        super().__init__(mean[None], covariance, None, schedule)
+
+
+def load_mixture(path: str) -> GaussianMixture:
+    """Return the mixture that :meth:`GaussianMixture.save` wrote.
+
+    Args:
+        path: the ``.safetensors`` file.
+
+    Raises:
+        InputError: if the file is missing or holds something else.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise InputError(f"No mixture at '{path}': give a file that GaussianMixture.save wrote.")
+    try:
+        with safe_open(file, "pt") as opened:
+            kind = KINDS[(opened.metadata() or {})["covariance"]]
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        prefix = "covariance."
+        options = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+        covariance = kind.restored(options)
+        means, log_weights = tensors["means"], tensors["log_weights"]
+        schedule = Schedule(*(tuple(row) for row in tensors["schedule"].tolist()))
+    except (SafetensorError, KeyError) as error:
+        raise InputError(f"'{path}' is not a file that GaussianMixture.save wrote.") from error
+    mixture = GaussianMixture(means, covariance, log_weights.exp(), schedule)
+    mixture.log_weights = log_weights  # to the last bit
+    return mixture
+
+
+def power_law_prior(
+    image_shape: list[int],
+    exponent: float = 2.0,
+    std: float = 0.3,
+    mean: float = 0.0,
+    schedule: Schedule | Literal["linear", "cosine", "edm"] = "linear",
+) -> GaussianPrior:
+    """Return a stationary Gaussian texture: power ∝ 1/|f|^exponent, on a circular grid.
+
+    The mean of an image, f = 0, has the power of the lowest frequency.
+
+    Args:
+        image_shape: (C, H, W); channels are independent.
+        exponent: 0 is white; photographs have about 2.
+        std: standard deviation of every pixel, > 0.
+        mean: mean of every pixel.
+        schedule: noise levels, or their name.
+
+    Raises:
+        InputError: for an impossible shape or standard deviation.
+
+    Source: the spectrum of photographs, Field (1987).
+    """
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise InputError(f"image_shape must be three sizes of at least 1, got {image_shape}.")
+    if not std > 0:
+        raise InputError(f"std must be above 0, got {std}.")
+    rows, columns = (torch.fft.fftfreq(n, dtype=torch.float64) for n in image_shape[1:])
+    frequency = (rows[:, None] ** 2 + columns**2).sqrt()
+    power = frequency.clamp_min(1 / max(image_shape[1:])) ** -exponent
+    spectrum = (std**2 * power / power.mean()).expand(1, *image_shape).to(torch.get_default_dtype())
+    grey = torch.full(tuple(image_shape), float(mean))
+    return GaussianPrior(grey, StationaryCovariance(spectrum), Schedule.named(schedule))
+
+
+def _diagonal(variances: Tensor | float, means: Tensor) -> DiagonalCovariance:
+    """Return the covariance of a number, (K,) or (K, *shape), expanded to the means' shape."""
+    values = per_sample(variances, means)
+    shared = values.ndim == 0 or len(values) == 1
+    try:
+        values = values.expand_as(means[:1] if shared else means)
+    except RuntimeError as error:
+        raise InputError(
+            f"The variances must be a number, (K,) or (K, *shape) for means of shape "
+            f"{tuple(means.shape)}, got {tuple(values.shape)}."
+        ) from error
+    return DiagonalCovariance(values.clone())
+
+
+def _mix(r: Tensor, matrices: Tensor) -> Tensor:
+    """Return Σ_k r_k M_k (B, n, n) for r (B, K) and M (K, n, n) or (1, n, n)."""
+    return torch.einsum("bk,kij->bij", r, matrices.expand(r.shape[1], -1, -1))
+
+
+def _total(r: Tensor, means: Tensor, within: Tensor) -> Tensor:
+    """Return the covariance (B, n, n) of mixtures with weights (B, K) and means (B, K, n)."""
+    apart = means - (r[..., None] * means).sum(1, keepdim=True)
+    return _mix(r, within) + torch.einsum("bk,bki,bkj->bij", r, apart, apart)

@@ -2,14 +2,16 @@
 
 State-dict names and shapes are those of Dhariwal & Nichol (2021), so the public FFHQ and ImageNet
 checkpoints fit. Two things differ from the published code on purpose. Attention is plain tensor
-algebra, not a custom autograd function that drops or refuses second derivatives; and memory is
-saved, on request, with PyTorch's non-reentrant checkpointing, which keeps them.
+algebra, not a custom autograd function that drops or refuses second derivatives; and checkpointing,
+on request, saves memory in second derivatives too, see :class:`Recomputed`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +123,59 @@ class AttentionBlock(nn.Module):
             h = torch.softmax(logits, dim=-1, dtype=wide).to(v.dtype) @ v
         h = self.proj_out(rearrange(h, "b n l c -> b (n c) l"))
         return rearrange(flat + h, "b c (h w) -> b c h w", h=height, w=width)
+
+
+class Recomputed(torch.autograd.Function):
+    """f(*inputs), with no graph of f kept: neither of its value nor of its derivatives.
+
+    PyTorch's checkpointing recomputes f in the backward pass; but where that pass is itself to be
+    differentiated (``create_graph``), it keeps the graph of every f after all. Here the backward
+    pass of f, (g, inputs) ↦ Jᵀ g, is a recomputed function too, and so for every further order: an
+    order costs the inputs of f, not its activations, and each pass a further run of f.
+
+    ``Recomputed.apply(f, *inputs)`` returns f's tensor or tuple of tensors. f must be
+    deterministic, and must see every tensor that is to have a gradient through ``inputs``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, f: Callable[..., Any], *inputs: Tensor) -> Any:  # type: ignore[override]
+        """Return f(*inputs); autograd is off here."""
+        ctx.f = f
+        ctx.save_for_backward(*inputs)
+        return f(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        """Return the products of ``grads`` with the Jacobians of the inputs that need them."""
+        needed = ctx.needs_input_grad[1:]
+        product = partial(_vector_jacobian, ctx.f, needed, len(grads))
+        if torch.is_grad_enabled():  # the graph of the products is wanted, or not at all
+            products = iter(Recomputed.apply(product, *grads, *ctx.saved_tensors))
+        else:
+            products = iter(product(*grads, *ctx.saved_tensors))
+        return None, *(next(products) if wanted else None for wanted in needed)
+
+
+def _vector_jacobian(
+    f: Callable[..., Any], needed: Sequence[bool], count: int, *arguments: Tensor
+) -> tuple[Tensor, ...]:
+    """Return Jᵀ g of f for the inputs that are ``needed``.
+
+    Args:
+        f: the function.
+        needed: which of its inputs are differentiated.
+        count: number of f's outputs.
+        arguments: a cotangent g for each output, then f's inputs.
+    """
+    grads, inputs = arguments[:count], list(arguments[count:])
+    keep = torch.is_grad_enabled()
+    for i, wanted in enumerate(needed):
+        if wanted and not (keep and inputs[i].requires_grad):
+            inputs[i] = inputs[i].detach().requires_grad_()
+    with torch.enable_grad():
+        outputs = f(*inputs)
+    wrt = [x for x, wanted in zip(inputs, needed, strict=True) if wanted]
+    return torch.autograd.grad(outputs, wrt, grads, create_graph=keep, materialize_grads=True)
 
 
 class TimedSequential(nn.Sequential):
@@ -237,10 +292,8 @@ class UNet(nn.Module):
         dtype = next(self.parameters()).dtype
         embedding = self.time_embed(features.to(dtype))
 
-        def run(block: nn.Module, h: Tensor) -> Tensor:
-            if self.checkpoint and torch.is_grad_enabled():
-                return checkpoint(block, h, embedding, use_reentrant=False)
-            return block(h, embedding)
+        def run(block: nn.Module, *h: Tensor) -> Tensor:
+            return self._run(block, *h, embedding)
 
         # The first convolution sees x_t in full precision: bfloat16 resolves 1 to 0.008, no finer
         # than the noise of the last levels.
@@ -255,5 +308,31 @@ class UNet(nn.Module):
             skips.append(h)
         h = run(self.middle_block, h)
         for block in self.output_blocks:
-            h = run(block, torch.cat([h, skips.pop()], dim=1))
-        return self.out(h)
+            h = run(block, h, skips.pop())
+        return run(self.out, h)
+
+    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """Return block(cat of features (B, C, H, W), time embedding), perhaps checkpointed."""
+        autocast = _autocast_state(inputs[0].device.type)
+
+        def f(*inputs: Tensor) -> Tensor:
+            *features, embedding = inputs
+            with torch.autocast(**autocast):  # as it is now: the backward pass runs outside of it
+                h = features[0] if len(features) == 1 else torch.cat(features, dim=1)
+                return block(h, embedding) if isinstance(block, TimedSequential) else block(h)
+
+        if not (self.checkpoint and torch.is_grad_enabled()):
+            return f(*inputs)
+        if self.training or any(p.requires_grad for p in block.parameters()):
+            # PyTorch's also sees to the parameters' gradients and to dropout's random numbers.
+            return checkpoint(f, *inputs, use_reentrant=False)
+        return Recomputed.apply(f, *inputs)
+
+
+def _autocast_state(device: str) -> dict[str, Any]:
+    """Return the arguments that make torch.autocast what it is now."""
+    return {
+        "device_type": device,
+        "dtype": torch.get_autocast_dtype(device),
+        "enabled": torch.is_autocast_enabled(device),
+    }

@@ -1,0 +1,274 @@
+"""Exact posteriors and exact conditional mutual information of small problems, by dense matrices.
+
+What samplers and guidances estimate, this module computes: in n³ time and n² memory, or more, for
+images of n numbers. It takes any denoiser, so that a network can be checked on small images. All
+functions treat dimension 0 as a batch of separate problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmi_lightning.denoisers.base import Denoiser
+from cmi_lightning.denoisers.mixture import GaussianMixture
+from cmi_lightning.errors import InputError
+from cmi_lightning.operators.base import LinearOperator
+from cmi_lightning.problem import Problem
+from cmi_lightning.schedule import Level
+
+
+class DenseProblem(NamedTuple):
+    """One sample's y = A x₀ + n, without the padding of its batch.
+
+    Attributes:
+        matrix: A (m, n) on the flattened image.
+        y: (m,).
+        std: noise standard deviations (m,).
+    """
+
+    matrix: Tensor
+    y: Tensor
+    std: Tensor
+
+
+def as_matrix(operator: LinearOperator, y: Tensor, row: int = 0) -> Tensor:
+    """Return one sample's A, dense (m, n), one column per forward pass.
+
+    Args:
+        operator: A, bound to a batch of images.
+        y: measurements of that batch (B, *m); only shape, dtype and device are read.
+        row: the sample. m counts what is measured of it: padding is left out.
+    """
+    keep = operator.measured(torch.ones_like(y))[row].flatten() > 0
+    columns = []
+    with torch.no_grad():
+        for unit in torch.eye(_size(operator.image_shape), dtype=y.dtype, device=y.device):
+            images = unit.reshape(operator.image_shape).expand(len(y), *operator.image_shape)
+            columns.append(operator(images)[row].flatten()[keep])
+    return torch.stack(columns, dim=1)
+
+
+def as_dense(problem: Problem, row: int = 0) -> DenseProblem:
+    """Return one sample of a batch's problem by dense tensors; see :func:`as_matrix`."""
+    y = problem.y
+    keep = problem.operator.measured(torch.ones_like(y))[row].flatten() > 0
+    std = problem.std.expand_as(y)[row].flatten()[keep]
+    return DenseProblem(as_matrix(problem.operator, y, row), y[row].flatten()[keep], std)
+
+
+def posterior(prior: GaussianMixture, problem: Problem, row: int = 0) -> GaussianMixture:
+    """Return the exact p(x₀ | y) of one sample; see :meth:`GaussianMixture.condition`."""
+    return prior.condition(*as_dense(problem, row))
+
+
+def jacobian(denoiser: Denoiser, x: Tensor, level: Level, create_graph: bool = False) -> Tensor:
+    """Return J = ∂x̂₀/∂x_t, J[b, i, j] = ∂x̂₀[b, i]/∂x_t[b, j], (B, n, n).
+
+    In closed form for an exact prior, else by n vector-Jacobian products.
+
+    Args:
+        denoiser: the prior.
+        x: x_t (B, *).
+        level: the noise level of x_t.
+        create_graph: keep the graph, for derivatives with respect to x.
+    """
+    # A subclass may have another x̂₀, and then has another Jacobian.
+    if isinstance(denoiser, GaussianMixture) and type(denoiser).forward is GaussianMixture.forward:
+        with torch.set_grad_enabled(create_graph):
+            return denoiser.jacobian(x, level)
+    with torch.enable_grad():
+        x = x if create_graph and x.requires_grad else x.detach().requires_grad_()
+        return _gradients(denoiser(x, level).x0.flatten(1), x, create_graph)
+
+
+def covariance(denoiser: Denoiser, x: Tensor, level: Level, create_graph: bool = False) -> Tensor:
+    """Return Cov[x₀ | x_t] = (σ²/α) J (B, n, n) by Tweedie's formula; see :func:`jacobian`."""
+    return level.sigma**2 / level.alpha * jacobian(denoiser, x, level, create_graph)
+
+
+def information(
+    denoiser: Denoiser, x: Tensor, level: Level, matrix: Tensor, std: Tensor | float
+) -> Tensor:
+    """Return I(x₀; y | x_t) = ½ log det(1 + Σ_n^{-1/2} A P Aᵀ Σ_n^{-1/2}) in nats, (B,).
+
+    P = Cov[x₀ | x_t] is Tweedie's, and x₀ | x_t is taken as Gaussian. NaN where a network's P makes
+    the determinant negative; :func:`spectral_information` is defined for any P.
+
+    Args:
+        denoiser: the prior.
+        x: x_t (B, *), n numbers a sample.
+        level: the noise level of x_t.
+        matrix: A (m, n), or (B, m, n) if every sample has its own; see :func:`as_matrix`.
+        std: noise standard deviation > 0: a number, (m,) or (B, m).
+
+    Raises:
+        InputError: if the measurement has no noise (I is infinite), or the matrix does not fit.
+
+    Source: Hamidi & Yang (2025), Theorem 1, by the determinant lemma.
+    """
+    return _value(covariance(denoiser, x, level), _whitened(x, matrix, std))
+
+
+def spectral_information(
+    denoiser: Denoiser, x: Tensor, level: Level, matrix: Tensor, std: Tensor | float
+) -> Tensor:
+    """Return ½ Σ_i log max(λ_i, 1) in nats, (B,), λ the eigenvalues of the symmetric part of S.
+
+    S = 1 + Σ_n^{-1/2} A P Aᵀ Σ_n^{-1/2}. The same as :func:`information` for an exact prior, and
+    what :class:`cmi_lightning.information.Lanczos` estimates for a network, whose P may be
+    indefinite. Args and errors as there.
+    """
+    return _spectral_value(covariance(denoiser, x, level), _whitened(x, matrix, std))
+
+
+def information_theorem_1(
+    denoiser: Denoiser, x: Tensor, level: Level, matrix: Tensor, std: Tensor | float
+) -> Tensor:
+    """Return I = ½ log det P − ½ log det Q in nats, (B,), with Q = (P⁻¹ + Aᵀ Σ_n⁻¹ A)⁻¹.
+
+    The same number as :func:`information`, from n×n matrices; P must have an inverse. Args and
+    errors as there.
+
+    Source: Hamidi & Yang (2025), Theorem 1.
+    """
+    P = covariance(denoiser, x, level)
+    return 0.5 * torch.logdet(P) - 0.5 * torch.logdet(_posterior(P, _whitened(x, matrix, std)))
+
+
+def gradient(
+    denoiser: Denoiser, x: Tensor, level: Level, matrix: Tensor, std: Tensor | float
+) -> Tensor:
+    """Return ∇_{x_t} I = ½ tr[Aᵀ S⁻¹ A ∇P] (B, *), with S = A P Aᵀ + Σ_n.
+
+    Theorem 2 by Woodbury's identity. M = Aᵀ S⁻¹ A is held fixed, so that ½ tr[M P] is
+    differentiated once and the third-order tensor ∇P is never formed. Args and errors as in
+    :func:`information`.
+    """
+    W = _whitened(x, matrix, std)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        P = covariance(denoiser, x, level, create_graph=True)
+        M = W.mT @ torch.linalg.solve(_measured(P.detach(), W), W)
+        value = 0.5 * (M.mT * P).sum((1, 2))
+        return _gradients(value[:, None], x).reshape(x.shape)
+
+
+def gradient_theorem_2(
+    denoiser: Denoiser, x: Tensor, level: Level, matrix: Tensor, std: Tensor | float
+) -> Tensor:
+    """Return ∇_{x_t} I (B, *), ∂_k I = ½ tr[P⁻¹ ∂_k P] − ½ tr[Q⁻¹ ∂_k Q], by the whole tensor ∇P.
+
+    ∂_k P = (σ²/α) ∂_k J and ∂_k Q = Q P⁻¹ (∂_k P) P⁻¹ Q, Q as in :func:`information_theorem_1`. The
+    paper's Eq. 14b is printed without the inverses. n² derivatives and n³ memory. Args and errors
+    as in :func:`information`.
+
+    Source: Hamidi & Yang (2025), Theorem 2 and Eq. 14.
+    """
+    W = _whitened(x, matrix, std)
+    P, dP = third_order(denoiser, x, level)
+    Q = _posterior(P, W)
+    QP = torch.linalg.solve(P, Q, left=False)  # Q P⁻¹
+    PQ = torch.linalg.solve(P, Q)  # P⁻¹ Q
+    dQ = torch.einsum("bij,bjlk,blm->bimk", QP, dP, PQ)
+
+    def trace(E: Tensor, F: Tensor) -> Tensor:  # tr(E⁻¹ ∂_k F) for every k
+        return torch.einsum("bij,bjik->bk", torch.linalg.inv(E), F)
+
+    return 0.5 * (trace(P, dP) - trace(Q, dQ)).reshape(x.shape)
+
+
+def gradient_autograd(
+    denoiser: Denoiser,
+    x: Tensor,
+    level: Level,
+    matrix: Tensor,
+    std: Tensor | float,
+    spectral: bool = False,
+) -> Tensor:
+    """Return ∇_{x_t} of :func:`information` (B, *) by automatic differentiation of its value.
+
+    Args:
+        denoiser: as in :func:`information`, like all but the last.
+        x: x_t (B, *).
+        level: the noise level of x_t.
+        matrix: A.
+        std: noise standard deviation.
+        spectral: differentiate :func:`spectral_information` instead.
+    """
+    W = _whitened(x, matrix, std)
+    value: Callable[[Tensor, Tensor], Tensor] = _spectral_value if spectral else _value
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        P = covariance(denoiser, x, level, create_graph=True)
+        return _gradients(value(P, W)[:, None], x).reshape(x.shape)
+
+
+def third_order(denoiser: Denoiser, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+    """Return P (B, n, n) and ∇P (B, n, n, n), the last dimension being that of x_t.
+
+    By Tweedie's formula σ²/α times ∇P is the third central moment of x₀ | x_t, where it is exact.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        P = covariance(denoiser, x, level, create_graph=True)
+        slopes = _gradients(P.flatten(1), x)
+    return P.detach(), slopes.unflatten(1, P.shape[1:])
+
+
+def _value(P: Tensor, W: Tensor) -> Tensor:
+    return 0.5 * torch.logdet(_measured(P, W))
+
+
+def _spectral_value(P: Tensor, W: Tensor) -> Tensor:
+    S = _measured(P, W)
+    return 0.5 * torch.linalg.eigvalsh(0.5 * (S + S.mT)).clamp_min(1).log().sum(1)
+
+
+def _measured(P: Tensor, W: Tensor) -> Tensor:
+    """Return 1 + W P Wᵀ (B, m, m)."""
+    return torch.eye(W.shape[1], dtype=P.dtype, device=P.device) + W @ P @ W.mT
+
+
+def _posterior(P: Tensor, W: Tensor) -> Tensor:
+    """Return Q = (P⁻¹ + Wᵀ W)⁻¹ (B, n, n)."""
+    return torch.linalg.inv(torch.linalg.inv(P) + W.mT @ W)
+
+
+def _whitened(x: Tensor, matrix: Tensor, std: Tensor | float) -> Tensor:
+    """Return W = Σ_n^{-1/2} A (B, m, n).
+
+    Raises:
+        InputError: if the measurement has no noise, or the matrix does not fit the images.
+    """
+    std = torch.as_tensor(std, dtype=x.dtype, device=x.device)
+    if not bool((std > 0).all()):
+        raise InputError("The information needs measurement noise: std must be above 0.")
+    A = matrix.to(x)
+    A = A if A.ndim == 3 else A.expand(len(x), *A.shape)
+    if A.ndim != 3 or len(A) != len(x) or A.shape[2] != x[0].numel():
+        raise InputError(
+            f"The operator's matrix must be (m, {x[0].numel()}) or ({len(x)}, m, {x[0].numel()}), "
+            f"got {tuple(matrix.shape)}."
+        )
+    return A / std.expand(*A.shape[:2])[..., None]
+
+
+def _gradients(values: Tensor, x: Tensor, create_graph: bool = False) -> Tensor:
+    """Return the derivatives of values (B, i) by x (B, *), (B, i, n), one pass per i."""
+    if not values.requires_grad:  # a Jacobian that is the same everywhere
+        return values.new_zeros(*values.shape, x[0].numel())
+    rows = [
+        torch.autograd.grad(
+            value.sum(), x, retain_graph=True, create_graph=create_graph, materialize_grads=True
+        )[0]
+        for value in values.unbind(1)
+    ]
+    return torch.stack(rows, dim=1).flatten(2)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

@@ -1,0 +1,188 @@
+"""Checks of a user's own network: are its derivatives right, and is its Σ_post a covariance?"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cmi_lightning.denoisers import Autocast, Denoiser
+from cmi_lightning.information.base import contraction
+from cmi_lightning.linalg import dot, krylov, norm, per_sample
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators import Identity
+from cmi_lightning.problem import Problem
+from cmi_lightning.sampler import Sampler
+from cmi_lightning.schedule import Level
+from cmi_lightning.solvers import DDIM
+from cmi_lightning.step import Step
+from cmi_lightning.verify.check import Check
+
+STEPS = 20  # of the unguided run that the points x_t are taken from
+VISITED = (4, 10, 16)  # numbers of its steps after which the network is checked
+DIMENSION = 10  # of the Krylov space that the eigenvalues come from
+
+
+def network_checks(denoiser: Denoiser, size: int | None = None) -> Iterator[Check]:
+    """Yield the checks of a denoiser, at three noise levels along an unguided run of two samples.
+
+    About 200 passes over two images. Figures without a bar say what to expect of guidances that
+    use the Jacobian: a learned network's is neither symmetric nor positive.
+
+    Args:
+        denoiser: the network.
+        size: side of the images where the network takes any; default: 64, or the next multiple that
+            the network allows.
+    """
+    shape = _image_shape(denoiser, size)
+    like = torch.zeros(2, *shape)
+    noise = SampleNoise(0, ["verify/0", "verify/1"])
+    problem = Problem(like, Identity().bind(shape, noise, like), 0.05)
+    sampler = Sampler(denoiser, DDIM(), num_steps=min(STEPS, len(denoiser.schedule)))
+    records = list(sampler.iterate(problem, noise, like))
+    out_of_range = _out_of_range(denoiser, records[-1].x)
+    yield Check(
+        "unguided DDIM ends in finite images", float(not bool(out_of_range < math.inf)), 0.0
+    )
+    yield Check("… share of values outside the declared range", out_of_range, None)
+    if out_of_range == math.inf:
+        return
+    visited = [r for r in records if r.num_steps - r.index in VISITED] or records[:1]
+    points = [
+        Step(r.index, r.x, r.then, r.then, problem, denoiser, noise)
+        for r in visited
+        if r.then.sigma > 0
+    ]
+    wide = [_widened(step) for step in points]
+    yield from _types(points)
+    yield from _derivatives(denoiser, wide)
+    yield from _covariance(points)
+
+
+def _image_shape(denoiser: Denoiser, size: int | None) -> tuple[int, int, int]:
+    multiple = denoiser.size_multiple
+    side = size or -(-64 // multiple) * multiple
+    shape = denoiser.image_shape or (None, None, None)
+    channels, height, width = (
+        free if n is None else n for n, free in zip(shape, (3, side, side), strict=True)
+    )
+    return channels, height, width
+
+
+def _out_of_range(denoiser: Denoiser, x: Tensor) -> float:
+    if not bool(torch.isfinite(x).all()):
+        return math.inf
+    if denoiser.value_range is None:
+        return 0.0
+    low, high = denoiser.value_range
+    slack = 0.05 * (high - low)
+    return float(((x < low - slack) | (x > high + slack)).float().mean())
+
+
+@dataclass
+class _Wide:
+    """A step in float64, and whether the network could be widened."""
+
+    step: Step
+    widened: bool
+
+
+def _widened(step: Step) -> _Wide:
+    try:
+        denoiser = copy.deepcopy(step.denoiser).double()
+        wide = replace(step, x=step.x.detach().double(), denoiser=denoiser, log={})
+        _ = wide.x0
+        return _Wide(wide, True)
+    except (RuntimeError, TypeError, ValueError):  # code that insists on float32
+        return _Wide(step, False)
+
+
+def _directions(step: Step) -> tuple[Tensor, Tensor]:
+    x = step.x.detach()
+    return step.noise.normal("verify/u", step.index, x), step.noise.normal(
+        "verify/p", step.index, x
+    )
+
+
+def _slope(step: Step, p: Tensor, f: Callable[[Step], Tensor], length: float) -> Tensor:
+    """Return the central difference of f along p over a distance of ``length``·σ_t·√n."""
+    x = step.x.detach()
+    h = length * step.now.sigma * math.sqrt(x[0].numel()) / norm(p)
+    ahead, behind = (f(step.at(x + per_sample(s * h, x) * p, step.now)) for s in (1, -1))
+    return (ahead - behind) / per_sample(2 * h, ahead)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    """Return the largest ‖a − b‖/‖b‖ of a sample."""
+    return float((norm(a - b) / norm(b).clamp_min(torch.finfo(b.dtype).tiny)).max())
+
+
+def _types(points: list[Step]) -> Iterator[Check]:
+    shapes, alone, low = 0.0, 0.0, 0.0
+    for step in points:
+        x0 = step.x0.detach()
+        right = x0.shape == step.x.shape and x0.dtype == step.x.dtype
+        shapes = max(shapes, float(not (right and bool(torch.isfinite(x0).all()))))
+        with torch.no_grad():
+            single = step.denoiser(step.x.detach()[:1], step.now).x0
+            lowered = Autocast(step.denoiser, torch.bfloat16)(step.x.detach(), step.now).x0
+        alone = max(alone, _relative(single, x0[:1]))
+        low = max(low, _relative(lowered, x0) if lowered.dtype == x0.dtype else math.inf)
+    yield Check("x̂₀ has the shape and type of x_t, and is finite", shapes, 0.0)
+    yield Check("x̂₀ of a sample alone = in a batch", alone, 1e-3)
+    yield Check("x̂₀ under bfloat16 autocast: relative change", low, None, "comes back in float32")
+
+
+def _derivatives(denoiser: Denoiser, points: list[_Wide]) -> Iterator[Check]:
+    widened = all(point.widened for point in points)
+    remark = "float64" if widened else "float32: the network's code does not run in float64"
+    first, second = 0.0, 0.0
+    for point in points:
+        step = point.step
+        u, p = _directions(step)
+        exact = dot(step.vjp(u), p)
+        slope = _slope(step, p, lambda s: s.x0.detach(), 1e-4 if widened else 1e-2)
+        first = max(first, float(((exact - dot(u, slope)).abs() / norm(u) / norm(slope)).max()))
+        if denoiser.derivatives >= 2:
+            length = 1e-4 if widened else 3e-2
+            by_difference = contraction(step, u, p, "difference", length)
+            second = max(second, _relative(contraction(step, u, p), by_difference))
+    yield Check("first derivatives = finite differences", first, 1e-5 if widened else 1e-2, remark)
+    if denoiser.derivatives >= 2:
+        bar = 1e-3 if widened else 0.1
+        yield Check("second derivatives = finite differences", second, bar, remark)
+    else:
+        yield Check(
+            "second derivatives",
+            math.nan,
+            None,
+            "none, by the network's own account: estimators need derivative: difference",
+        )
+
+
+def _covariance(points: list[Step]) -> Iterator[Check]:
+    for step in points:
+        u, _ = _directions(step)
+        transposed = step.vjp(u)
+        forward = _slope(step, u, lambda s: s.x0.detach(), 1e-2)
+        space = krylov(step.vjp, u, DIMENSION)
+        # In units of σ_t²/α_t², the variance of x₀ given x_t alone: Σ = (σ_t²/α_t) J.
+        values = step.now.alpha * space.values
+        at = _describe(step.now)
+        yield Check(
+            f"asymmetry of J, ‖Jv − Jᵀv‖/‖Jᵀv‖, at {at}", _relative(forward, transposed), None,
+            "0 for an exact score",
+        )  # fmt: skip
+        lowest, highest = float(values.min()), float(values.max())
+        yield Check(
+            f"smallest eigenvalue of Σ (largest {highest:.2g}), at {at}", lowest, None,
+            "in σ²/α², at most this; below 0, Σ is no covariance: solves are clipped",
+        )  # fmt: skip
+
+
+def _describe(level: Level) -> str:
+    return f"σ/α = {level.sigma / level.alpha:.2g}"

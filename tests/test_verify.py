@@ -1,0 +1,137 @@
+"""`cmi-lightning verify`: green as it stands, and red when something is broken."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from cmi_lightning import verify as package
+from cmi_lightning.cli import main
+from cmi_lightning.denoisers import NetworkDenoiser
+from cmi_lightning.guidance import MomentMatching
+from cmi_lightning.information import Lanczos, TraceLimit
+from cmi_lightning.operators import Downsample
+from cmi_lightning.verify import Check, exact, network_checks
+
+
+def test_every_exact_check_passes(capsys):
+    assert main(["verify"]) == 0
+    out = capsys.readouterr().out
+    assert "all 31 checks passed" in out
+    assert "FAIL" not in out
+
+
+def names_of_failures(checks) -> str:
+    return "\n".join(check.name for check in checks if not check.passed)
+
+
+def test_a_biased_estimator_is_caught(monkeypatch):
+    honest = Lanczos.probe
+
+    def biased(self, step, draw):
+        information = honest(self, step, draw)
+        return information._replace(gradient=1.1 * information.gradient)
+
+    monkeypatch.setattr(Lanczos, "probe", biased)
+    failed = names_of_failures(exact._estimators())
+    assert "Lanczos: to exact ∇I" in failed
+    assert "ImageProbes" not in failed
+
+
+def test_a_wrong_value_is_caught(monkeypatch):
+    honest = TraceLimit.probe
+    monkeypatch.setattr(
+        TraceLimit,
+        "probe",
+        lambda self, step, draw: (i := honest(self, step, draw))._replace(value=1.2 * i.value),
+    )
+    assert names_of_failures(exact._estimators()) == (
+        f"TraceLimit: mean of {exact.PROBES} probes to exact I, in standard errors"
+    )
+
+
+def test_a_wrong_guidance_is_caught(monkeypatch):
+    honest = MomentMatching.guide_denoised
+    monkeypatch.setattr(
+        MomentMatching,
+        "guide_denoised",
+        lambda self, step, x0: honest(dataclasses.replace(self, scale=0.99), step, x0),
+    )
+    assert "MomentMatching" in names_of_failures(exact._posterior_means())
+    assert "ΠGDM" not in names_of_failures(exact._posterior_means())
+
+
+def test_a_wrong_adjoint_is_caught(monkeypatch):
+    concrete = type(Downsample(4).bind((3, 16, 12), None, torch.zeros(1)))
+    honest = concrete.adjoint
+    monkeypatch.setattr(concrete, "adjoint", lambda self, y: 1.001 * honest(self, y))
+    assert "⟨Ax, y⟩ = ⟨x, Aᵀy⟩" in names_of_failures(exact._operators())
+
+
+def test_exit_code_1_names_what_failed(monkeypatch, capsys):
+    checks = [Check("sound", 0.5, 1.0), Check("broken", 2.0, 1.0), Check("read me", 9.0, None)]
+    monkeypatch.setattr(package, "exact_checks", lambda: checks)
+    assert main(["verify"]) == 1
+    out = capsys.readouterr().out
+    assert "1 of 2 checks failed" in out
+    assert [line.split()[2] for line in out.splitlines() if "broken" in line] == ["FAIL"]
+    assert not Check("not a number", float("nan"), 1.0).passed
+
+
+def test_a_network_from_the_command_line(capsys):
+    assert main(["verify", "--denoiser", "cmi_lightning.denoisers.shipped_prior"]) == 0
+    out = capsys.readouterr().out
+    assert "first derivatives" in out
+    assert "asymmetry of J" in out
+
+
+def test_an_exact_prior_is_symmetric_and_positive(capsys):
+    options = ["--denoiser=cmi_lightning.denoisers.power_law_prior"]
+    options += ["--denoiser.init_args.image_shape=[1,8,8]", "--denoiser.init_args.std=0.5"]
+    assert main(["verify", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    asymmetries = [float(line.split()[0]) for line in lines if "asymmetry" in line]
+    assert len(asymmetries) == 3
+    assert max(asymmetries) < 1e-3
+    assert min(float(line.split()[0]) for line in lines if "smallest" in line) > 0
+
+
+class Unsteady(nn.Module):
+    """A network that looks at the whole batch, and whose gradient is wrong."""
+
+    def __init__(self, flaw: str) -> None:
+        super().__init__()
+        self.flaw = flaw
+
+    def forward(self, x, times):
+        smooth = torch.tanh(x)
+        if self.flaw == "batch":
+            return smooth * (1 + 0.1 * x.mean())
+        if self.flaw == "gradient":
+            return smooth + (torch.sin(3 * x)).detach()
+        if self.flaw == "nan":
+            return smooth * torch.nan
+        return smooth
+
+
+@pytest.mark.parametrize(
+    ("flaw", "name"),
+    [
+        ("none", ""),
+        ("batch", "alone = in a batch"),
+        ("gradient", "first derivatives"),
+        ("nan", "finite images"),
+    ],
+)
+def test_a_broken_network_is_caught(flaw, name):
+    network = NetworkDenoiser(Unsteady(flaw), None, image_shape=(1, None, None))
+    failed = names_of_failures(network_checks(network, size=8))
+    assert name in failed if name else not failed
+
+
+def test_bad_size(capsys):
+    assert main(["verify", "--size", "large"]) == 2
+    assert "size must be a number of pixels" in capsys.readouterr().err
