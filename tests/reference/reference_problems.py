@@ -1,0 +1,118 @@
+"""Small problems in float64 that the tests of this folder share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from conftest import make_step
+from torch import Tensor
+
+from cmi_lightning.denoisers import GaussianMixture
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators import (
+    BoxMask,
+    Convolution,
+    Downsample,
+    GaussianBlur,
+    Identity,
+    LinearOperator,
+    MotionBlur,
+    PixelMask,
+    RandomMask,
+)
+from cmi_lightning.schedule import Schedule
+from cmi_lightning.step import Step
+
+SHAPE = (2, 8, 6)
+BATCH = 3
+IDS = [f"sample/{row}" for row in range(BATCH)]  # as make_step names them
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def unequal_mask(batch: int, height: int, width: int) -> Tensor:
+    """Masks (B, H, W) that keep a different number of pixels of every image."""
+    known = torch.ones(batch, height * width, dtype=torch.bool)
+    for row in range(batch):
+        known[row, :: row + 2] = False
+    return known.unflatten(1, (height, width))
+
+
+def kernels(count: int, height: int, width: int) -> Tensor:
+    """Kernels of either sign (count, height, width), no blur amplifying anything."""
+    taps = draw(count, height, width, seed=7)
+    return taps / taps.abs().sum((1, 2), keepdim=True)
+
+
+def make(name: str, shape: tuple[int, int, int], batch: int = BATCH) -> LinearOperator:
+    """The operator of a name, not yet bound to images."""
+    like = torch.empty(batch, *shape, dtype=torch.float64)
+    factor = next(f for f in (2, 3, 5) if math.gcd(*shape[1:]) % f == 0)
+    return {
+        "identity": lambda: Identity(),
+        "pixels": lambda: PixelMask.from_mask(unequal_mask(batch, *shape[1:]), like),
+        "random": lambda: RandomMask(0.6),
+        "box": lambda: BoxMask((3, 2), margin=1),
+        "gaussian-reflect": lambda: GaussianBlur(7, 1.2),
+        "gaussian-circular": lambda: GaussianBlur(5, 1.0, "circular"),
+        "motion-reflect": lambda: MotionBlur(5),
+        "motion-circular": lambda: MotionBlur(4, padding="circular"),
+        "convolution-reflect": lambda: Convolution(kernels(batch, 3, 5)),
+        "convolution-circular": lambda: Convolution(kernels(1, 4, 3), "circular"),
+        "downsample": lambda: Downsample(factor),
+    }[name]()
+
+
+OPERATORS = [
+    "identity",
+    "pixels",
+    "random",
+    "box",
+    "gaussian-reflect",
+    "gaussian-circular",
+    "motion-reflect",
+    "motion-circular",
+    "convolution-reflect",
+    "convolution-circular",
+    "downsample",
+]
+
+
+def bound(
+    name: str,
+    shape: tuple[int, int, int] = SHAPE,
+    ids: list[str] = IDS,
+    dtype: torch.dtype = torch.float64,
+) -> LinearOperator:
+    return make(name, shape, len(ids)).bind(shape, SampleNoise(0, ids), torch.empty(0, dtype=dtype))
+
+
+def mixture(schedule: Schedule | None = None) -> GaussianMixture:
+    """Three components so close that x_t leaves open which of them it came from."""
+    means = 0.15 * draw(3, *SHAPE, seed=1)
+    variances = 0.05 + 0.3 * torch.rand(
+        3, *SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    return GaussianMixture(means, variances, weights, schedule)
+
+
+def problem_step(
+    name: str,
+    index: int,
+    schedule: Schedule | None = None,
+    sigma: float | Tensor = 0.2,
+    batch: int = BATCH,
+) -> Step:
+    """x_t of a batch, measured by an operator."""
+    operator = bound(name, ids=[f"sample/{row}" for row in range(batch)])
+    return make_step(mixture(schedule), operator, index, batch, sigma)
+
+
+def per_row(value: Tensor, expected: Tensor) -> float:
+    """Largest relative error ‖value − expected‖/‖expected‖ of any sample."""
+    error = (value - expected).flatten(1).norm(dim=1)
+    return float((error / expected.flatten(1).norm(dim=1)).max())

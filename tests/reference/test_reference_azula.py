@@ -1,0 +1,230 @@
+"""Solvers and guidances against azula, in float64.
+
+azula's times are mapped to our levels by a table: t = i + 1 is level i, and t = 0 the clean image.
+Its samplers draw with torch.randn_like, which is made to return our noise.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_step
+from reference_problems import BATCH, IDS, SHAPE, bound, mixture, per_row, problem_step
+from torch import Tensor
+
+from cmi_lightning.denoisers import GaussianMixture
+from cmi_lightning.guidance import DPS, Guidance, MomentMatching, PiGDM, residual_gradient
+from cmi_lightning.linalg import norm, per_sample
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.problem import Problem
+from cmi_lightning.sampler import Sampler
+from cmi_lightning.schedule import Schedule
+from cmi_lightning.solvers import DDIM, DDPM, Heun, Solver
+from cmi_lightning.step import Step
+
+pytest.importorskip("azula", reason="needs azula: pip install 'cmi-lightning[reference]'")
+import azula.denoise
+import azula.sample
+from azula.guidance.dps import DPSSampler
+from azula.guidance.mmps import MMPSDenoiser
+from azula.guidance.pgdm import PGDMSampler
+from azula.linalg.covariance import DiagonalCovariance
+
+STEPS = 12
+
+
+class Table:
+    """Our levels as an azula schedule."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.alpha = torch.tensor([1.0, *schedule.alphas], dtype=torch.float64)
+        self.sigma = torch.tensor([0.0, *schedule.sigmas], dtype=torch.float64)
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        index = t.round().long()
+        return self.alpha[index], self.sigma[index]
+
+
+class Prior(azula.denoise.Denoiser):
+    """One of our priors as an azula denoiser, on a chain of its own."""
+
+    def __init__(self, prior: GaussianMixture, schedule: Schedule) -> None:
+        super().__init__()
+        self.prior, self.levels, self.schedule = prior, schedule, Table(schedule)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> azula.denoise.DiracPosterior:
+        level = self.levels[int(t.round()) - 1]
+        return azula.denoise.DiracPosterior(self.prior(x_t, level).x0)
+
+
+def spaced(kind: str) -> Schedule:
+    return Schedule.named(kind).respace(STEPS)
+
+
+def our_path(
+    solver: Solver,
+    guidances: list[Guidance],
+    schedule: Schedule,
+    problem: Problem,
+    noise: SampleNoise,
+) -> list[Tensor]:
+    """x_N, x_{N−1}, …, x₀."""
+    prior = mixture(schedule)
+    sampler = Sampler(prior, solver, guidances)
+    like = torch.empty(len(noise.ids), *SHAPE, dtype=torch.float64)
+    path = [record.x for record in sampler.iterate(problem, noise, like)]
+    return [sampler.start(noise, like), *path]
+
+
+def their_path(
+    sampler: azula.sample.Sampler,
+    x: Tensor,
+    noise: SampleNoise,
+    monkeypatch: pytest.MonkeyPatch,
+    last: int = 0,
+) -> list[Tensor]:
+    path = [x]
+    for t in range(STEPS, last, -1):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                torch, "randn_like", lambda like, t=t: noise.normal("solver", t - 1, like)
+            )
+            x = sampler.step(x, torch.tensor(float(t)), torch.tensor(float(t - 1)))
+        path.append(x)
+    return path
+
+
+def simulate(name: str, batch: int, std: float, schedule: Schedule) -> tuple[Problem, SampleNoise]:
+    ids = IDS[:batch]
+    noise = SampleNoise(0, ids)
+    images = mixture(schedule).sample(batch, torch.Generator().manual_seed(0))
+    return Problem.simulate(images, bound(name, ids=ids), std, noise), noise
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "edm"])
+@pytest.mark.parametrize(
+    ("solver", "theirs"),
+    [
+        (DDPM(), azula.sample.DDPMSampler),
+        (DDIM(0.0), azula.sample.DDIMSampler),
+        (DDIM(0.5), lambda prior: azula.sample.DDIMSampler(prior, eta=0.25)),
+        (DDIM(1.0), lambda prior: azula.sample.DDIMSampler(prior, eta=1.0)),
+        (DDIM(0.0), azula.sample.EulerSampler),
+        (Heun(), azula.sample.HeunSampler),
+    ],
+    ids=["ddpm", "ddim-0", "ddim-0.5", "ddim-1", "euler", "heun"],
+)
+def test_unguided_trajectory(monkeypatch, schedule, solver, theirs):
+    """Every x of a run. azula's η multiplies the variance: η_azula = η².
+
+    Heun's last step, to σ = 0, is Euler's here and divides by σ = 0 there: it is left out.
+    """
+    levels = spaced(schedule)
+    problem, noise = simulate("identity", BATCH, 1.0, levels)
+    ours = our_path(solver, [], levels, problem, noise)
+    last = int(isinstance(solver, Heun))
+    path = their_path(theirs(Prior(mixture(), levels)), ours[0], noise, monkeypatch, last)
+    assert len(path) == len(ours) - last
+    for a, b in zip(ours, path, strict=False):
+        assert per_row(a, b) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["identity", "box", "gaussian-reflect", "downsample"])
+@pytest.mark.parametrize("schedule", ["linear", "edm"])
+def test_dps_trajectory_of_one_image(monkeypatch, name, schedule):
+    """Every x of a run of DDPM with ζ ∇‖y − A x̂₀‖ subtracted, for a batch of one."""
+    levels = spaced(schedule)
+    problem, noise = simulate(name, 1, 0.2, levels)
+    ours = our_path(DDPM(), [DPS(0.3)], levels, problem, noise)
+    sampler = DPSSampler(Prior(mixture(), levels), problem.y, problem.operator, zeta=0.3)
+    for a, b in zip(ours, their_path(sampler, ours[0], noise, monkeypatch), strict=True):
+        assert per_row(a, b) < 1e-9
+
+
+def test_dps_of_azula_couples_the_batch(monkeypatch):
+    """It takes one norm over the batch: row b moves ‖r_b‖/‖r‖ times as far as it would alone."""
+    levels = spaced("linear")
+    index = 6
+    step = make_step(mixture(levels), bound("box"), index, BATCH, 0.2)
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    t, s = torch.tensor(index + 1.0), torch.tensor(float(index))
+    prior = Prior(mixture(), levels)
+    x = step.x.detach()
+    plain = azula.sample.DDPMSampler(prior).step(x, t, s)
+    guided = DPSSampler(prior, step.problem.y, step.problem.operator).step(x, t, s)
+    residual = norm(step.residual.detach())
+    share = per_sample(residual / residual.norm(), x)
+    assert float(share.max()) < 0.8
+    assert per_row(guided - plain, -share * residual_gradient(step)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["identity", "pixels", "box", "downsample"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_pigdm_trajectory_without_noise(monkeypatch, name, eta):
+    """Every x of a run with Σ_n = 0, where g = Jᵀ A⁺(y − A x̂₀) and w = α_s α_t in both."""
+    levels = spaced("linear")
+    problem, noise = simulate(name, BATCH, 0.0, levels)
+    ours = our_path(DDIM(eta), [PiGDM()], levels, problem, noise)
+    operator = problem.operator
+    sampler = PGDMSampler(Prior(mixture(), levels), problem.y, operator, operator.pinv, eta=eta**2)
+    for a, b in zip(ours, their_path(sampler, ours[0], noise, monkeypatch), strict=True):
+        assert per_row(a, b) < 1e-9
+
+
+# PyTorch's own torch.func.jvp, with which azula applies A, calls a deprecated function of PyTorch.
+moment_matching = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:FutureWarning"
+)
+
+
+def their_denoised(step: Step, schedule: Schedule, solver: str, iterations: int) -> Tensor:
+    """E[x₀ | x_t, y] of azula. Its measurements are vectors (B, m), with one Σ_n for the batch."""
+    operator, y = step.problem.operator, step.problem.y.flatten(1)
+    denoiser = MMPSDenoiser(
+        Prior(mixture(), schedule),
+        y,
+        lambda x: operator(x).flatten(1),
+        DiagonalCovariance((step.problem.std**2).expand_as(step.problem.y)[0].flatten()),
+        solver=solver,
+        iterations=iterations,
+    )
+    mean: Tensor = denoiser(step.x.detach(), torch.tensor(step.index + 1.0)).mean
+    return mean
+
+
+def our_denoised(step: Step, krylov: int) -> Tensor:
+    return MomentMatching(krylov).guide_denoised(step, step.x0.detach())
+
+
+@moment_matching
+@pytest.mark.parametrize(
+    "name", ["identity", "pixels", "box", "gaussian-reflect", "convolution-reflect", "downsample"]
+)
+@pytest.mark.parametrize(
+    ("schedule", "index"), [("linear", 20), ("linear", 300), ("linear", 700), ("edm", 60)]
+)
+@pytest.mark.parametrize("solver", ["cg", "gmres"])
+def test_moment_matching(name, schedule, index, solver):
+    """E[x₀ | x_t, y] in a full Krylov space, with a noise of every measurement's own."""
+    levels = Schedule.named(schedule)
+    size = bound(name)(torch.empty(BATCH, *SHAPE, dtype=torch.float64)).shape[1:]
+    std = torch.linspace(0.1, 0.4, size.numel(), dtype=torch.float64).reshape(1, *size)
+    step = problem_step(name, index, levels, std)
+    x0 = step.x0.detach()
+    expected = their_denoised(step, levels, solver, 60) - x0
+    assert per_row(our_denoised(step, 60) - x0, expected) < 1e-6
+
+
+@moment_matching
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+@pytest.mark.parametrize("index", [20, 700])
+def test_moment_matching_in_a_few_iterations(iterations, index):
+    """Our Krylov space of dimension k gives what k iterations of conjugate gradients do.
+
+    For one noise level, that is; for several, ours is the space of the whitened measurements.
+    """
+    step = problem_step("gaussian-reflect", index)
+    x0 = step.x0.detach()
+    expected = their_denoised(step, Schedule.linear(), "cg", iterations) - x0
+    assert per_row(our_denoised(step, iterations) - x0, expected) < 1e-9
+    assert per_row(our_denoised(step, iterations + 1) - x0, expected) > 1e-8

@@ -1,0 +1,142 @@
+"""Operators through deepinv's generic tests, and against deepinv's own operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference_problems import BATCH, IDS, OPERATORS, bound, draw, kernels, per_row, unequal_mask
+from torch import Tensor
+
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators import Convolution, Downsample, LinearOperator, PixelMask
+
+pytest.importorskip("deepinv", reason="needs deepinv: pip install 'cmi-lightning[reference]'")
+from deepinv.physics import (
+    Blur,
+    BlurFFT,
+    DownsamplingMatlab,
+    Inpainting,
+    LinearPhysics,
+    adjoint_function,
+)
+
+every = pytest.mark.parametrize("name", OPERATORS)
+shapes = pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 6), (2, 5, 15)], ids=str)
+
+
+def physics_of(operator: LinearOperator) -> LinearPhysics:
+    return LinearPhysics(A=operator.forward, A_adjoint=operator.adjoint)
+
+
+@every
+@shapes
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_adjointness(
+    name: str, shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float
+) -> None:
+    """deepinv's ‖A − Bᵀ‖_F/‖A‖_F from random ⟨v, A u⟩ − ⟨u, B v⟩, one pair for each image."""
+    physics = physics_of(bound(name, shape, dtype=dtype))
+    u = draw(BATCH, *shape, dtype=dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert float(physics.adjointness_test(u, num_samples=BATCH)) < tolerance
+
+
+@every
+@shapes
+def test_adjoint_is_the_derivatives(name: str, shape: tuple[int, int, int]) -> None:
+    """deepinv derives Aᵀ from A alone, as a vector-Jacobian product."""
+    operator = bound(name, shape)
+    y = operator(draw(BATCH, *shape))
+    derived = adjoint_function(operator.forward, (BATCH, *shape), dtype=torch.float64)
+    assert per_row(operator.adjoint(y), derived(y)) < 1e-12
+
+
+def dense(operator: LinearOperator, shape: tuple[int, int, int]) -> Tensor:
+    """A of one image (m, n), column by column."""
+    size = torch.Size(shape).numel()
+    eye = torch.eye(size, dtype=torch.float64).reshape(size, 1, *shape)
+    return torch.stack([operator(column).flatten() for column in eye], 1)
+
+
+@every
+@shapes
+def test_norm(name: str, shape: tuple[int, int, int]) -> None:
+    """deepinv's ‖A‖² by power iterations on AᵀA is the largest squared singular value of A."""
+    operator = bound(name, shape, IDS[:1])
+    x = torch.zeros(1, *shape, dtype=torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        squared = physics_of(operator).compute_sqnorm(x, max_iter=5000, tol=1e-9, verbose=False)
+    exact = float(torch.linalg.matrix_norm(dense(operator, shape), 2)) ** 2
+    assert float(squared) == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["identity", "pixels", "random", "box", "downsample"])
+@shapes
+def test_pseudo_inverse(name: str, shape: tuple[int, int, int]) -> None:
+    """A⁺ y where ours is exact, for y that is not in the range of A either.
+
+    deepinv's conjugate gradients add 1e-8 to A Aᵀ and to every denominator. For 1000 A that is
+    nothing, and (1000 A)⁺ (1000 y) = A⁺ y.
+    """
+    operator = bound(name, shape)
+    y = operator(draw(BATCH, *shape))
+    y = operator.measured(draw(*y.shape, seed=1))
+    physics = LinearPhysics(
+        A=lambda x: 1000 * operator(x), A_adjoint=lambda v: operator.adjoint(1000 * v)
+    )
+    theirs = physics.A_dagger(1000 * y, max_iter=500, tol=1e-12)
+    assert per_row(operator.pinv(y), theirs) < 1e-9
+
+
+# Its operators.
+
+
+def test_masks_are_its_inpainting() -> None:
+    """deepinv's y is an image with zeros at unknown pixels: Aᵀ A x here."""
+    shape, mask = (3, 9, 6), unequal_mask(BATCH, 9, 6)
+    x = draw(BATCH, *shape)
+    operator = PixelMask.from_mask(mask, x)
+    physics = Inpainting(shape, mask[:, None].double())
+    theirs = physics.A(x)
+    assert torch.equal(operator.adjoint(operator(x)), theirs)
+    assert torch.equal(operator.pinv(operator(x)), physics.A_dagger(theirs))
+
+
+@pytest.mark.parametrize("taps", [(3, 5), (4, 3), (4, 6)], ids=str)
+def test_convolution_is_its_fourier_blur(taps: tuple[int, int]) -> None:
+    """deepinv convolves and we correlate: its kernel is ours turned by 180°.
+
+    Both put a kernel's centre at ⌊k/2⌋. Turning moves that of an even kernel by one pixel.
+    """
+    shape, x, kernel = (2, 9, 8), draw(BATCH, 2, 9, 8), kernels(1, *taps)
+    physics = BlurFFT(shape, kernel.flip(1, 2)[None])
+    operator = Convolution(kernel, "circular", rcond=0.0).bind(shape, SampleNoise(0, IDS), x)
+    shift = tuple(taps_ % 2 - 1 for taps_ in taps)
+    y = operator(x)
+    assert per_row(y.roll(shift, (2, 3)), physics.A(x)) < 1e-12
+    assert per_row(operator.pinv(y), physics.A_dagger(y.roll(shift, (2, 3)))) < 1e-9
+
+
+@pytest.mark.parametrize("padding", ["reflect", "circular"])
+def test_convolution_is_its_blur(padding: str) -> None:
+    """As above, with a kernel for each image and deepinv's direct convolution."""
+    shape, x, kernel = (2, 9, 8), draw(BATCH, 2, 9, 8), kernels(BATCH, 3, 5)
+    physics = Blur(kernel.flip(1, 2)[:, None], padding=padding)
+    operator = Convolution(kernel, padding).bind(shape, SampleNoise(0, IDS), x)  # type: ignore[arg-type]
+    y = draw(BATCH, *shape, seed=1)
+    assert per_row(operator(x), physics.A(x)) < 1e-12
+    assert per_row(operator.adjoint(y), physics.A_adjoint(y)) < 1e-12
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_downsampling_is_its_imresize(factor: int) -> None:
+    """MATLAB's imresize with antialiasing, borders included; deepinv derives its adjoint."""
+    shape = (2, 5 * factor, 7 * factor)
+    x = draw(BATCH, *shape)
+    operator = Downsample(factor).bind(shape, SampleNoise(0, IDS), x)
+    physics = DownsamplingMatlab(factor)
+    assert per_row(operator(x), physics.A(x)) < 1e-12
+    y = draw(*operator(x).shape, seed=1)
+    assert per_row(operator.adjoint(y), physics.A_adjoint(y)) < 1e-12

@@ -1,0 +1,330 @@
+"""Schedules, DDPM and DDIM against diffusers' schedulers, steps and whole trajectories.
+
+Both see the same network: the exact ε, v or x̂₀ of a mixture, so that trajectories stay where images
+are. diffusers keeps ᾱ in float32. Where a test says "in float64", its table is replaced by the same
+table computed in float64 from the definition; all else is as it ships. Noise is ours in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+import torch
+from reference_problems import BATCH, IDS, SHAPE, draw, per_row
+from torch import Tensor, nn
+
+from cmi_lightning.denoisers import GaussianMixture, NetworkDenoiser
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators import Identity
+from cmi_lightning.problem import Problem
+from cmi_lightning.sampler import Sampler
+from cmi_lightning.schedule import CLEAN, Schedule
+from cmi_lightning.solvers import DDIM, DDPM, Solver
+from cmi_lightning.step import Step
+
+pytest.importorskip("diffusers", reason="needs diffusers: pip install 'cmi-lightning[reference]'")
+from diffusers import DDIMScheduler, DDPMScheduler
+
+Prediction = Literal["epsilon", "x0", "v"]
+Variance = Literal["small", "large", "learned"]
+NAMES = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
+NOISE = SampleNoise(0, IDS)
+SCHEDULE = Schedule.linear()
+
+predictions = pytest.mark.parametrize("prediction", list(NAMES))
+variances = pytest.mark.parametrize("variance", ["small", "large", "learned"])
+clipping = pytest.mark.parametrize("clip", [False, True])
+
+
+class Network(nn.Module):
+    """What a perfect network says of x_t, and perhaps a variance, values beyond ±1 included."""
+
+    def __init__(self, prediction: Prediction, learn_variance: bool) -> None:
+        super().__init__()
+        # Images beyond ±1, so that clipping has something to do.
+        self.prior = GaussianMixture(0.5 * draw(3, *SHAPE, seed=1), 1.0)
+        self.prediction, self.learn_variance = prediction, learn_variance
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:
+        level = SCHEDULE[int(times[0])]
+        x0 = self.prior(x, level).x0
+        epsilon = (x - level.alpha * x0) / level.sigma
+        output = {"x0": x0, "epsilon": epsilon, "v": level.alpha * epsilon - level.sigma * x0}
+        said = output[self.prediction]
+        return torch.cat([said, 1.2 * torch.sin(3 * x)], 1) if self.learn_variance else said
+
+
+def denoiser_of(prediction: Prediction, learn_variance: bool = False) -> NetworkDenoiser:
+    return NetworkDenoiser(Network(prediction, learn_variance), None, prediction=prediction)
+
+
+def said(denoiser: NetworkDenoiser, x: Tensor, t: int) -> Tensor:
+    """The network's output."""
+    output: Tensor = denoiser.network(x, torch.full((len(x),), t))
+    return output
+
+
+def exact(scheduler: Any) -> Any:
+    """Put ᾱ in float64 from the definition into a scheduler of the default betas."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    scheduler.alphas_cumprod = torch.cumprod(1 - betas, 0)
+    return scheduler
+
+
+def ddpm(prediction: Prediction, variance: Variance, clip: bool) -> DDPMScheduler:
+    kind = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}[variance]
+    return DDPMScheduler(
+        prediction_type=NAMES[prediction],
+        variance_type=kind,
+        clip_sample=clip,
+    )
+
+
+def ddim(prediction: Prediction, clip: bool, spacing: str = "leading") -> DDIMScheduler:
+    return DDIMScheduler(
+        prediction_type=NAMES[prediction],
+        clip_sample=clip,
+        timestep_spacing=spacing,
+    )
+
+
+@pytest.fixture
+def feed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Make DDPMScheduler's next noise ours of a step."""
+
+    def feed_step(index: int) -> None:
+        def noise(shape: Any, *_: Any, dtype: torch.dtype, **__: Any) -> Tensor:
+            like = torch.empty(BATCH, *SHAPE, dtype=dtype)
+            return NOISE.normal("solver", index, like)
+
+        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", noise)
+
+    return feed_step
+
+
+def our_step(
+    denoiser: NetworkDenoiser, solver: Solver, x: Tensor, t: int, s: int | None, clip: bool
+) -> Tensor:
+    now, then = SCHEDULE[t], CLEAN if s is None else SCHEDULE[s]
+    problem = Problem(x, Identity(), 1.0)
+    step = Step(0, x, now, then, problem, denoiser, NOISE, differentiable=False)
+    return Sampler(denoiser, solver, clamp=clip).advance(step)
+
+
+def our_trajectory(
+    denoiser: NetworkDenoiser, solver: Solver, num_steps: int | str, clip: bool, like: Tensor
+) -> tuple[Sampler, list[Tensor]]:
+    """The sampler, and x_N, x_{N−1}, …, x₀ of a run of it."""
+    sampler = Sampler(denoiser, solver, num_steps=num_steps, clamp=clip)
+    problem = Problem(like, Identity(), 1.0)
+    path = [record.x for record in sampler.iterate(problem, NOISE, like)]
+    return sampler, [sampler.start(NOISE, like), *path]
+
+
+# Schedules.
+
+
+@pytest.mark.parametrize("levels", [1000, 50])
+@pytest.mark.parametrize("ours", ["linear", "cosine"])
+def test_alphas_cumprod(ours: str, levels: int) -> None:
+    """ᾱ, to the float32 of diffusers: its 1 − β is wrong by up to 6e-8, and ends at 1e-3 in the
+    cosine chain (β is capped at 0.999).
+    """
+    schedule = getattr(Schedule, ours)(levels)
+    abar = torch.tensor(schedule.alphas, dtype=torch.float64) ** 2
+    theirs, tolerance = {"linear": ("linear", 1e-6), "cosine": ("squaredcos_cap_v2", 6e-5)}[ours]
+    scheduler = DDPMScheduler(num_train_timesteps=levels, beta_schedule=theirs)
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), abar, rtol=tolerance, atol=0)
+    assert torch.equal(torch.tensor(schedule.times), torch.arange(levels))
+
+
+@pytest.mark.parametrize("count", [2, 10, 20, 37, 50, 100, 250, 1000])
+def test_respacing_is_its_linspace(count: int) -> None:
+    """guided-diffusion's rule, which adds up a float, and diffusers' numpy.linspace, rounded."""
+    scheduler = DDPMScheduler(timestep_spacing="linspace")
+    scheduler.set_timesteps(count)
+    assert list(SCHEDULE.respace(count).times) == scheduler.timesteps.flip(0).tolist()
+
+
+@pytest.mark.parametrize("count", [1, 10, 20, 25, 50, 125, 500])
+def test_ddim_respacing_is_its_leading(count: int) -> None:
+    """guided-diffusion's "ddimK" for a K that divides the chain."""
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(count)
+    assert list(SCHEDULE.respace(f"ddim{count}").times) == scheduler.timesteps.flip(0).tolist()
+
+
+# Steps.
+
+
+PAIRS = [(999, 989), (999, 400), (500, 499), (500, 20), (60, 59), (1, 0), (0, None)]
+
+
+@predictions
+@variances
+@clipping
+def test_ddpm_step(
+    feed: Callable[[int], None], prediction: Prediction, variance: Variance, clip: bool
+) -> None:
+    """x_s of q(x_s | x_t, x̂₀) in float64; "fixed_small", "fixed_large" and "learned_range"."""
+    feed(0)
+    denoiser = denoiser_of(prediction, variance == "learned")
+    for t, s in PAIRS:
+        scheduler = exact(ddpm(prediction, variance, clip))
+        scheduler.set_timesteps(timesteps=[t] if s is None else [t, s])
+        x = draw(BATCH, *SHAPE, seed=t)
+        expected = scheduler.step(said(denoiser, x, t), t, x).prev_sample
+        assert per_row(our_step(denoiser, DDPM(variance), x, t, s, clip), expected) < 1e-9
+
+
+@predictions
+@clipping
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_step(prediction: Prediction, clip: bool, eta: float) -> None:
+    """x_s in float64. With clipping, ε̂ is the one of the clipped x̂₀: use_clipped_model_output."""
+    denoiser = denoiser_of(prediction)
+    for stride in (1, 10, 250):
+        scheduler = exact(ddim(prediction, clip))
+        scheduler.set_timesteps(1000 // stride)
+        for t in (scheduler.timesteps[0], scheduler.timesteps[-2], scheduler.timesteps[-1]):
+            t = int(t)
+            x = draw(BATCH, *SHAPE, seed=t)
+            expected = scheduler.step(
+                said(denoiser, x, t),
+                t,
+                x,
+                eta=eta,
+                use_clipped_model_output=clip,
+                variance_noise=NOISE.normal("solver", 0, x),
+            ).prev_sample
+            s = t - stride if t >= stride else None
+            assert per_row(our_step(denoiser, DDIM(eta), x, t, s, clip), expected) < 1e-9
+
+
+# Trajectories.
+
+LIKE = torch.empty(BATCH, *SHAPE, dtype=torch.float64)
+tables = pytest.mark.parametrize(
+    ("table", "tolerance"), [(exact, 1e-9), (lambda scheduler: scheduler, 1e-5)], ids=["64", "32"]
+)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@variances
+@clipping
+@pytest.mark.parametrize("num_steps", [10, 37, "ddim25", "5,15"])
+@tables
+def test_ddpm_trajectory(
+    feed: Callable[[int], None],
+    prediction: Prediction,
+    variance: Variance,
+    clip: bool,
+    num_steps: int | str,
+    table: Callable[[Any], Any],
+    tolerance: float,
+) -> None:
+    """Every x of a run, our times given to diffusers; ᾱ in float64 and as diffusers ships."""
+    denoiser = denoiser_of(prediction, variance == "learned")
+    sampler, (x, *path) = our_trajectory(denoiser, DDPM(variance), num_steps, clip, LIKE)
+    scheduler = table(ddpm(prediction, variance, clip))
+    scheduler.set_timesteps(timesteps=[int(time) for time in reversed(sampler.schedule.times)])
+    for index, t, ours in zip(reversed(range(len(path))), scheduler.timesteps, path, strict=True):
+        feed(index)
+        x = scheduler.step(said(denoiser, x, int(t)), int(t), x).prev_sample
+        assert per_row(ours, x) < tolerance
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@clipping
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("count", [10, 25, 100])
+@tables
+def test_ddim_trajectory(
+    prediction: Prediction,
+    clip: bool,
+    eta: float,
+    count: int,
+    table: Callable[[Any], Any],
+    tolerance: float,
+) -> None:
+    """Every x of a run, with "leading" timesteps and set_alpha_to_one, diffusers' defaults."""
+    denoiser = denoiser_of(prediction)
+    _, (x, *path) = our_trajectory(denoiser, DDIM(eta), f"ddim{count}", clip, LIKE)
+    scheduler = table(ddim(prediction, clip))
+    scheduler.set_timesteps(count)
+    for index, t, ours in zip(reversed(range(count)), scheduler.timesteps, path, strict=True):
+        x = scheduler.step(
+            said(denoiser, x, int(t)),
+            int(t),
+            x,
+            eta=eta,
+            use_clipped_model_output=clip,
+            variance_noise=NOISE.normal("solver", index, x),
+        ).prev_sample
+        assert per_row(ours, x) < tolerance
+
+
+def test_noise_is_what_generators_of_ours_give_diffusers() -> None:
+    """In float32, with a generator for each sample through diffusers' own argument."""
+    denoiser = denoiser_of("epsilon").float()
+    sampler, (x, *path) = our_trajectory(denoiser, DDPM(), 10, False, LIKE.float())
+    scheduler = ddpm("epsilon", "small", False)
+    scheduler.set_timesteps(timesteps=[int(time) for time in reversed(sampler.schedule.times)])
+    for index, t, ours in zip(reversed(range(10)), scheduler.timesteps, path, strict=True):
+        generators = [NOISE.generator(row, "solver", index) for row in range(BATCH)]
+        output = said(denoiser, x, int(t))
+        x = scheduler.step(output, int(t), x, generator=generators).prev_sample
+        assert per_row(ours, x) < 1e-5
+
+
+# Where diffusers does something else.
+
+
+def test_ddim_of_diffusers_knows_one_stride() -> None:
+    """Its DDIM steps to t − 1000//K, whichever time it visits next, so that "linspace" goes wrong.
+
+    With 7 steps 333 is followed by 166; the step that it makes goes to 191.
+    """
+    denoiser, scheduler = denoiser_of("epsilon"), exact(ddim("epsilon", False, "linspace"))
+    scheduler.set_timesteps(7)
+    assert scheduler.timesteps[4:].tolist() == [333, 166, 0]
+    x = draw(BATCH, *SHAPE)
+    theirs = scheduler.step(said(denoiser, x, 333), 333, x).prev_sample
+    assert per_row(our_step(denoiser, DDIM(), x, 333, 191, False), theirs) < 1e-9
+    assert per_row(our_step(denoiser, DDIM(), x, 333, 166, False), theirs) > 1e-2
+
+
+def test_ddpm_of_diffusers_may_end_in_noise(feed: Callable[[int], None]) -> None:
+    """Its last step adds none where t = 0; "trailing" times end at t = 99, and there it adds √β z.
+
+    Ours (and Ho et al., Alg. 2) adds none in the step to the clean image, whatever its t.
+    """
+    feed(0)
+    denoiser, scheduler = denoiser_of("epsilon"), exact(ddpm("epsilon", "large", False))
+    scheduler.set_timesteps(timesteps=[999, 99])
+    x = draw(BATCH, *SHAPE)
+    theirs = scheduler.step(said(denoiser, x, 99), 99, x).prev_sample
+    ours = our_step(denoiser, DDPM("large"), x, 99, None, False)
+    assert per_row(ours, denoiser(x, SCHEDULE[99]).x0) < 1e-9
+    assert per_row(theirs - ours, SCHEDULE[99].sigma * NOISE.normal("solver", 0, x)) < 1e-9
+
+
+def test_ddim_of_diffusers_keeps_the_networks_epsilon_where_it_clips() -> None:
+    """By default x̂₀ is clipped and ε̂ is not its own: they no longer add up to x_t.
+
+    Ours takes ε̂ = (x_t − α x̂₀)/σ of the clipped x̂₀, as diffusers does when asked to.
+    """
+    denoiser, scheduler = denoiser_of("epsilon"), exact(ddim("epsilon", True))
+    scheduler.set_timesteps(10)
+    x, t, s = draw(BATCH, *SHAPE), 500, 400
+    output = said(denoiser, x, t)
+    step = scheduler.step(output, t, x)
+    now, then = SCHEDULE[t], SCHEDULE[s]
+    clipped = denoiser(x, now).x0.clamp(-1, 1)
+    assert per_row(step.prev_sample, then.alpha * clipped + then.sigma * output) < 1e-9
+    epsilon = (x - now.alpha * clipped) / now.sigma
+    ours = our_step(denoiser, DDIM(), x, t, s, True)
+    assert per_row(ours, then.alpha * clipped + then.sigma * epsilon) < 1e-9
+    assert per_row(ours, step.prev_sample) > 1e-3
