@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import copy
 import itertools
 import weakref
 
@@ -102,7 +103,9 @@ def test_on_the_shipped_prior(prior: Denoiser, garments, base, cmi, operator, so
     assert bool(torch.isfinite(record.x).all())
     assert record.forwards == 3
     singles = [restore(sampler, operator, garments[i : i + 1], [ids[i]]).x for i in range(4)]
-    torch.testing.assert_close(record.x, torch.cat(singles), rtol=0, atol=1e-4)
+    # Moment matching multiplies the network's rounding by σ²/α = 24² and by its solve.
+    tolerance = 2e-3 if base == "MomentMatching" else 1e-4
+    torch.testing.assert_close(record.x, torch.cat(singles), rtol=0, atol=tolerance)
 
     low = Sampler(Autocast(prior, torch.bfloat16), solver, guidances_of(base, cmi), FEW)
     record = restore(low, operator, garments, ids)
@@ -129,6 +132,14 @@ def test_on_an_exact_prior_a_batch_is_its_samples(base, cmi, operator, solver):
         assert {k: float(v[i]) for k, v in record.log.items()} == {
             k: float(v[0]) for k, v in alone.log.items()
         }
+
+
+def test_moment_matching_on_the_shipped_prior_differs_by_rounding_only(prior, garments):
+    wide, x = copy.deepcopy(prior).double(), garments.double()
+    sampler = Sampler(wide, DDIM(), guidances_of("MomentMatching", False), FEW)
+    together = restore(sampler, BoxMask(4, 1), x, list("abcd")).x
+    alone = [restore(sampler, BoxMask(4, 1), x[i : i + 1], ["abcd"[i]]).x for i in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("index", [200, 500])

@@ -16,6 +16,7 @@ from cmi_lightning.denoisers.mixture import (
 )
 from cmi_lightning.denoisers.network import NetworkDenoiser, shipped_prior
 from cmi_lightning.denoisers.pretrained import DiffusersDenoiser, EDMDenoiser
+from cmi_lightning.denoisers.presets import ffhq, ffhq_unet, imagenet, imagenet_unet
 from cmi_lightning.denoisers.unet import UNet
 from cmi_lightning.denoisers.weights import PUBLISHED, load_weights
 
@@ -36,6 +37,10 @@ __all__ = [
     "Prediction",
     "StationaryCovariance",
     "UNet",
+    "ffhq",
+    "ffhq_unet",
+    "imagenet",
+    "imagenet_unet",
     "load_mixture",
     "load_weights",
     "power_law_prior",

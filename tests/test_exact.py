@@ -1,0 +1,796 @@
+"""Exact priors, exact posteriors and the exact conditional mutual information."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from scipy.stats import multivariate_normal
+from torch import Tensor, nn
+
+from cmi_lightning import exact
+from cmi_lightning.cli import main
+from cmi_lightning.denoisers import (
+    Denoiser,
+    DenseCovariance,
+    DiagonalCovariance,
+    GaussianMixture,
+    GaussianPrior,
+    Prediction,
+    StationaryCovariance,
+    load_mixture,
+    power_law_prior,
+)
+from cmi_lightning.errors import InputError
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators import BoxMask, Downsample, GaussianBlur, Identity, PixelMask
+from cmi_lightning.problem import Problem
+from cmi_lightning.sampler import Sampler
+from cmi_lightning.schedule import CLEAN, Level, Schedule
+from cmi_lightning.solvers import DDIM, DDPM
+
+SHAPE = (1, 2, 3)
+N = 6
+WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+EYE = torch.eye(N, dtype=torch.float64)
+A = torch.randn(3, N, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+LEVELS = [Schedule.linear()[100], Schedule.linear()[600], Level(1.0, 0.7, 0.7)]
+KINDS = ["isotropic", "diagonal", "dense", "shared", "stationary", "degenerate"]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_level = pytest.mark.parametrize("level", LEVELS, ids=["low", "high", "exploding"])
+
+
+def positive(count: int, size: int, generator: torch.Generator, rank: int | None = None) -> Tensor:
+    """Random covariances (count, size, size) of a rank."""
+    factor = torch.randn(count, size, rank or size, generator=generator, dtype=torch.float64)
+    return 0.3 * factor @ factor.mT + (0.0 if rank else 0.05) * torch.eye(size).double()
+
+
+def make(kind: str, count: int = 3) -> tuple[GaussianMixture, Tensor]:
+    """A mixture and its covariances (K, n, n), written down without the class."""
+    g = torch.Generator().manual_seed(7)
+    means = torch.randn(count, *SHAPE, generator=g, dtype=torch.float64)
+    weights = WEIGHTS[:count]
+    eye = EYE.expand(count, N, N)
+    if kind == "isotropic":
+        return GaussianMixture(means, 0.3, weights), 0.3 * eye
+    if kind == "diagonal":
+        v = 0.05 + torch.rand(count, *SHAPE, generator=g, dtype=torch.float64)
+        return GaussianMixture(means, v, weights), torch.diag_embed(v.flatten(1))
+    if kind == "stationary":
+        full = [positive_circulant(seed) for seed in range(count)]
+        spectrum = torch.stack([s for s, _ in full])
+        covariance = StationaryCovariance(spectrum)
+        return GaussianMixture(means, covariance, weights), torch.stack([c for _, c in full])
+    matrix = positive(1 if kind == "shared" else count, N, g, 4 if kind == "degenerate" else None)
+    mixture = GaussianMixture(means, DenseCovariance(matrix), weights)
+    return mixture, matrix.expand(count, N, N)
+
+
+def positive_circulant(seed: int) -> tuple[Tensor, Tensor]:
+    """A spectrum (1, 2, 3) and the block-circulant matrix of its autocovariance, entry by entry."""
+    rng = np.random.default_rng(seed)
+    kernel = rng.normal(size=SHAPE[1:])
+    spectrum = np.abs(np.fft.fft2(kernel)) ** 2 + 0.05  # of a real kernel: the same at f and −f
+    autocovariance = np.fft.ifft2(spectrum).real
+    height, width = SHAPE[1:]
+    pixels = list(np.ndindex(height, width))
+    matrix = np.array(
+        [[autocovariance[(a - c) % height, (b - d) % width] for c, d in pixels] for a, b in pixels]
+    )
+    return torch.tensor(spectrum)[None], torch.tensor(matrix)
+
+
+def points(mixture: GaussianMixture, level: Level, count: int = 5) -> Tensor:
+    """Draws of x_t (count, *shape)."""
+    g = torch.Generator().manual_seed(11)
+    x0 = mixture.sample(count, g)
+    return level.alpha * x0 + level.sigma * torch.randn(x0.shape, generator=g, dtype=x0.dtype)
+
+
+def autograd_jacobian(f, x: Tensor) -> Tensor:
+    """The Jacobian (B, m, n) of a per-sample function of one image at a time."""
+    rows = [
+        torch.autograd.functional.jacobian(lambda z: f(z[None]).flatten(), row).flatten(1)
+        for row in x
+    ]
+    return torch.stack(rows)
+
+
+def close(a: Tensor, b: Tensor, relative: float = 1e-9) -> None:
+    """Assert equality to ``relative`` of the largest entry."""
+    assert a.shape == b.shape
+    a, b = a.detach(), b.detach()
+    assert float((a - b).abs().max()) <= relative * float(b.abs().max())
+
+
+# ---------------------------------------------------------------------------------------------
+# Priors
+
+
+@each_kind
+@each_level
+def test_density_is_that_of_torch_distributions(kind, level):
+    mixture, covariances = make(kind)
+    x = points(mixture, level)
+    noisy = level.alpha**2 * covariances + level.sigma**2 * EYE
+    components = torch.distributions.MultivariateNormal(
+        level.alpha * mixture.means.flatten(1), noisy
+    )
+    truth = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(WEIGHTS), components
+    )
+    close(mixture.log_prob(x, level), truth.log_prob(x.flatten(1)))
+
+
+@each_kind
+@each_level
+def test_score_and_x0_are_derivatives_of_the_density(kind, level):
+    mixture, _ = make(kind)
+    x = points(mixture, level).requires_grad_()
+    (score,) = torch.autograd.grad(mixture.log_prob(x, level).sum(), x)
+    close(mixture.score(x, level), score)
+    tweedie = (x.detach() + level.sigma**2 * score) / level.alpha
+    close(mixture(x, level).x0, tweedie)
+
+
+@each_kind
+@each_level
+def test_jacobian_is_that_of_autograd(kind, level):
+    mixture, _ = make(kind)
+    x = points(mixture, level)
+    truth = autograd_jacobian(lambda z: mixture(z, level).x0, x)
+    close(mixture.jacobian(x, level), truth)
+
+
+@each_kind
+@each_level
+def test_tweedie_is_the_law_of_total_covariance(kind, level):
+    mixture, covariances = make(kind)
+    x = points(mixture, level)
+    covariance = mixture.covariance(x, level)
+    close(mixture.tweedie_covariance(x, level), covariance)
+    # and both are the mixture formula with plain inverses
+    precision = torch.linalg.inv(level.alpha**2 * covariances + level.sigma**2 * EYE)
+    centred = x.flatten(1)[:, None] - level.alpha * mixture.means.flatten(1)
+    log_r = mixture.log_weights - 0.5 * (
+        torch.einsum("bki,kij,bkj->bk", centred, precision, centred) - torch.logdet(precision)
+    )
+    r = torch.softmax(log_r, 1)
+    gain = level.alpha * covariances @ precision
+    m = mixture.means.flatten(1) + torch.einsum("kij,bkj->bki", gain, centred)
+    x0 = torch.einsum("bk,bki->bi", r, m)
+    second = torch.einsum("bk,kij->bij", r, covariances - level.alpha * gain @ covariances)
+    second = second + torch.einsum("bk,bki,bkj->bij", r, m, m)
+    close(covariance, second - x0[:, :, None] * x0[:, None])
+    assert float(torch.linalg.eigvalsh(covariance).min()) > -1e-12
+
+
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_posterior_moments_match_numerical_integration(dimension):
+    g = torch.Generator().manual_seed(2)
+    means = 1.5 * torch.randn(3, dimension, generator=g, dtype=torch.float64)
+    covariances = positive(3, dimension, g)
+    mixture = GaussianMixture(means, DenseCovariance(covariances))
+    level = Schedule.linear()[300]
+    x = points(mixture, level, 3)
+    nodes = torch.linspace(-9, 9, 40_001 if dimension == 1 else 1201, dtype=torch.float64)
+    grid = torch.cartesian_prod(*[nodes] * dimension).reshape(-1, dimension)
+    density = sum(
+        multivariate_normal(m.numpy(), c.numpy()).pdf(grid.numpy())
+        for m, c in zip(means, covariances, strict=True)
+    )
+    for row in range(3):
+        off = ((x[row] - level.alpha * grid) ** 2).sum(1)
+        weight = torch.as_tensor(density) * torch.exp(-off / (2 * level.sigma**2))
+        mean = (weight[:, None] * grid).sum(0) / weight.sum()
+        apart = grid - mean
+        covariance = torch.einsum("g,gi,gj->ij", weight, apart, apart) / weight.sum()
+        close(mixture(x, level).x0[row], mean, 1e-8)
+        close(mixture.covariance(x, level)[row], covariance, 1e-8)
+        if dimension == 1:  # (σ²/α) ∇Cov is the third central moment
+            skew = (weight * apart[:, 0] ** 3).sum() / weight.sum()
+            _, slope = exact.third_order(mixture, x, level)
+            third = level.sigma**2 / level.alpha * slope[row].flatten()[0]
+            assert float(third) == pytest.approx(float(skew), rel=1e-6)
+
+
+def test_descriptions_of_one_covariance_agree():
+    g = torch.Generator().manual_seed(3)
+    means = torch.randn(3, *SHAPE, generator=g, dtype=torch.float64)
+    level = LEVELS[0]
+    same = [
+        0.4,
+        torch.full((3,), 0.4, dtype=torch.float64),
+        torch.full((3, *SHAPE), 0.4, dtype=torch.float64),
+        DiagonalCovariance(torch.full((1, *SHAPE), 0.4, dtype=torch.float64)),
+        DenseCovariance(0.4 * EYE),
+        StationaryCovariance(torch.full((3, *SHAPE), 0.4, dtype=torch.float64)),
+    ]
+    mixtures = [GaussianMixture(means, c) for c in same]
+    x = points(mixtures[0], level)
+    prior = GaussianPrior(means[0], torch.full(SHAPE, 0.4, dtype=torch.float64))
+    close(prior(x, level).x0, GaussianMixture(means[:1], 0.4)(x, level).x0, 1e-12)
+    for mixture in mixtures[1:]:
+        close(mixture.log_prob(x, level), mixtures[0].log_prob(x, level), 1e-12)
+        close(mixture(x, level).x0, mixtures[0](x, level).x0, 1e-12)
+        close(mixture.jacobian(x, level), mixtures[0].jacobian(x, level), 1e-12)
+        close(mixture.variances, mixtures[0].variances, 1e-12)
+
+
+@each_kind
+def test_moments_and_draws(kind):
+    mixture, covariances = make(kind)
+    means = mixture.means.flatten(1)
+    mean = WEIGHTS @ means
+    second = torch.einsum("k,kij->ij", WEIGHTS, covariances)
+    second = second + torch.einsum("k,ki,kj->ij", WEIGHTS, means, means)
+    close(mixture.mean().flatten(), mean)
+    close(mixture.covariance(), second - torch.outer(mean, mean))
+    close(mixture.variances.flatten(1), covariances.diagonal(dim1=1, dim2=2))
+    draws = mixture.sample(40_000, torch.Generator().manual_seed(0)).flatten(1)
+    assert draws.shape == (40_000, N)
+    error = (draws.mean(0) - mean) / (draws.std(0) / 200)
+    assert float(error.abs().max()) < 4.5
+    spread = torch.cov(draws.T)
+    scale = spread.diagonal().max()
+    assert float((spread - mixture.covariance()).abs().max()) < 0.05 * scale
+    if kind == "degenerate":  # draws stay in their component's plane
+        one = GaussianPrior(mixture.means[0], DenseCovariance(covariances[0]))
+        flat = (one.sample(50, torch.Generator().manual_seed(1)) - one.means).flatten(1)
+        assert int(torch.linalg.matrix_rank(flat)) == 4
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "shared", "stationary"])
+@pytest.mark.parametrize("level", [*LEVELS, CLEAN])
+def test_matrix_product_path_equals_the_plain_one(kind, level):
+    if kind == "stationary":
+        means = make("isotropic")[0].means
+        mixture = GaussianMixture(means, StationaryCovariance(positive_circulant(0)[0][None]))
+    else:
+        mixture, _ = make(kind)
+    x = points(mixture, level).requires_grad_()
+    assert not mixture.fast
+    plain = mixture.log_prob(x, level), mixture.score(x, level), mixture(x, level).x0
+    slope = torch.autograd.grad((plain[2] ** 2).sum(), x)[0]
+    mixture.fast = True
+    fast = mixture.log_prob(x, level), mixture.score(x, level), mixture(x, level).x0
+    for a, b in zip(fast, plain, strict=True):
+        close(a, b, 1e-12)
+    close(torch.autograd.grad((fast[2] ** 2).sum(), x)[0], slope, 1e-10)
+
+
+def test_many_large_components_take_the_matrix_product():
+    g = torch.Generator().manual_seed(0)
+    means = 8 * torch.randint(-2, 3, (25, 80), generator=g).double()
+    mixture = GaussianMixture(means, 1.0, torch.rand(25, generator=g).double())
+    assert mixture.fast
+    level = mixture.schedule[500]
+    x = points(mixture, level, 50)
+    fast = mixture.log_prob(x, level), mixture(x, level).x0, mixture.score(x, level)
+    separate = GaussianMixture(means, torch.ones(25, 80).double(), mixture.log_weights.exp())
+    assert not separate.fast
+    truth = separate.log_prob(x, level), separate(x, level).x0, separate.score(x, level)
+    for a, b in zip(fast, truth, strict=True):
+        close(a, b, 1e-12)
+
+
+def test_a_large_common_offset_costs_no_digits_in_single_precision():
+    g = torch.Generator().manual_seed(0)
+    means = 300 + torch.randn(4, 2, 20, 20, generator=g).double()
+    double = GaussianMixture(means, 0.01)
+    assert double.fast
+    single = GaussianMixture(means.float(), 0.01)
+    level = double.schedule[20]
+    x = points(double, level)
+    close(single(x.float(), level).x0.double(), double(x, level).x0, 1e-6)
+
+
+@each_kind
+def test_single_precision_is_close_to_double(kind):
+    double, _ = make(kind)
+    single, _ = make(kind)
+    single = single.float()
+    assert single.means.dtype == torch.float32
+    level = LEVELS[1]
+    x = points(double, level)
+    for name in ("log_prob", "score", "jacobian", "covariance"):
+        value = getattr(single, name)(x.float(), level)
+        assert value.dtype == torch.float32
+        close(value.double(), getattr(double, name)(x, level), 1e-4)
+    close(single(x.float(), level).x0.double(), double(x, level).x0, 1e-5)
+    # the other dtype comes back as it went in
+    assert single(x, level).x0.dtype == torch.float64
+    assert double(x.float(), level).x0.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "fast"),
+    [
+        ("diagonal", False),
+        ("dense", False),
+        ("stationary", False),
+        ("shared", False),
+        ("shared", True),
+        ("isotropic", True),
+    ],
+)
+def test_derivatives_of_the_closed_forms(kind, fast):
+    mixture, _ = make(kind)
+    mixture.fast = fast
+    level = LEVELS[1]
+    x = points(mixture, level, 1).requires_grad_()
+    for f in (
+        lambda z: mixture(z, level).x0,
+        lambda z: mixture.log_prob(z, level),
+        lambda z: mixture.score(z, level),
+    ):
+        assert torch.autograd.gradcheck(f, x)
+        assert torch.autograd.gradgradcheck(f, x)
+    assert torch.autograd.gradcheck(lambda z: mixture.jacobian(z, level), x)
+
+
+def test_rows_of_a_batch_are_independent_to_the_last_bit():
+    for mixture in (make("isotropic")[0], make("diagonal")[0]):
+        for level in LEVELS:
+            x = points(mixture, level, 7)
+            whole = mixture(x, level).x0
+            assert all(torch.equal(whole[i], mixture(x[i : i + 1], level).x0[0]) for i in range(7))
+
+
+def test_low_precision_does_not_reach_an_exact_prior():
+    mixture, _ = make("shared")
+    mixture.fast = True
+    x = points(mixture, LEVELS[1]).float()
+    single = mixture.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = single(x, LEVELS[1]).x0
+    assert torch.equal(low, single(x, LEVELS[1]).x0)
+
+
+def test_degenerate_density_is_refused_without_noise():
+    mixture, _ = make("degenerate")
+    with pytest.raises(InputError, match="degenerate"):
+        mixture.log_prob(mixture.means, CLEAN)
+    zero = GaussianPrior(mixture.means[0], 0.0)  # a point
+    x = points(zero, LEVELS[1])
+    close(zero(x, LEVELS[1]).x0, zero.means.expand(5, *SHAPE), 1e-12)
+    assert float(zero.jacobian(x, LEVELS[1]).abs().max()) == 0
+
+
+@each_kind
+def test_saved_and_loaded(kind, tmp_path):
+    mixture, _ = make(kind)
+    mixture.schedule = Schedule.edm()
+    path = tmp_path / "prior.safetensors"
+    mixture.save(path)
+    loaded = load_mixture(str(path))
+    assert (loaded.schedule, loaded.image_shape) == (mixture.schedule, SHAPE)
+    x = points(mixture, LEVELS[1])
+    assert torch.equal(loaded(x, LEVELS[1]).x0, mixture(x, LEVELS[1]).x0)
+    assert torch.equal(loaded.log_prob(x, LEVELS[1]), mixture.log_prob(x, LEVELS[1]))
+
+
+def test_files_that_hold_no_mixture(tmp_path):
+    with pytest.raises(InputError, match="No mixture at"):
+        load_mixture(str(tmp_path / "absent.safetensors"))
+    (tmp_path / "garbage.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="not a file that"):
+        load_mixture(str(tmp_path / "garbage.safetensors"))
+    from cmi_lightning.denoisers.network import SHIPPED
+
+    with pytest.raises(InputError, match="not a file that"):
+        load_mixture(str(SHIPPED["fashion-mnist"]))
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda m: GaussianMixture(m, torch.ones(2, N)), "variances must be"),
+        (lambda m: GaussianMixture(m, DiagonalCovariance(torch.ones(2, N))), "must agree"),
+        (lambda m: GaussianMixture(m, DenseCovariance(torch.eye(5))), "must agree"),
+        (lambda m: GaussianMixture(m, -1.0), "at least 0"),
+        (lambda m: GaussianMixture(m, math.nan), "finite"),
+        (lambda m: GaussianMixture(m, 1.0, torch.tensor([1.0, -1.0, 1.0])), "weights"),
+        (lambda m: GaussianMixture(m, 1.0, torch.ones(2)), "weights"),
+        (lambda m: DenseCovariance(torch.ones(2, 3)), r"\(n, n\)"),
+        (lambda m: DenseCovariance(torch.tensor([[1.0, 0.2], [0.1, 1.0]])), "symmetric"),
+        (lambda m: DenseCovariance(torch.tensor([[1.0, 2.0], [2.0, 1.0]])), "semidefinite"),
+        (lambda m: StationaryCovariance(torch.tensor([[1.0, 2.0, 3.0]]), 1), "f and −f"),
+        (lambda m: StationaryCovariance(torch.ones(3, 4)), "grid"),
+        (lambda m: power_law_prior([1, 8]), "image_shape"),
+        (lambda m: power_law_prior([1, 8, 8], std=0.0), "std"),
+        (lambda m: GaussianMixture(m).condition(torch.ones(2, 5), torch.ones(2), 1.0), "matrix"),
+    ],
+)
+def test_bad_input_is_named(build, words):
+    with pytest.raises(InputError, match=words):
+        build(torch.zeros(3, N))
+
+
+# ---------------------------------------------------------------------------------------------
+# Stationary priors
+
+
+def test_power_law_prior_has_its_spectrum_and_variance():
+    prior = power_law_prior([2, 8, 12], exponent=3.0, std=0.4, mean=-0.25)
+    assert isinstance(prior, GaussianPrior)
+    torch.testing.assert_close(prior.variances, torch.full((1, 2, 8, 12), 0.16))
+    torch.testing.assert_close(prior.mean(), torch.full((2, 8, 12), -0.25))
+    spectrum = prior.covariances.values.reshape(2, 8, 12)
+    assert float(spectrum[1, 0, 2] / spectrum[1, 0, 4]) == pytest.approx(8.0, rel=1e-5)
+    assert float(spectrum[0, 2, 0] / spectrum[0, 0, 3]) == pytest.approx(1.0, rel=1e-5)
+    assert power_law_prior([1, 4, 4], schedule="cosine").schedule == Schedule.cosine()
+
+
+def test_vectors_may_be_stationary_too():
+    spectrum = torch.tensor([[3.0, 1.0, 0.5, 0.5, 1.0]], dtype=torch.float64)
+    covariance = StationaryCovariance(spectrum, grid=1)
+    row = torch.fft.ifft(spectrum[0]).real
+    circulant = torch.stack([row.roll(i) for i in range(5)])
+    close(covariance.matrix()[0], circulant, 1e-12)
+
+
+def sampled_variance(spectrum: Tensor, schedule: Schedule, eta: float) -> Tensor:
+    """Variance of each coefficient after DDIM's steps, which are linear for a Gaussian prior."""
+    last = schedule[len(schedule) - 1]
+    variance = torch.full_like(spectrum, last.alpha**2 + last.sigma**2)
+    for _, now, then in schedule.pairs():
+        gain = now.alpha * spectrum / (now.alpha**2 * spectrum + now.sigma**2)
+        added = now.sigma**2 - (now.alpha / then.alpha) ** 2 * then.sigma**2
+        noise = eta**2 * added * then.sigma**2 / now.sigma**2
+        epsilon = (1 - now.alpha * gain) / now.sigma
+        factor = then.alpha * gain + max(then.sigma**2 - noise, 0.0) ** 0.5 * epsilon
+        variance = factor**2 * variance + noise
+    return variance
+
+
+@pytest.mark.parametrize("solver", [DDPM(), DDIM(), DDIM(1.0)], ids=str)
+def test_unguided_sampling_reproduces_the_prior(solver):
+    prior = power_law_prior([1, 16, 16], exponent=2.0, std=0.5, mean=0.2)
+    noise = SampleNoise(0, [f"sample/{i}" for i in range(128)])
+    like = torch.zeros(128, 1, 16, 16)
+    problem = Problem.simulate(like, Identity(), 0.1, noise)
+    x = Sampler(prior, solver, (), 100).run(problem, noise, like) - 0.2
+    power = torch.fft.fft2(x.double(), norm="ortho").abs().square().mean(0)[0]
+    rows, columns = torch.meshgrid(*[torch.fft.fftfreq(16)] * 2, indexing="ij")
+    band = (rows**2 + columns**2).sqrt().mul(16).round().long()
+    spectrum = prior.covariances.values.reshape(16, 16).double()
+    # 100 steps lose some variance; 1000 steps hardly any
+    eta = solver.eta if isinstance(solver, DDIM) else 1.0
+    ratio = power / sampled_variance(spectrum, prior.schedule.respace(100), eta)
+    for k in range(12):
+        inside = band == k
+        # a complex coefficient and its mirror image are one draw of two degrees of freedom
+        error = math.sqrt(2 / (128 * int(inside.sum())))
+        assert abs(float(ratio[inside].mean()) - 1) < 4 * error, k
+    fine = sampled_variance(spectrum, prior.schedule, eta) / spectrum
+    assert float((fine - 1).abs().max()) < 0.05
+    error = float(spectrum[0, 0]) ** 0.5 / (16 * 128**0.5)  # of the mean of all pixels
+    assert abs(float(x.mean())) < 4 * error
+
+
+def test_exact_prior_from_the_command_line(tmp_path):
+    out = tmp_path / "out"
+    options = ["--data.limit=2", "--data.batch_size=2", "--model.num_steps=3"]
+    root = f"--trainer.default_root_dir={out}"
+    assert main(["predict", "-c", "demo", "-c", "prior/power_law", *options, root]) == 0
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert saved["model"]["denoiser"]["class_path"].endswith("power_law_prior")
+    assert (out / "restored/00001.png").is_file()
+    assert (out / "metrics.csv").is_file()
+
+
+def test_mixture_file_from_the_command_line(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    mixture = GaussianMixture(torch.rand(4, 1, 32, 32, generator=g), 0.1)
+    mixture.save(tmp_path / "prior.safetensors")
+    own = tmp_path / "own.yaml"
+    denoiser = {
+        "class_path": "cmi_lightning.denoisers.load_mixture",
+        "init_args": {"path": str(tmp_path / "prior.safetensors")},
+    }
+    own.write_text(yaml.safe_dump({"model": {"denoiser": denoiser}}))
+    options = ["--data.limit=2", "--model.num_steps=3", "--trainer.callbacks=[]"]
+    root = f"--trainer.default_root_dir={tmp_path / 'out'}"
+    assert main(["predict", "-c", "demo", "-c", str(own), *options, root]) == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Posteriors
+
+
+@each_kind
+@pytest.mark.parametrize("std", [0.2, (0.1, 0.4, 1.5), 0.0], ids=str)
+def test_posterior_is_dense_gaussian_conditioning(kind, std):
+    mixture, covariances = make(kind)
+    g = torch.Generator().manual_seed(5)
+    y = torch.randn(3, generator=g, dtype=torch.float64)
+    std = torch.tensor(std, dtype=torch.float64)
+    posterior = mixture.condition(A, y, std)
+    # numpy's, from the joint covariance of (x₀, y)
+    noise = np.diag(np.broadcast_to(std.numpy() ** 2, 3))
+    evidence, means, shrunk = [], [], []
+    for w, mu, C in zip([0.5, 0.3, 0.2], mixture.means.flatten(1), covariances, strict=True):
+        CA = (C @ A.T).numpy()
+        joint = np.block([[C.numpy(), CA], [CA.T, A.numpy() @ CA + noise]])
+        solved = joint[:N, N:] @ np.linalg.inv(joint[N:, N:])
+        means.append(mu.numpy() + solved @ (y - A @ mu).numpy())
+        shrunk.append(joint[:N, :N] - solved @ joint[N:, :N])
+        evidence.append(w * multivariate_normal((A @ mu).numpy(), joint[N:, N:]).pdf(y.numpy()))
+    close(posterior.log_weights.exp(), torch.tensor(np.array(evidence) / sum(evidence)), 1e-9)
+    close(posterior.means.flatten(1), torch.tensor(np.stack(means)), 1e-9)
+    close(posterior.covariances.matrix().expand(3, N, N), torch.tensor(np.stack(shrunk)), 1e-9)
+    assert len(posterior.covariances.values) == len(mixture.covariances.values)
+    assert posterior.image_shape == SHAPE
+    draws = posterior.sample(200, torch.Generator().manual_seed(0)).flatten(1)
+    if float(std.max()) == 0:  # noiseless measurements are met exactly, and leave no density
+        close(draws @ A.T, y.expand(200, 3), 1e-9)
+        with pytest.raises(InputError, match="degenerate"):
+            posterior.log_prob(posterior.means, CLEAN)
+
+
+def test_posterior_density_is_bayes_on_a_grid():
+    g = torch.Generator().manual_seed(6)
+    means = 1.5 * torch.randn(3, 2, generator=g, dtype=torch.float64)
+    covariances = positive(3, 2, g)
+    mixture = GaussianMixture(means, DenseCovariance(covariances), torch.tensor([0.2, 0.5, 0.3]))
+    A = torch.tensor([[1.0, -0.5]], dtype=torch.float64)
+    y = torch.tensor([0.8], dtype=torch.float64)
+    posterior = mixture.condition(A, y, 0.3)
+    nodes = torch.linspace(-9, 9, 1201, dtype=torch.float64)
+    grid = torch.cartesian_prod(nodes, nodes)
+    density = sum(
+        w * multivariate_normal(m.numpy(), c.numpy()).pdf(grid.numpy())
+        for w, m, c in zip([0.2, 0.5, 0.3], means, covariances, strict=True)
+    )
+    density = torch.as_tensor(density) * torch.exp(-((y - grid @ A.T)[:, 0] ** 2) / (2 * 0.3**2))
+    density = density / (density.sum() * float(nodes[1] - nodes[0]) ** 2)
+    mine = posterior.log_prob(grid, CLEAN).exp()
+    close(mine, density, 1e-6)
+    weight = density / density.sum()
+    mean = weight @ grid
+    close(posterior.mean(), mean, 1e-6)
+    apart = grid - mean
+    close(posterior.covariance(), torch.einsum("g,gi,gj->ij", weight, apart, apart), 1e-6)
+
+
+@each_kind
+@pytest.mark.parametrize("std", [0.01, 0.0])
+def test_single_precision_priors_are_conditioned_too(kind, std):
+    double, single = make(kind)[0], make(kind)[0].float()
+    y = torch.tensor([0.3, -0.2])
+    posterior = single.condition(A[:2].float(), y, std)
+    assert posterior.means.dtype == posterior.covariances.values.dtype == torch.float32
+    truth = double.condition(A[:2], y.double(), std)
+    close(posterior.mean().double(), truth.mean(), 1e-4)
+    close(posterior.covariance().double(), truth.covariance(), 1e-4)
+
+
+def test_redundant_measurements_need_noise():
+    mixture, _ = make("dense")
+    A = torch.ones(2, N, dtype=torch.float64)
+    with pytest.raises(InputError, match="determine one another"):
+        mixture.condition(A, torch.zeros(2).double(), 0.0)
+    one = GaussianPrior(mixture.means[0], 0.3)
+    for seed in range(20):  # rounding hides some of them from the factorisation
+        g = torch.Generator().manual_seed(seed)
+        rows = torch.randn(2, N, generator=g, dtype=torch.float64)
+        with pytest.raises(InputError, match="determine one another"):
+            one.condition(torch.cat([rows, rows.sum(0)[None]]), torch.zeros(3).double(), 0.0)
+    scales = torch.tensor([[1e-9], [1e6]], dtype=torch.float64)  # units are no redundancy
+    assert mixture.condition(scales * EYE[:2], torch.zeros(2).double(), 0.0).means.shape
+    assert mixture.condition(A, torch.zeros(2).double(), 0.1).means.shape == (3, *SHAPE)
+
+
+@pytest.mark.parametrize("operator", [GaussianBlur(5, 1.0), Downsample(2), BoxMask(3, 1)], ids=str)
+def test_operators_become_matrices(operator):
+    noise = SampleNoise(0, ["a", "b"])
+    x = noise.normal("test", 0, torch.zeros(2, 2, 8, 8, dtype=torch.float64))
+    bound = operator.bind((2, 8, 8), noise, x)
+    y = bound(x)
+    for row in range(2):
+        A = exact.as_matrix(bound, y, row)
+        close(A @ x[row].flatten(), y[row].flatten(), 1e-12)
+
+
+def test_ragged_masks_lose_their_padding():
+    noise = SampleNoise(0, ["a", "b"])
+    known = torch.zeros(2, 2, 3)
+    known[0, 0], known[1, 1, 2] = 1, 1
+    like = torch.zeros(2, *SHAPE, dtype=torch.float64)
+    operator = PixelMask.from_mask(known, like).bind(SHAPE, noise, like)
+    x = noise.normal("test", 0, like)
+    problem = Problem.simulate(x, operator, torch.tensor([0.1, 0.3], dtype=torch.float64), noise)
+    a, b = exact.as_dense(problem, 0), exact.as_dense(problem, 1)
+    assert torch.equal(a.matrix, EYE[:3])
+    assert torch.equal(b.matrix, EYE[5:])
+    assert (a.std.tolist(), b.std.tolist()) == ([0.1] * 3, [0.3])
+    assert torch.equal(b.y, problem.y[1, 0, :1])
+    mixture, _ = make("dense")
+    posterior = exact.posterior(mixture, problem, 1)
+    close(posterior.means, mixture.condition(b.matrix, b.y, 0.3).means, 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------
+# Conditional mutual information
+
+STDS = [0.2, torch.tensor([0.05, 0.3, 1.0], dtype=torch.float64)]
+each_std = pytest.mark.parametrize("std", STDS, ids=["one std", "stds"])
+
+
+class Twisted(nn.Module):
+    """Some x̂₀ whose Jacobian is neither symmetric nor that of a mixture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(1)
+        self.first, self.second = 0.4 * torch.randn(2, N, N, generator=g, dtype=torch.float64)
+
+    def forward(self, x):
+        return x + torch.tanh(x @ self.first) @ self.second
+
+
+class Network(Denoiser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.schedule, self.network = Schedule.linear(), Twisted()
+
+    def forward(self, x, level):
+        return Prediction(self.network(x.flatten(1)).reshape(x.shape))
+
+
+@each_std
+@each_level
+@pytest.mark.parametrize("kind", ["dense", "shared", "diagonal", "stationary"])
+def test_the_forms_of_the_value_agree(kind, level, std):
+    mixture, _ = make(kind)
+    x = points(mixture, level)
+    value = exact.information(mixture, x, level, A, std)
+    assert float(value.min()) > 0
+    close(exact.information_theorem_1(mixture, x, level, A, std), value)
+    close(exact.spectral_information(mixture, x, level, A, std), value)
+    # numpy's, from the law of total covariance
+    P = mixture.covariance(x, level).numpy()
+    noise = np.diag(np.broadcast_to(np.asarray(std) ** 2, 3))
+    S = A.numpy() @ P @ A.numpy().T + noise
+    truth = 0.5 * (np.linalg.slogdet(S)[1] - np.linalg.slogdet(noise)[1])
+    close(value, torch.tensor(truth))
+
+
+@each_std
+@each_level
+@pytest.mark.parametrize("kind", ["dense", "shared", "diagonal", "stationary"])
+def test_the_forms_of_the_gradient_agree(kind, level, std):
+    mixture, _ = make(kind)
+    x = points(mixture, level)
+    gradient = exact.gradient(mixture, x, level, A, std)
+    assert gradient.shape == x.shape
+    assert float(gradient.abs().max()) > 1e-4
+    close(exact.gradient_theorem_2(mixture, x, level, A, std), gradient)
+    close(exact.gradient_autograd(mixture, x, level, A, std), gradient)
+    close(exact.gradient_autograd(mixture, x, level, A, std, spectral=True), gradient)
+    h = 1e-5
+    ahead, behind = (
+        exact.information(mixture, x + s * h * gradient, level, A, std) for s in (1, -1)
+    )
+    slope = gradient.square().flatten(1).sum(1)
+    torch.testing.assert_close((ahead - behind) / (2 * h), slope, rtol=1e-5, atol=1e-8)
+
+
+def test_closed_form_jacobian_and_autograd_agree():
+    mixture, _ = make("dense")
+
+    class Plain(Denoiser):  # the same x̂₀, but only x̂₀
+        schedule = mixture.schedule
+
+        def forward(self, x, level):
+            return mixture(x, level)
+
+    level = LEVELS[1]
+    x = points(mixture, level)
+    for f in (exact.information, exact.gradient, exact.gradient_theorem_2):
+        close(f(Plain(), x, level, A, 0.2), f(mixture, x, level, A, 0.2))
+    P, slopes = exact.third_order(Plain(), x, level)
+    close(slopes, exact.third_order(mixture, x, level)[1])
+    truth = autograd_jacobian(lambda z: mixture.covariance(z, level), x)
+    close(slopes, truth.unflatten(1, (N, N)))
+    assert not P.requires_grad
+
+
+def test_a_network_needs_no_symmetry():
+    network, level = Network(), Level(0.9, 0.4, 0.0)
+    x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    J = exact.jacobian(network, x, level)
+    close(J, autograd_jacobian(lambda z: network(z, level).x0, x))
+    assert float((J - J.mT).abs().max()) > 0.1
+    value = exact.information(network, x, level, A, 0.5)
+    assert bool(torch.isfinite(value).all())
+    gradient = exact.gradient(network, x, level, A, 0.5)
+    close(exact.gradient_autograd(network, x, level, A, 0.5), gradient)
+    close(exact.gradient_theorem_2(network, x, level, A, 0.5), gradient)
+    spectral = exact.gradient_autograd(network, x, level, A, 0.5, spectral=True)
+    for f, slope in ((exact.information, gradient), (exact.spectral_information, spectral)):
+        ahead, behind = (f(network, x + s * 1e-5 * slope, level, A, 0.5) for s in (1, -1))
+        square = slope.square().flatten(1).sum(1)
+        torch.testing.assert_close((ahead - behind) / 2e-5, square, rtol=1e-5, atol=1e-8)
+
+
+def test_spectral_form_of_an_indefinite_covariance():
+    class Crossed(Network):
+        def forward(self, x, level):
+            return Prediction(torch.sin(3 * super().forward(x, level).x0))
+
+    network, level = Crossed(), Level(0.9, 0.4, 0.0)
+    x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    P = level.sigma**2 / level.alpha * autograd_jacobian(lambda z: network(z, level).x0, x)
+    S = np.eye(3) + (A @ P @ A.T / 0.3**2).numpy()
+    values = np.linalg.eigvalsh(0.5 * (S + S.transpose(0, 2, 1)))
+    assert values.min() < -0.5  # log |λ| would be another number
+    assert values.max() > 1.5
+    truth = 0.5 * np.log(np.maximum(values, 1)).sum(1)
+    close(exact.spectral_information(network, x, level, A, 0.3), torch.tensor(truth))
+
+
+def test_a_subclass_with_another_x0_has_another_jacobian():
+    class Doubled(GaussianMixture):
+        def forward(self, x, level):
+            return Prediction(2 * super().forward(x, level).x0)
+
+    mixture, _ = make("diagonal")
+    doubled = Doubled(mixture.means, mixture.variances, mixture.log_weights.exp())
+    x = points(mixture, LEVELS[0])
+    close(exact.jacobian(doubled, x, LEVELS[0]), 2 * mixture.jacobian(x, LEVELS[0]))
+
+
+@each_level
+def test_gaussian_prior_has_no_gradient(level):
+    mixture, covariances = make("dense", count=1)
+    prior = GaussianPrior(mixture.means[0], DenseCovariance(covariances[0]))
+    x = points(prior, level)
+    for f in (exact.gradient, exact.gradient_theorem_2, exact.gradient_autograd):
+        assert float(f(prior, x, level, A, 0.2).abs().max()) < 1e-12
+
+    class Linear(Denoiser):  # J does not even depend on x_t in its graph
+        schedule = prior.schedule
+
+        def forward(self, x, level):
+            return Prediction(x * 0.5)
+
+    for f in (exact.gradient, exact.gradient_theorem_2, exact.gradient_autograd):
+        assert float(f(Linear(), x, level, A, 0.2).abs().max()) == 0
+
+
+def test_each_sample_may_have_its_own_operator_and_noise():
+    mixture, _ = make("dense")
+    x = points(mixture, LEVELS[1], 2)
+    g = torch.Generator().manual_seed(1)
+    own = torch.randn(2, 3, N, generator=g, dtype=torch.float64)
+    std = torch.rand(2, 3, generator=g, dtype=torch.float64) + 0.1
+    for f in (exact.information, exact.gradient, exact.gradient_theorem_2):
+        whole = f(mixture, x, LEVELS[1], own, std)
+        for i in range(2):
+            close(f(mixture, x[i : i + 1], LEVELS[1], own[i], std[i]), whole[i : i + 1])
+
+
+def test_unfit_information_problems_are_named():
+    mixture, _ = make("dense")
+    x = points(mixture, LEVELS[0])
+    with pytest.raises(InputError, match="noise"):
+        exact.information(mixture, x, LEVELS[0], A, 0.0)
+    with pytest.raises(InputError, match=r"\(m, 6\)"):
+        exact.gradient(mixture, x, LEVELS[0], A[:, :5], 0.1)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_callers_gradient_mode_and_tensors_stay(enabled):
+    mixture, _ = make("dense")
+    x = points(mixture, LEVELS[0])
+    with torch.set_grad_enabled(enabled):
+        for f in (exact.information, exact.gradient, exact.gradient_theorem_2):
+            assert not f(mixture, x, LEVELS[0], A, 0.1).requires_grad
+            assert torch.is_grad_enabled() is enabled
+    assert not x.requires_grad
