@@ -39,7 +39,7 @@ class ScoreTraining(L.LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        schedule: Schedule | Literal["linear", "cosine", "edm"] = "linear",
+        schedule: Schedule | Literal["linear", "cosine", "edm", "vp"] = "linear",
         learning_rate: float = 1e-3,
         warmup_steps: int = 500,
         weight_decay: float = 0.0,

@@ -186,7 +186,7 @@ def test_cmi_without_measurement_noise(capsys):
 
 def test_second_derivatives_of_fused_attention(capsys):
     option = "--model.denoiser.init_args.network.init_args.fused_attention=true"
-    error = refusal(capsys, "predict", "-c", "demo", option)
+    error = refusal(capsys, "predict", "-c", "demo", "-c", "prior/fashion_mnist", option)
     assert "estimator" in error and "fused_attention" in error
 
 
@@ -205,7 +205,7 @@ def test_fit_names_what_is_wrong(capsys, option, words):
 
 def test_cosine_schedule_by_name(tmp_path):
     options = [*FAST, "--model.denoiser.init_args.schedule=cosine", "--trainer.callbacks=[]"]
-    assert run(tmp_path, "-c", "demo", *options) == 0
+    assert run(tmp_path, "-c", "demo", "-c", "prior/fashion_mnist", *options) == 0
 
 
 def test_solver_without_noise_for_dsg(capsys):
@@ -222,9 +222,22 @@ def test_checkpoint_that_does_not_fit(capsys, tmp_path, change):
         state["surplus.weight"] = torch.zeros(2)
     save_file(state, tmp_path / "net.safetensors")
     option = f"--model.denoiser.init_args.weights={tmp_path / 'net.safetensors'}"
-    error = refusal(capsys, "predict", option)
+    error = refusal(capsys, "predict", "-c", "prior/fashion_mnist", option)
     assert f"1 {change}" in error
     assert "net.safetensors" in error
+
+
+def test_the_default_prior_leaves_nothing_behind(capsys, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "model:\n  denoiser:\n    class_path: cmi_lightning.denoisers.NetworkDenoiser\n"
+        "    init_args: {network: torch.tanh, weights: null}\n"
+    )
+    with pytest.raises(SystemExit):
+        main(["predict", "-c", str(tmp_path / "mine.yaml"), "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["denoiser"]["init_args"]
+    assert printed["network"] == "torch.tanh"
+    assert printed["image_shape"] is None
+    assert printed["weights"] is None
 
 
 def test_configs_are_packaged():

@@ -15,8 +15,8 @@ from cmi_lightning.denoisers.mixture import (
     power_law_prior,
 )
 from cmi_lightning.denoisers.network import NetworkDenoiser, shipped_prior
-from cmi_lightning.denoisers.pretrained import DiffusersDenoiser, EDMDenoiser
 from cmi_lightning.denoisers.presets import ffhq, ffhq_unet, imagenet, imagenet_unet
+from cmi_lightning.denoisers.pretrained import DiffusersDenoiser, EDMDenoiser
 from cmi_lightning.denoisers.unet import UNet
 from cmi_lightning.denoisers.weights import PUBLISHED, load_weights
 

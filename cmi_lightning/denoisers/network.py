@@ -201,8 +201,8 @@ class NetworkDenoiser(WrappedNetwork):
 
     Raises:
         InputError: if the weights are missing, unreadable or do not fit the network exactly; and,
-            when it is called, if the images have other channels than declared, or the output another
-            shape than the images.
+            when it is called, if the images have other channels than declared, or the output
+            another shape than the images.
     """
 
     def __init__(

@@ -1,0 +1,322 @@
+"""Loading of weights: where from, how strictly, and what is said when they do not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from cmi_lightning.denoisers import PUBLISHED, NetworkDenoiser, UNet, load_weights
+from cmi_lightning.errors import InputError
+
+SMALL = dict(
+    in_channels=2,
+    model_channels=32,
+    channel_mult=(1, 2),
+    attention_levels=(1,),
+    num_head_channels=32,
+)
+
+
+def unet(**options) -> UNet:
+    return UNet(**{**SMALL, **options})
+
+
+def random_state(network: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {k: torch.randn(v.shape, generator=g) for k, v in network.state_dict().items()}
+
+
+def holds(network: nn.Module, state: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(v, state[k]) for k, v in network.state_dict().items())
+
+
+@pytest.fixture
+def network() -> UNet:
+    return unet()
+
+
+@pytest.fixture
+def state(network) -> dict[str, torch.Tensor]:
+    return random_state(network)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server of tmp_path/www, and a torch.hub cache of the test's own."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (tmp_path / "www").mkdir()
+
+    class Quiet(SimpleHTTPRequestHandler):
+        requests = 0
+
+        def log_message(self, *args):
+            type(self).requests += 1
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "www"))
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_address[1]}", tmp_path / "www", Quiet
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+# Where weights come from
+
+
+@pytest.mark.parametrize(
+    "name", ["net.pt", "net.pth", "net.safetensors", "misnamed.safetensors.pt"]
+)
+def test_files(tmp_path, network, state, name):
+    path = tmp_path / name
+    save_file(state, path) if "safetensors" in name else torch.save(state, path)
+    load_weights(network, path)
+    assert holds(network, state)
+
+
+def test_folders(tmp_path, network, state):
+    with pytest.raises(InputError, match=r"must hold one weights file, found no \.safetensors"):
+        load_weights(network, tmp_path)
+    save_file(state, tmp_path / "a.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    load_weights(network, tmp_path)
+    assert holds(network, state)
+    save_file(random_state(network, 1), tmp_path / "b.safetensors")
+    with pytest.raises(InputError, match=r"found a.safetensors, b.safetensors"):
+        load_weights(network, tmp_path)
+    pipeline = tmp_path / "unet"  # as diffusers writes them
+    pipeline.mkdir()
+    other = random_state(network, 2)
+    save_file(other, pipeline / "diffusion_pytorch_model.safetensors")
+    save_file(state, pipeline / "diffusion_pytorch_model.fp16.safetensors")
+    load_weights(network, tmp_path)
+    assert holds(network, other)
+
+
+def test_file_urls(tmp_path, network, state):
+    path = tmp_path / "a folder" / "net.pt"
+    path.parent.mkdir()
+    torch.save(state, path)
+    load_weights(network, path.as_uri())
+    assert holds(network, state)
+
+
+def test_downloads_are_kept_and_not_mixed_up(server, network, state):
+    url, www, handler = server
+    for name, seed in (("a", 0), ("b", 1)):
+        (www / name).mkdir()
+        save_file(random_state(network, seed), www / name / "model.safetensors")
+    for _ in range(2):
+        load_weights(network, f"{url}/a/model.safetensors?download=true")
+        assert holds(network, state)
+        load_weights(network, f"{url}/b/model.safetensors")
+        assert holds(network, random_state(network, 1))
+    assert handler.requests == 2
+
+
+def test_bad_downloads_are_refused_and_not_kept(server, network, state):
+    url, www, _ = server
+    with pytest.raises(InputError, match=r"Cannot download .*/absent.pt' \(HTTP Error 404"):
+        load_weights(network, f"{url}/absent.pt")
+    (www / "net.pt").write_bytes(b"<!DOCTYPE html><html>Google Drive - Virus scan warning</html>")
+    with pytest.raises(InputError, match="is a web page"):
+        load_weights(network, f"{url}/net.pt")
+    torch.save(state, www / "net.pt")
+    load_weights(network, f"{url}/net.pt")
+    assert holds(network, state)
+
+
+def test_no_server(network):
+    with pytest.raises(InputError, match="Cannot download"):
+        load_weights(network, "http://127.0.0.1:9/net.pt")
+
+
+def test_checksums(tmp_path, network, state):
+    path = tmp_path / "net.pt"
+    torch.save(state, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    load_weights(network, path, sha256=digest.upper())
+    assert holds(network, state)
+    with pytest.raises(InputError, match=f"has SHA-256 {digest}, not {'0' * 64}: delete it"):
+        load_weights(network, path, sha256="0" * 64)
+    with pytest.raises(InputError, match="64 hexadecimal digits"):
+        load_weights(network, path, sha256="abc")
+
+
+# What is no checkpoint
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "address"),
+    [
+        ("ffhq_10m.pt", "ffhq_10m.pt (374,417,833 bytes", "DPS2022/diffusion-posterior-sampling"),
+        ("imagenet256.pt", "256x256_diffusion_uncond.pt (2,211,383,297 bytes", "openaipublic"),
+        ("256x256_diffusion_uncond.pt", "256x256_diffusion_uncond.pt (2,2", "openaipublic"),
+    ],
+)
+def test_absent_public_checkpoints_say_where_they_are(network, name, file, address):
+    with pytest.raises(InputError) as caught:
+        load_weights(network, f"models/{name}")
+    for words in (f"models/{name}", file, address, "--model.denoiser.init_args.weights"):
+        assert words in str(caught.value)
+
+
+def test_public_checkpoints_have_the_size_of_their_networks():
+    # torch.save adds names and alignment to four bytes per parameter.
+    for name, parameters in (("ffhq_10m.pt", 93_563_910), ("imagenet256.pt", 552_814_086)):
+        assert 0 < PUBLISHED[name].size - 4 * parameters < 600_000
+        assert len(bytes.fromhex(PUBLISHED[name].sha256)) == 32
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "git lfs pull"),
+        (b"\n <!doctype HTML><title>Sign in</title>", "is a web page"),
+        (b"<html><body>", "is a web page"),
+    ],
+)
+def test_what_is_no_checkpoint(tmp_path, network, content, words):
+    path = tmp_path / "net.pt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        load_weights(network, path)
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
+@pytest.mark.parametrize("part", [0.9, 0.02])
+def test_cut_short(tmp_path, network, state, name, part):
+    path = tmp_path / name
+    save_file(state, path) if "safe" in name else torch.save(state, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(InputError) as caught:
+        load_weights(network, path)
+    assert f"is cut short (it has {int(part * len(whole)):,} bytes" in str(caught.value)
+    assert (f"of {len(whole):,})" in str(caught.value)) == ("safe" in name)
+
+
+def test_cut_short_public_checkpoint_says_its_size(tmp_path, network, state):
+    path = tmp_path / "ffhq_10m.pt"
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:9999])
+    with pytest.raises(InputError, match="it has 9,999 bytes of 374,417,833"):
+        load_weights(network, path)
+
+
+def test_nothing_is_unpickled(tmp_path, network):
+    torch.save({"state_dict": network}, tmp_path / "net.pt")
+    with pytest.raises(InputError, match="weights_only"):
+        load_weights(network, tmp_path / "net.pt")
+
+
+# Containers, prefixes, precision
+
+
+CONTAINERS = {
+    "module.": lambda s: {f"module.{k}": v for k, v in s.items()},
+    "state_dict": lambda s: {"state_dict": s, "epoch": 3, "hyper_parameters": {"width": 32}},
+    "Lightning": lambda s: {
+        "state_dict": {
+            **{f"network.{k}": v for k, v in s.items()},
+            "feature.weight": torch.ones(3, 3),
+        },
+        "pytorch-lightning_version": "2.6.6",
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}],
+    },
+    "model": lambda s: {"model": {f"module.{k}": v for k, v in s.items()}, "step": 7},
+    "compiled": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    "average": lambda s: {
+        "n_averaged": torch.tensor(9),
+        **{f"module.{k}": v for k, v in s.items()},
+    },
+    "twice the same": lambda s: {"model": s, "ema": dict(s)},
+    "only ema": lambda s: {"model": {}, "ema": s},
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_containers_and_prefixes(tmp_path, network, state, kind):
+    torch.save(CONTAINERS[kind](state), tmp_path / "net.pt")
+    load_weights(network, tmp_path / "net.pt")
+    assert holds(network, state)
+
+
+def test_two_networks_in_one_file(tmp_path, network, state):
+    path = tmp_path / "net.pt"
+    ema = random_state(network, 1)
+    torch.save({"model": {f"module.{k}": v for k, v in state.items()}, "ema": ema}, path)
+    with pytest.raises(
+        InputError, match=r"2 times, as 'model\.module', 'ema': choose one by weights"
+    ):
+        load_weights(network, path)
+    load_weights(network, path, part="ema")
+    assert holds(network, ema)
+    load_weights(network, path, part="model.module")
+    assert holds(network, state)
+    with pytest.raises(InputError, match=r"has no part 'emma'.*it has 'model\.module', 'ema'"):
+        load_weights(network, path, part="emma")
+    denoiser = NetworkDenoiser(network, str(path), weights_part="ema")
+    assert holds(denoiser.network, ema)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_load_into_float32(tmp_path, network, state, dtype):
+    save_file({k: v.to(dtype) for k, v in state.items()}, tmp_path / "net.safetensors")
+    load_weights(network, tmp_path / "net.safetensors")
+    assert all(v.dtype == torch.float32 for v in network.parameters())
+    assert holds(network, {k: v.to(dtype).float() for k, v in state.items()})
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "cause"),
+    [
+        ({"learn_variance": True}, {}, "predict a variance as well .*learn_variance: true"),
+        ({}, {"learn_variance": True}, "predict no variance .*learn_variance: false"),
+        ({"model_channels": 64}, {}, "another width: input_blocks.0.0.weight has 64 .* 32 here"),
+        ({"in_channels": 1}, {}, "for images of 1 channels and the network for 2"),
+        ({"attention_levels": (0, 1)}, {}, "attention sits at other levels"),
+        ({"num_res_blocks": 3}, {}, "another number of levels or of blocks"),
+        ({"scale_shift": False}, {}, "scale_shift"),
+    ],
+)
+def test_the_cause_of_a_misfit(tmp_path, theirs, ours, cause):
+    torch.save({"model": random_state(unet(**theirs))}, tmp_path / "net.pt")
+    network = unet(**ours)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    with pytest.raises(InputError, match=cause) as caught:
+        load_weights(network, tmp_path / "net.pt")
+    assert "(its part 'model') do not fit" in str(caught.value)
+    assert holds(network, before)
+
+
+def test_other_causes(tmp_path, network, state):
+    torch.save({**state, "label_emb.weight": torch.ones(10, 128)}, tmp_path / "net.pt")
+    with pytest.raises(InputError, match=r"1 unexpected \(label_emb.weight\); .*class-conditional"):
+        load_weights(network, tmp_path / "net.pt")
+    torch.save({f"layer{i}.w": torch.ones(2) for i in range(9)}, tmp_path / "net.pt")
+    with pytest.raises(InputError, match=r"layer4.w, …\); no name agrees"):
+        load_weights(network, tmp_path / "net.pt")
+    prefixed = {f"module.{k}": v for k, v in state.items() if k != "out.2.bias"}
+    torch.save(prefixed, tmp_path / "net.pt")
+    with pytest.raises(InputError, match=r"\(its part 'module'\) do not fit.* 1 missing \(out.2.b"):
+        load_weights(network, tmp_path / "net.pt")
+
+
+def test_a_function_takes_no_weights(tmp_path):
+    with pytest.raises(InputError, match=r"no torch.nn.Module.* set weights to null"):
+        NetworkDenoiser(torch.sin, "net.pt")
+    with pytest.raises(InputError, match="sha256 and weights_part describe a file"):
+        NetworkDenoiser(unet(), None, sha256="0" * 64)
