@@ -187,7 +187,8 @@ def test_cmi_without_measurement_noise(capsys):
 def test_second_derivatives_of_fused_attention(capsys):
     option = "--model.denoiser.init_args.network.init_args.fused_attention=true"
     error = refusal(capsys, "predict", "-c", "demo", "-c", "prior/fashion_mnist", option)
-    assert "estimator" in error and "fused_attention" in error
+    assert "estimator" in error
+    assert "fused_attention" in error
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class ImageProbes(ProbeEstimator):
     Source: Hamidi & Yang (2025), Theorem 2 and Eq. 20 to 22, rearranged.
     """
 
-    krylov: int = 3
+    krylov: int = 6
 
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
         """Return the estimate from one sign vector."""
