@@ -1,0 +1,262 @@
+"""The mixture benchmark: its problems, its metrics, and that DPS lands where others found it."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from cmi_lightning.guidance import CMI, DPS, MomentMatching
+from cmi_lightning.schedule import CLEAN
+from cmi_lightning.solvers import DDPM
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[ModuleType]:
+    """benchmarks/mixture.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("mixture", ROOT / "benchmarks" / "mixture.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mixture"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["mixture"]
+
+
+def test_prior_is_the_grid_of_25(bench):
+    expected = [[8 * i, 8 * j] * 4 for i, j in itertools.product((-2, -1, 0, 1, 2), repeat=2)]
+    assert bench.means(8).tolist() == expected
+    w = bench.weights(8)
+    assert w.shape == (25,)
+    assert float(w.sum()) == pytest.approx(1)
+    assert torch.equal(w, bench.weights(8))
+
+
+def test_measurement_has_the_drawn_singular_values(bench):
+    for index in range(20):
+        A, s, std = bench.measurement(bench.Cell(80, 4, 20), bench.generator("test", index))
+        torch.testing.assert_close(torch.linalg.svdvals(A), s)
+        assert bool((s[:-1] >= s[1:]).all())
+        assert 0 < float(s[-1]) < float(s[0]) < 1
+        assert 0 < std < float(s[0])
+
+
+def test_operator_agrees_with_dense_algebra(bench):
+    A, _, _ = bench.measurement(bench.Cell(8, 4, 20), bench.generator("test"))
+    operator, g = bench.Dense(A), torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, generator=g, dtype=torch.float64)
+    y = torch.randn(2, 4, generator=g, dtype=torch.float64)
+    torch.testing.assert_close((operator(x) * y).sum(1), (x * operator.adjoint(y)).sum(1))
+    torch.testing.assert_close(operator(operator.pinv(y)), y)
+    for shift in (0.3, torch.tensor([0.3, 2.0]), torch.tensor([[0.1, 0.2, 0.3, 0.4]])):
+        z = operator.solve(y, shift)
+        added = (shift[:, None] if getattr(shift, "ndim", 0) == 1 else shift) * z
+        torch.testing.assert_close(operator(operator.adjoint(z)) + added, y)
+
+
+def test_posterior_is_bayes_rule(bench):
+    """p(x₀ | y) ∝ p(x₀) N(y; A x₀, σ²), the right side by torch.distributions."""
+    task = bench.instance(bench.Cell(8, 2, 20), "test", 0, 20)
+    A, y, std = task.problem.operator.matrix, task.problem.y[0], task.problem.noise_std
+    kinds = torch.distributions
+    prior = kinds.MixtureSameFamily(
+        kinds.Categorical(bench.weights(8)),
+        kinds.Independent(kinds.Normal(bench.means(8), torch.ones((), dtype=torch.float64)), 1),
+    )
+    x = torch.cat([task.reference, task.second, task.truth[None]])
+    joint = prior.log_prob(x) + kinds.Normal(x @ A.mT, std).log_prob(y).sum(1)
+    evidence = joint - task.posterior.log_prob(x, CLEAN)
+    torch.testing.assert_close(evidence, evidence[:1].expand_as(evidence))
+
+
+def test_grid_steps_down_evenly_and_holds_the_special_level(bench):
+    abar, g = bench.alpha_bars(), np.random.default_rng(0)
+    assert len(abar) == 1000
+    assert abar[1] == pytest.approx(0.98)  # the largest β comes first
+    assert abar[-1] / abar[-2] == pytest.approx(1 - 1e-4)
+    for _ in range(50):
+        for steps in (20, 100):
+            s = np.sort(g.random(int(g.choice([1, 2, 4]))))[::-1]
+            std = g.random() * s[0]
+            grid = bench.time_grid(steps, s, std)
+            assert len(grid) == steps
+            assert grid[0] == 0
+            assert grid[-1] == 999
+            assert all(a < b for a, b in itertools.pairwise(grid))
+            # Where ᾱ std² = (1 − ᾱ) s², ᾱ is s²/(s² + std²); a level is nearest to one of these.
+            nearest = {int(np.abs(abar - v**2 / (v**2 + std**2)).argmin()) for v in s}
+            assert any(abs(i - j) <= 1 for i in grid for j in nearest)
+            drops = -np.diff(np.sqrt(abar[grid]))
+            assert drops.max() < 1.5 / (steps - 2) + 0.01
+    schedule = bench.schedule(bench.time_grid(20, [0.5], 0.2))
+    assert len(schedule) == 19
+    assert schedule[18].alpha == pytest.approx(abar[999] ** 0.5)
+    assert schedule[18].time == 999
+
+
+def test_roles_indices_and_step_counts(bench):
+    def y(steps: int, role: str, index: int) -> torch.Tensor:
+        return bench.instance(bench.Cell(8, 2, steps), role, index, 3).problem.y
+
+    assert torch.equal(y(20, "report", 0), y(100, "report", 0))
+    assert not torch.equal(y(20, "report", 0), y(20, "tune", 0))
+    assert not torch.equal(y(20, "report", 0), y(20, "report", 1))
+
+
+def test_sliced_wasserstein_is_scipys(bench):
+    g = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(50, 6, generator=g, dtype=torch.float64) + k for k in (0, 1))
+    directions = torch.randn(6, 7, generator=g, dtype=torch.float64)
+    expected = np.mean(
+        [stats.wasserstein_distance((a @ v).numpy(), (b @ v).numpy()) for v in directions.mT]
+    )
+    assert bench.sliced_wasserstein(a, b, directions) == pytest.approx(expected)
+
+
+def test_exact_draws_cover_as_they_should(bench):
+    """Of the truth itself, over many problems; errors of one problem's coordinates correlate."""
+    inside, noise = [], []
+    for index in range(150):
+        task = bench.instance(bench.Cell(8, 2, 20), "test", index, 400)
+        inside.append(bench.coverage(task.reference, task.truth[None]))
+        problem = task.problem
+        noise.append((problem.y[0] - problem.operator(task.truth[None])[0]) / problem.noise_std)
+    assert float(torch.cat(noise).square().mean()) == pytest.approx(1, abs=4 * (2 / 300) ** 0.5)
+    for share, level in zip(np.array(inside).T, bench.CENTRAL, strict=True):
+        assert abs(share.mean() - level) < 4 * share.std() / len(share) ** 0.5
+        assert share.std() / len(share) ** 0.5 < 0.025
+
+
+def test_coverage_tells_narrow_from_wide(bench):
+    g = torch.Generator().manual_seed(2)
+    draws = torch.randn(4000, 3, generator=g, dtype=torch.float64)
+    truths = torch.randn(4000, 3, generator=g, dtype=torch.float64)
+    for width in (0.5, 1.0, 2.0):
+        expected = [2 * stats.norm.cdf(width * stats.norm.ppf((1 + c) / 2)) - 1 for c in (0.5, 0.9)]
+        assert bench.coverage(width * draws, truths) == pytest.approx(expected, abs=0.02)
+
+
+def test_solver_is_ddpm_at_full_noise(bench):
+    task = bench.instance(bench.Cell(8, 2, 20), "test", 0, 4)
+    ours = bench.draw(task, [DPS(0.2)], 1.0)
+    sampler = bench.Sampler(task.prior, DDPM(), [DPS(0.2)], clamp=False)
+    noise = bench.BatchNoise(task.seed, ["batch"])
+    torch.testing.assert_close(ours, sampler.run(task.problem, noise, task.reference))
+
+
+def test_solver_without_noise_ignores_it(bench):
+    task = bench.instance(bench.Cell(8, 2, 20), "test", 0, 4)
+    step = bench.Step(
+        5, task.reference, task.prior.schedule[5], task.prior.schedule[4], task.problem, task.prior,
+        bench.BatchNoise(0, ["batch"]), False,
+    )  # fmt: skip
+    half, full = (bench.ScaledDDPM(e).transition(step, lambda s: s.x0) for e in (0.5, 1.0))
+    torch.testing.assert_close(half.mean, full.mean)
+    assert half.std == pytest.approx(0.5 * full.std)
+
+
+def test_diverging_draws_are_kept_and_counted(bench):
+    """A step of DPS a million times too long would leave NaN or infinity."""
+    task = bench.instance(bench.Cell(8, 1, 20), "test", 0, 10)
+    draws = bench.draw(task, [DPS(1e9)], 0.6)
+    assert bool(draws.isfinite().all())
+    scores = bench.score(draws, task)
+    assert scores.diverged == 1
+    assert 10 < scores.distance <= bench.FENCE * 8
+    fence, step = bench.Fence(), None
+    x = torch.tensor([[float("nan"), 1.0], [-float("inf"), 2.0]])
+    expected = torch.tensor([[1e3, 1.0], [-1e3, 2.0]])
+    assert torch.equal(fence.guide_sample(step, x), expected)
+    assert fence.guide_sample(step, expected) is expected
+
+
+def test_grids_are_of_one_size_and_hold_no_cmi(bench):
+    for m in (1, 2, 4):
+        assert {len(grid) for grid in bench.bases(m).values()} == {6}
+        settings = bench.cmis(m)
+        assert len(settings) == 6
+        assert settings["off"] == []
+        assert all(isinstance(g, CMI) for s in settings.values() for g in s)
+
+
+def test_short_krylov_space_is_the_default_for_few_measurements(bench):
+    """For m < 3 the benchmark shortens the default's space, which ends there anyway."""
+    task = bench.instance(bench.Cell(8, 2, 20), "test", 0, 4)
+    short = bench.cmis(2)["c=1"]
+    long = [CMI(1.0, "beta", float("inf"), 0.0, 1.0)]
+    torch.testing.assert_close(
+        bench.draw(task, [DPS(0.2), *short], 0.6), bench.draw(task, [DPS(0.2), *long], 0.6)
+    )
+
+
+def test_interval_and_correction(bench):
+    values = [0.3, -0.1, 0.8, 0.4, 0.2]
+    e = bench.estimate(values)
+    low, high = stats.t.interval(0.95, 4, loc=np.mean(values), scale=stats.sem(values))
+    assert (e.mean - e.half, e.mean + e.half) == pytest.approx((low, high))
+    assert e.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    assert e.sign == 0
+    assert bench.estimate([0.0, 0.0]).p == 1
+    assert bench.holm([0.016, 0.01, 0.04, 0.3]) == [True, True, False, False]
+    assert bench.holm([0.02, 0.01]) == [True, True]
+
+
+def test_run_can_be_interrupted(bench, tmp_path, monkeypatch):
+    """A run that stops after one problem and goes on gives the file of one that does not."""
+    few = {"DPS": ("scale=0.2", "scale=2"), "DSG": ("rate=0.1",)}
+    grids = bench.bases
+    monkeypatch.setattr(
+        bench, "bases", lambda m: {k: {s: grids(m)[k][s] for s in few[k]} for k in few}
+    )
+    cell = bench.Cell(8, 1, 20)
+    full, parts = tmp_path / "full.json", tmp_path / "parts.json"
+    size = bench.Size([cell], 1, 20, 2, {8: 20})
+    bench.Bench(size, full).run()
+    for problems in (1, 2):
+        bench.Bench(replace(size, problems=problems), parts).run()
+    assert full.read_text() == parts.read_text()
+    scores = json.loads(full.read_text())["scores"][str(cell)]
+    assert len(scores) == 9
+    assert all(len(entries) == 2 for entries in scores.values())
+    text = bench.Report(json.loads(full.read_text()), size).text()
+    changes = [a[0] - b[0] for a, b in zip(scores["CMI+DPS, c=1"], scores["DPS"], strict=True)]
+    assert f"| {np.mean(changes):+.3f} ± " in text.replace("**", "")
+
+
+def test_document_holds_the_tables(bench):
+    """docs/mixture.md quotes `python benchmarks/mixture.py table` as it is."""
+    report = bench.Report(json.loads(bench.RESULTS.read_text()), bench.Size())
+    assert len(report.cells) == 18
+    document = (ROOT / "docs" / "mixture.md").read_text()
+    for line in report.text().splitlines():
+        if line.startswith("|"):
+            assert line in document
+
+
+@pytest.mark.slow
+def test_dps_lands_where_it_was_found_before(bench):
+    """MCGdiff's DPS at d = 8, m = 1, 20 steps: 4.9 to 5.2 in replications of ours."""
+    cell, distances = bench.Cell(8, 1, 20), {"DPS": [], "MomentMatching": [], "exact": []}
+    for index in range(20):
+        task = bench.instance(cell, "anchor", index, 2000)
+        for name, draws in {
+            "DPS": bench.draw(task, [DPS(0.2)], bench.ETA[20]),
+            "MomentMatching": bench.draw(task, [MomentMatching(1)], bench.ETA[20]),
+            "exact": task.second,
+        }.items():
+            distances[name].append(bench.sliced_wasserstein(draws, task.reference, task.directions))
+    mean = {name: np.mean(values) for name, values in distances.items()}
+    assert abs(mean["DPS"] - 4.9) < 1.5
+    assert mean["MomentMatching"] < mean["DPS"]
+    assert mean["exact"] < 0.3
