@@ -130,7 +130,8 @@ class PosteriorSampler(L.LightningModule):
         return {
             "prior": f"{_name(self.denoiser)}, images {size}",
             "operator": getattr(datamodule, "given", None) or _name(self.operator),
-            "noise": f"σ = {std:g} on [−1, 1] = {std / 2:g} on [0, 1]",
+            "noise": getattr(datamodule, "given_noise", None)
+            or f"σ = {std:g} on [−1, 1] = {std / 2:g} on [0, 1]",
             "solver": _name(self.solver),
             "guidances": ", ".join(map(_name, self.guidances)) or "none",
             "steps": str(len(self.sampler().schedule)),
@@ -232,7 +233,8 @@ class PosteriorSampler(L.LightningModule):
             operator = Downsample(factor).bind(tuple(like.shape[1:]), noise, like)
         else:
             operator = Identity()
-        return Problem(y, operator, self.measurement_noise.std), like
+        std = batch["sigma"].to(y) if "sigma" in batch else self.measurement_noise.std
+        return Problem(y, operator, std), like
 
 
 @contextlib.contextmanager
