@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.paths import inside
 
 MARGIN, HEADER, SMALLEST = 6, 22, 112  # pixels: gaps, heading, least longer side in a grid
 NATIVE = (1, 3, 4)  # channel counts that a PNG holds: gray, RGB, RGBA
@@ -51,15 +51,12 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def path_of(folder: Path, name: str) -> Path:
-    """Return ``folder/name.png`` for a sample id, which may hold slashes.
+    """Return ``folder/name.png`` for a sample id; see :func:`cmi_lightning.paths.inside`.
 
     Raises:
-        InputError: if the id leads out of the folder.
+        InputError: if a link in the folder leads out of it.
     """
-    path = folder / f"{name}.png"
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"The sample id '{name}' leads out of the folder '{folder}'; rename it.")
-    return path
+    return inside(folder, name, ".png")
 
 
 def tile(rows: Sequence[Sequence[Image.Image]], headings: Sequence[str] = ()) -> Image.Image:

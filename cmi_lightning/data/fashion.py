@@ -18,9 +18,9 @@ from cmi_lightning.data.files import (
     check_at_least_1,
     check_num_workers,
     local_path,
-    printable,
 )
 from cmi_lightning.errors import InputError
+from cmi_lightning.paths import printable
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 NUM_HELD_OUT = 1024  # the last training images: never trained on, used to choose step sizes

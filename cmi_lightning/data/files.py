@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from cmi_lightning.errors import InputError
+from cmi_lightning.paths import printable
 
 T = TypeVar("T")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -25,26 +25,11 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Only these decoders: among Pillow's others are ones that start programs, whatever the suffix.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 MAX_PIXELS = 1024**3 // 12  # Pillow's default limit of an image, for images made here as well
-UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # controls, halves of characters, separators of lines
-DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # would reorder a terminal
 NUM_REPORTED = 5
 
 
 class UnreadableError(InputError):
     """A single file that no option can make readable; ``data.strict`` says what to do about it."""
-
-
-def printable(text: object) -> str:
-    r"""Return a path as text (NFC) that any terminal, log or UTF-8 file can take.
-
-    Controls and bytes that are not UTF-8 become escapes such as ``\x1b``.
-    """
-    return "".join(
-        c.encode("unicode_escape", "surrogatepass").decode()
-        if unicodedata.category(c) in UNSEEN or c in DIRECTIONS
-        else c
-        for c in unicodedata.normalize("NFC", str(text))
-    )
 
 
 def local_path(given: str, option: str) -> Path:

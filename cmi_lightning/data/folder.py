@@ -17,12 +17,12 @@ from cmi_lightning.data.files import (
     check_pixels,
     find_images,
     local_path,
-    printable,
     read_all,
     read_image,
     report_skipped,
 )
 from cmi_lightning.errors import InputError
+from cmi_lightning.paths import printable
 
 SHIPPED = {
     "fashion-mnist-test": Path(__file__).parent.parent / "assets" / "fashion_mnist_test",

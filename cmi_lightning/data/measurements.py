@@ -22,13 +22,13 @@ from cmi_lightning.data.files import (
     check_pixels,
     find_images,
     local_path,
-    printable,
     read_all,
     read_image,
     report_skipped,
 )
 from cmi_lightning.data.noise_levels import Range, estimate_of, read_sigmas, report_estimates
 from cmi_lightning.errors import InputError
+from cmi_lightning.paths import printable
 
 Kind = Literal["denoise", "inpaint", "blur", "downsample"]
 NEEDS = {"inpaint": "masks", "blur": "kernels", "downsample": "factor"}
