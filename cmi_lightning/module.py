@@ -39,7 +39,14 @@ from cmi_lightning.step import Cost, Record
 
 log = logging.getLogger(__name__)
 # Options that leave a finished sample's result as it is.
-FREE = ("data.batch_size", "data.num_workers", "data.limit", "data.val_count", "data.strict")
+FREE = (
+    "model.denoiser.network.checkpoint",
+    "data.batch_size",
+    "data.num_workers",
+    "data.limit",
+    "data.val_count",
+    "data.strict",
+)
 
 
 class Details:
@@ -182,7 +189,8 @@ class PosteriorSampler(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check everything before any sampling, see :meth:`check`, and look up what is done."""
-        trainer, datamodule = self.trainer, self.trainer.datamodule  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        datamodule = trainer.datamodule
         self.check(trainer, datamodule)
         # The batches are shared out by Run.share: Lightning's sampler would make other batches on
         # every number of processes, and refuses to have fewer samples than processes.
@@ -201,7 +209,7 @@ class PosteriorSampler(L.LightningModule):
         found["trainer.precision"] = str(trainer.precision)
         return {name: value for name, value in found.items() if name not in FREE}
 
-    def check(self, trainer: L.Trainer, datamodule: Any) -> None:
+    def check(self, trainer: Any, datamodule: Any) -> None:
         """Check the trainer's precision and folder, and the images of a datamodule that was set up.
 
         Raises:
@@ -215,8 +223,7 @@ class PosteriorSampler(L.LightningModule):
                 f"trainer.precision={precision} would round the measurement; use "
                 f"{precision.removesuffix('-true')}-mixed, which lowers the network alone."
             )
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if not self.overwrite and any(isinstance(c, Recorder) for c in callbacks):
+        if not self.overwrite and any(isinstance(c, Recorder) for c in trainer.callbacks):
             folder = Path(trainer.default_root_dir).expanduser()
             if (folder / "run.json").is_file():
                 self.run.refuse_other(folder, self.identity(trainer, datamodule))
@@ -273,7 +280,8 @@ class PosteriorSampler(L.LightningModule):
             result = self._restore(_take(batch, rows), dtype) if rows else _nothing(batch)
         for i, name, record in zip(rows, result["id"], result["records"], strict=True):
             cost, failed = result["details"].cost, result["failed"].get(name)
-            record.update(id=name, input=checksums[i], failed=failed, **vars(cost))
+            steps = self.samples_per_image * len(self.sampler().schedule)
+            record.update(id=name, input=checksums[i], failed=failed, steps=steps, **vars(cost))
         return result
 
     def on_predict_batch_end(  # type: ignore[override]
@@ -299,7 +307,7 @@ class PosteriorSampler(L.LightningModule):
                 if count == 1 or self._rows_that_fit is not None:
                     raise InputError(
                         f"Out of memory with {count} image(s) at a time: set a lower "
-                        "data.batch_size, a lower trainer.precision, or a guidance of fewer derivatives."
+                        "data.batch_size or trainer.precision, or a guidance of fewer derivatives."
                     ) from error
             # Outside of the handler: the error holds on to the tensors.
             if torch.cuda.is_available():
