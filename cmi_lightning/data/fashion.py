@@ -57,9 +57,10 @@ class FashionMNIST(Dataset):
                 raw = file.read(size + 1)  # no more, whatever the file claims to hold
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"'{printable(folder / name)}' is damaged; fetch it again.") from error
-        if len(raw) != size:
+        if len(raw) <= 16 or len(raw) > size or (len(raw) - 16) % (28 * 28):
             raise InputError(
-                f"'{printable(folder / name)}' does not hold {size} bytes; fetch it again."
+                f"'{printable(folder / name)}' does not hold images of 28×28, {(size - 16) // 784} "
+                "at most; fetch it again."
             )
         pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28)
         self.pixels = F.pad(torch.from_numpy(pixels.copy()), (2, 2, 2, 2))
@@ -121,6 +122,11 @@ class FashionMNISTData(L.LightningDataModule):
         if stage in ("fit", "validate") or self.predict_split == "val":
             train = FashionMNIST(True, self.root)
             cut = len(train) - NUM_HELD_OUT
+            if cut < 1:
+                raise InputError(
+                    f"data.root: {len(train)} training images are too few; the last {NUM_HELD_OUT} "
+                    "are held out."
+                )
             self.train, self.val = Subset(train, range(cut)), Subset(train, range(cut, len(train)))
         if stage in ("predict", "test"):
             full = self.val if self.predict_split == "val" else FashionMNIST(False, self.root)
