@@ -339,7 +339,7 @@ class MeasurementFolderData(L.LightningDataModule):
     def given(self) -> str:
         """What was measured, for people."""
         needed = NEEDS.get(self.kind)
-        option = f", {needed} {getattr(self, needed)}" if needed else ""
+        option = f", {needed} {printable(getattr(self, needed))}" if needed else ""
         return f"given measurements, {self.kind}{option}"
 
     @property
@@ -347,7 +347,9 @@ class MeasurementFolderData(L.LightningDataModule):
         """The noise of the images, for people; None where it is the module's."""
         if self.sigmas is None:
             return None
-        source = "estimated by wavelets" if self.sigmas == ESTIMATE else f"from {self.sigmas}"
+        source = (
+            "estimated by wavelets" if self.sigmas == ESTIMATE else f"from {printable(self.sigmas)}"
+        )
         values = sorted(self.images.sigmas.values())
         return f"σ of each image, {source}: {values[0]:.4g} to {values[-1]:.4g} on [−1, 1]"
 
