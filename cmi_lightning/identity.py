@@ -46,11 +46,9 @@ def options(name: str, value: Any, weights: bool = True) -> Iterator[tuple[str, 
     elif isinstance(value, (Tensor, np.ndarray)):
         yield name, f"array {tuple(value.shape)} {digest(torch.as_tensor(value))}"
     elif isinstance(value, Mapping):
-        yield name, f"{len(value)} entries"
         for key, item in value.items():
             yield from options(f"{name}.{key}", item)
     elif isinstance(value, Sequence) and len(value) <= LONGEST:
-        yield name, f"{len(value)} entries"
         for i, item in enumerate(value):
             yield from options(f"{name}.{i}", item)
     elif isinstance(value, Sequence):

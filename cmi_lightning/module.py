@@ -298,29 +298,28 @@ class PosteriorSampler(L.LightningModule):
     def _restore(self, batch: dict[str, Any], dtype: torch.dtype | None) -> Restoration:
         """Restore a batch, in two halves (as all later ones) if memory does not hold the whole."""
         count = len(batch["id"])
-        if count <= (self._rows_that_fit or count):
+        while True:
+            size = min(self._rows_that_fit or count, count)
+            parts = [range(i, min(i + size, count)) for i in range(0, count, size)]
             try:
-                return self._restore_part(batch, dtype)
+                return _joined([self._restore_part(_take(batch, rows), dtype) for rows in parts])
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise
-                if count == 1 or self._rows_that_fit is not None:
+                if size == 1 or self._rows_that_fit is not None:
                     raise InputError(
-                        f"Out of memory with {count} image(s) at a time: set a lower "
+                        f"Out of memory with {size} image(s) at a time: set a lower "
                         "data.batch_size or trainer.precision, or a guidance of fewer derivatives."
                     ) from error
             # Outside of the handler: the error holds on to the tensors.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self._rows_that_fit = -(-count // 2)
+            self._rows_that_fit = -(-size // 2)
             log.warning(
                 "Out of memory with %d images at a time: going on with %d. The results are the "
                 "same; data.batch_size=%d spares the attempt.",
-                *(count, self._rows_that_fit, self._rows_that_fit),
+                *(size, self._rows_that_fit, self._rows_that_fit),
             )
-        size = self._rows_that_fit or count
-        parts = [range(i, min(i + size, count)) for i in range(0, count, size)]
-        return _joined([self._restore_part(_take(batch, rows), dtype) for rows in parts])
 
     def _restore_part(self, batch: dict[str, Any], dtype: torch.dtype | None) -> Restoration:
         ids = list(batch["id"])
@@ -421,6 +420,8 @@ def _nothing(batch: dict[str, Any]) -> Restoration:
 
 def _joined(parts: list[Restoration]) -> Restoration:
     """Return the restorations of a batch's parts as one."""
+    if len(parts) == 1:
+        return parts[0]
     whole = parts[-1].copy()
     for key in ("restored", "measurement", "truth", "draws", "residual", "noise_norm"):
         tensors = [part[key] for part in parts]
