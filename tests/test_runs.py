@@ -473,7 +473,7 @@ def test_exit_code_3_tells_of_failures_and_of_unreadable_files(tmp_path, monkeyp
 
     def run(name: str, *options: str) -> int:
         fast = ["--model.num_steps=4", f"--trainer.default_root_dir={tmp_path / name}"]
-        return main(["predict", *fast, *options])
+        return main(["predict", *options, *fast])
 
     monkeypatch.setattr(guidance, "Spoil", Spoil, raising=False)
     spoil = "{class_path: cmi_lightning.guidance.Spoil, init_args: {factor: .nan}}"
