@@ -131,6 +131,19 @@ def _lightning_cli(model: type, args: list[str], resumable: bool = False, **kwar
         )
     except ArgumentError as error:
         raise InputError(_one_sentence(str(error))) from error
+    except Exception as error:
+        if not _raised_by_parser(error):
+            raise
+        raise InputError(f"Bad configuration: {_one_sentence(str(error))}") from error
+
+
+def _raised_by_parser(error: BaseException) -> bool:
+    """Whether an error is the parser's word for a bad value, not one of a class it instantiates."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    return module.partition(".")[0] in ("jsonargparse", "omegaconf", "yaml")
 
 
 def _one_sentence(message: str) -> str:
