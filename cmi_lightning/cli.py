@@ -143,7 +143,8 @@ def _raised_by_parser(error: BaseException) -> bool:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
-    return module.partition(".")[0] in ("jsonargparse", "omegaconf", "yaml")
+    parsers = ("jsonargparse", "omegaconf", "yaml")
+    return module.partition(".")[0] in parsers or module == "lightning.pytorch.cli"
 
 
 def _one_sentence(message: str) -> str:
