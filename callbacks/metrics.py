@@ -253,7 +253,9 @@ class RestorationMetrics(SamplingCallback):
                 state[f"{kind}_features_sum"] += x.sum(0).to(self._fid.device)
                 state[f"{kind}_features_cov_sum"] += (x.mT @ x).to(self._fid.device)
                 state[f"{kind}_features_num_samples"] += len(x)
-        self._fid._update_count = 1  # else it warns that it has seen nothing
+        # What update() would have set. All processes have read all features: nothing to exchange.
+        self._fid.orig_dtype, self._fid._update_count = torch.float32, 1
+        self._fid.sync_on_compute = False
         return float(self._fid.compute())
 
     def on_predict_epoch_end(  # type: ignore[override]

@@ -171,7 +171,8 @@ class Run:
     def _read_all(self) -> Iterable[dict[str, Any]]:
         assert self.folder is not None
         for path in sorted((self.folder / "records").rglob("*.json")):
-            yield json.loads(path.read_text(encoding="utf-8"))
+            with contextlib.suppress(ValueError):  # a crash of the machine may have cut it short
+                yield json.loads(path.read_text(encoding="utf-8"))
 
     # Sharing ---------------------------------------------------------------------------------
 

@@ -255,8 +255,8 @@ def test_a_slow_process_is_waited_for(here):
     fast = ["--data.limit=4", "--data.batch_size=2", "--model.num_steps=4"]
     slow = ["--trainer.callbacks+=my_callbacks.Slow", "--trainer.callbacks.seconds=4"]
     slow += ["--trainer.callbacks.rank=1"]
-    strategy = "{class_path: DDPStrategy, init_args: {timeout: {seconds: 8}}}"
-    devices = ["--trainer.devices=2", f"--trainer.strategy={strategy}"]
+    devices = ["--trainer.devices=2", "--trainer.strategy=lightning.pytorch.strategies.DDPStrategy"]
+    devices += ["--trainer.strategy.timeout=0:00:08"]
     run(here, command("out", *fast, *slow, *devices))
     assert json.loads((here / "out/summary.json").read_text())["images"] == 4
 
