@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import lightning as L
@@ -10,13 +11,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
-from cmi_lightning.linalg import norm
 from cmi_lightning.problem import Problem
 from cmi_lightning.step import Record
 
 
 class SamplingCallback(L.Callback):
-    """A Lightning callback with two more hooks, called by ``PosteriorSampler.predict_step``."""
+    """A Lightning callback with two more hooks, called by ``PosteriorSampler.predict_step``.
+
+    One that keeps something of every sample adds it to ``outputs["records"]`` and defines
+    ``recorded`` (:class:`cmi_lightning.runs.Recorder`); what it makes of all samples, it makes from
+    the records, which hold those of earlier runs and of other processes too.
+    """
 
     def on_sampling_start(
         self,
@@ -39,8 +44,13 @@ def output_folder(trainer: L.Trainer, dirpath: str | None) -> Path:
 
 
 def noise_norm(problem: Problem) -> Tensor:
-    """Return √(Σ std²) (B,), the residual that noise alone leaves: σ√m for m measured entries."""
-    return norm(problem.operator.measured(problem.std.expand_as(problem.y)))
+    """Return :attr:`Problem.noise_norm`."""
+    return problem.noise_norm
+
+
+def plain(value: float) -> float | str:
+    """Return six digits of a number, or its name where JSON has none."""
+    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
 
 
 def describe(pl_module: L.LightningModule) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.paths import inside
+from cmi_lightning.runs import write
 
 MARGIN, HEADER, SMALLEST = 6, 22, 112  # pixels: gaps, heading, least longer side in a grid
 NATIVE = (1, 3, 4)  # channel counts that a PNG holds: gray, RGB, RGBA
@@ -41,25 +42,34 @@ def to_tile(x: Tensor) -> Image.Image:
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG that is either whole or absent, making its folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    write(path, data.getvalue())
 
 
 def path_of(folder: Path, name: str) -> Path:
-    """Return ``folder/name.png`` for a sample id, which may hold slashes.
+    """Return ``folder/name.png`` for a sample id; see :func:`cmi_lightning.paths.inside`.
 
     Raises:
-        InputError: if the id leads out of the folder.
+        InputError: if a link in the folder leads out of it.
     """
-    path = folder / f"{name}.png"
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"The sample id '{name}' leads out of the folder '{folder}'; rename it.")
-    return path
+    return inside(folder, name, ".png")
+
+
+def beside(images: Sequence[Image.Image]) -> Image.Image:
+    """Join images of one size and mode side by side, to be kept in one file."""
+    width, height = images[0].size
+    joined = Image.new(images[0].mode, (width * len(images), height))
+    for i, image in enumerate(images):
+        joined.paste(image, (i * width, 0))
+    return joined
+
+
+def apart(path: Path, count: int) -> list[Image.Image]:
+    """Read what :func:`beside` joined."""
+    with Image.open(path) as joined:
+        width = joined.width // count
+        return [joined.crop((i * width, 0, (i + 1) * width, joined.height)) for i in range(count)]
 
 
 def tile(rows: Sequence[Sequence[Image.Image]], headings: Sequence[str] = ()) -> Image.Image:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import io
 import math
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
-from cmi_lightning.callbacks.base import SamplingCallback, describe, noise_norm, output_folder
+from cmi_lightning.callbacks.base import SamplingCallback, describe, output_folder, plain
 from cmi_lightning.callbacks.drawing import levels
 from cmi_lightning.callbacks.features import (
     BACKBONES,
@@ -26,14 +28,16 @@ from cmi_lightning.callbacks.features import (
 from cmi_lightning.callbacks.summary import (
     PROTOCOL,
     SSIM_WINDOW,
-    append_rows,
-    merge_fragments,
+    costs,
+    given_up,
     print_table,
-    read_rows,
     statistics,
+    table,
+    timing,
 )
-from cmi_lightning.linalg import norm
-from cmi_lightning.module import Restoration
+from cmi_lightning.module import PosteriorSampler, Restoration
+from cmi_lightning.paths import inside
+from cmi_lightning.runs import write, write_json
 
 STABLE_FID = 2048  # fewer images leave the covariance of Inception's 2048 features singular
 
@@ -45,10 +49,13 @@ class RestorationMetrics(SamplingCallback):
     range 1, never stretched. PSNR, SSIM and LPIPS are per image and then averaged. LPIPS and FID
     need pretrained networks; where these are not on disk, the summary says which file is missing
     and where to put it, and the metric is left out. Without ground truth only the residual
-    ‖y − A x̂‖ of the (unclamped) restoration is reported.
+    ‖y − A x̂‖ of the (unclamped) restoration is reported. With several draws of an image, these are
+    of their mean, "…_draws" of the draws, averaged, and FID of all draws. Samples that were given
+    up are left out of the means, and listed.
 
-    Writes ``metrics.csv``, a row per image as soon as its batch is done, and ``summary.json``;
-    sends the means to the trainer's loggers and prints a table.
+    Writes ``metrics.csv``, a row per image, and ``summary.json``, with what the sampling cost in
+    passes through the network; seconds and memory, which no two runs have alike, are in
+    ``timing.json``. Sends the means to the trainer's loggers and prints a table.
 
     Args:
         dirpath: folder to write to; default: the trainer's ``default_root_dir``.
@@ -84,7 +91,6 @@ class RestorationMetrics(SamplingCallback):
             return
         self._lpips = self._fid = None
         self.notes: dict[str, None] = {}  # an ordered set
-        self.rows, self.fid_images = 0, 0
         self.protocol: dict[str, Any] = {**PROTOCOL, "torchmetrics": version("torchmetrics")}
         if self.lpips is not None:
             path = self._locate(trainer, BACKBONES[self.lpips], self.lpips_weights)
@@ -121,6 +127,22 @@ class RestorationMetrics(SamplingCallback):
         if text is not None:
             self.notes[text] = None
 
+    @property
+    def networks(self) -> list[str]:
+        """The feature networks at hand."""
+        return [name for name, net in (("lpips", self._lpips), ("fid", self._fid)) if net]
+
+    def recorded(self, trainer: L.Trainer, record: Mapping[str, Any]) -> bool:
+        """Whether the sample's row is there, with all that can be had now."""
+        if "metrics" not in record or not set(self.networks) <= set(record["networks"]):
+            return False
+        folder = output_folder(trainer, self.dirpath)
+        return not record["features"] or self._features(folder, record["id"]).is_file()
+
+    @staticmethod
+    def _features(folder: Path, name: str) -> Path:
+        return inside(folder / "features", name, ".npy")
+
     @torch.no_grad()
     def on_predict_batch_end(  # type: ignore[override]
         self,
@@ -131,39 +153,50 @@ class RestorationMetrics(SamplingCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Append the batch's rows to ``metrics.csv``."""
+        """Add the batch's rows to the records."""
+        if not outputs["id"]:
+            return
         columns: dict[str, Tensor] = {}
+        features = None
+        notes: dict[str, None] = {}
         if outputs["truth"] is None:
-            self._note("There is no ground truth: PSNR, SSIM, LPIPS and FID are left out.")
+            notes["There is no ground truth: PSNR, SSIM, LPIPS and FID are left out."] = None
         else:
-            columns |= self._quality(
-                levels(outputs["restored"]) / 255,
-                levels(outputs["measurement"]) / 255,
-                levels(outputs["truth"]) / 255,
-            )
-        problem, record = outputs["details"].problem, outputs["details"].record
-        columns["residual"] = norm(problem.y - problem.operator(outputs["restored"]))
-        columns["expected_residual"] = noise_norm(problem)
+            truth, restored = levels(outputs["truth"]) / 255, levels(outputs["restored"]) / 255
+            measured, draws = levels(outputs["measurement"]) / 255, outputs["draws"]
+            each = [] if draws is None else [levels(x) / 255 for x in draws.unbind(1)]
+            columns |= self._quality(restored, truth, "", notes)
+            columns |= self._quality(measured, truth, "_measurement", notes)
+            if each:
+                many = [self._quality(x, truth, "_draws", notes) for x in each]
+                columns |= {name: torch.stack([m[name] for m in many]).mean(0) for name in many[0]}
+            if self._fid is not None and truth.shape[1] in (1, 3):
+                shown = [truth, *(each or [restored])]
+                features = torch.stack([self._inception(x) for x in shown], 1).cpu().numpy()
+        columns["residual"] = outputs["residual"]
+        columns["expected_residual"] = outputs["noise_norm"]
         values = {name: column.tolist() for name, column in columns.items()}
-        rows: list[dict[str, Any]] = [
-            {
-                "id": name,
-                **{key: column[i] for key, column in values.items()},
-                "seconds": float(outputs["seconds"]),
-                "forwards": record.forwards,
-                "vjps": record.vjps,
+        folder, details = output_folder(trainer, self.dirpath), outputs["details"]
+        for i, (name, record) in enumerate(zip(outputs["id"], outputs["records"], strict=True)):
+            record["metrics"] = {key: plain(column[i]) for key, column in values.items()}
+            record["networks"], record["notes"] = self.networks, list(notes)
+            record["features"] = features is not None
+            if features is not None:
+                data = io.BytesIO()
+                np.save(data, features[i])
+                write(self._features(folder, name), data.getvalue())
+            took = {
+                "seconds": outputs["seconds"],
+                "peak_memory": details.peak_memory,
+                "batch": len(outputs["id"]),
+                "device": str(pl_module.device),
             }
-            for i, name in enumerate(outputs["id"])
-        ]
-        rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = output_folder(trainer, self.dirpath) / f"metrics{rank}.csv"
-        if self.rows == 0:  # a summary of an earlier run would not belong to these rows
-            path.with_name("summary.json").unlink(missing_ok=True)
-        append_rows(path, rows, new=self.rows == 0)
-        self.rows += len(rows)
+            write_json(inside(folder / "timings", name, ".json"), took)
 
-    def _quality(self, restored: Tensor, measured: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        """Return metrics (B,) of images in [0, 1] on the 8-bit grid."""
+    def _quality(
+        self, x: Tensor, truth: Tensor, suffix: str, notes: dict[str, None]
+    ) -> dict[str, Tensor]:
+        """Return metrics (B,) of images in [0, 1] on the 8-bit grid, and note what is left out."""
         from torchmetrics.functional.image import (
             peak_signal_noise_ratio,
             structural_similarity_index_measure,
@@ -171,68 +204,112 @@ class RestorationMetrics(SamplingCallback):
 
         columns: dict[str, Tensor] = {}
         channels, *size = truth.shape[1:]
-        for suffix, x in {"": restored, "_measurement": measured}.items():
-            columns[f"psnr{suffix}"] = peak_signal_noise_ratio(
-                x, truth, data_range=1.0, reduction="none", dim=(1, 2, 3)
+        columns[f"psnr{suffix}"] = peak_signal_noise_ratio(
+            x, truth, data_range=1.0, reduction="none", dim=(1, 2, 3)
+        )
+        if min(size) >= SSIM_WINDOW:
+            ssim = structural_similarity_index_measure(
+                x, truth, kernel_size=SSIM_WINDOW, data_range=1.0, reduction="none"
             )
-            if min(size) >= SSIM_WINDOW:
-                ssim = structural_similarity_index_measure(
-                    x, truth, kernel_size=SSIM_WINDOW, data_range=1.0, reduction="none"
-                )
-                columns[f"ssim{suffix}"] = torch.as_tensor(ssim).reshape(-1)
-            else:
-                self._note(f"SSIM is left out: it needs {SSIM_WINDOW} pixels per side.")
-        if self._lpips is None and self._fid is None:
+            columns[f"ssim{suffix}"] = torch.as_tensor(ssim).reshape(-1)
+        else:
+            notes[f"SSIM is left out: it needs {SSIM_WINDOW} pixels per side."] = None
+        if not self.networks:
             return columns
         if channels not in (1, 3):
-            self._note(f"LPIPS and FID are left out: they need 1 or 3 channels, not {channels}.")
+            only = f"LPIPS and FID are left out: they need 1 or 3 channels, not {channels}."
+            notes[only] = None
             return columns
         if channels == 1:
-            self._note("LPIPS and FID see gray images with their channel repeated three times.")
+            notes["LPIPS and FID see gray images with their channel repeated three times."] = None
         if self._lpips is not None and self.lpips is not None:
             if min(size) < (least := SMALLEST[self.lpips]):
-                self._note(f"LPIPS ({self.lpips}) is left out: it needs {least} pixels per side.")
+                notes[f"LPIPS ({self.lpips}) is left out: it needs {least} pixels per side."] = None
             else:
-                for suffix, x in {"": restored, "_measurement": measured}.items():
-                    distance = self._lpips(rgb(x), rgb(truth), normalize=True)
-                    columns[f"lpips{suffix}"] = distance.reshape(-1)
-        if self._fid is not None:
-            self._fid.update(rgb((truth * 255).round().to(torch.uint8)), real=True)
-            x = (restored * 255).round().nan_to_num(0.0).to(torch.uint8)
-            self._fid.update(rgb(x), real=False)
-            self.fid_images += len(x)
+                distance = self._lpips(rgb(x), rgb(truth), normalize=True)
+                columns[f"lpips{suffix}"] = distance.reshape(-1)
         return columns
 
-    def _fid_value(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float | None:
-        """Return FID, on every process at once, and note how far to trust it."""
-        if self._fid is None:
-            return None
-        count = torch.tensor(self.fid_images, device=pl_module.device)
-        total = int(trainer.strategy.reduce(count, reduce_op="sum"))
-        if 0 < total < STABLE_FID:
-            self._note(f"FID of {total} images is biased and unstable; use {STABLE_FID} or more.")
-        return float(self._fid.compute()) if total > 1 else None
+    def _inception(self, x: Tensor) -> Tensor:
+        """Return the features (B, 2048) of images in [0, 1] on the 8-bit grid."""
+        pixels = (x * 255).round().nan_to_num(0.0).to(torch.uint8)
+        return self._fid.inception(rgb(pixels))
 
-    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the summary."""
-        fid = self._fid_value(trainer, pl_module)
-        path = output_folder(trainer, self.dirpath) / "metrics.csv"
-        if trainer.world_size > 1:
-            merge_fragments(trainer, path)
-        rows = read_rows(path) if self.rows or trainer.world_size > 1 else []
-        metrics, notes = statistics(rows)
+    def _fid_value(self, folder: Path, records: list[dict[str, Any]]) -> float | None:
+        """Return FID of all samples that were not given up, and note how far to trust it."""
+        used = [r for r in records if r.get("features") and not r["failed"]]
+        if self._fid is None or len(used) < 2:
+            return None
+        if len(used) < STABLE_FID:
+            self._note(
+                f"FID of {len(used)} images is biased and unstable; use {STABLE_FID} or more."
+            )
+        self._fid.reset()
+        for record in used:
+            features = torch.from_numpy(np.load(self._features(folder, record["id"]))).double()
+            for real, x in ((True, features[:1]), (False, features[1:])):
+                kind = "real" if real else "fake"
+                state = vars(self._fid)
+                state[f"{kind}_features_sum"] += x.sum(0).to(self._fid.device)
+                state[f"{kind}_features_cov_sum"] += (x.mT @ x).to(self._fid.device)
+                state[f"{kind}_features_num_samples"] += len(x)
+        # What update() would have set. All processes have read all features: nothing to exchange.
+        self._fid.orig_dtype, self._fid._update_count = torch.float32, 1
+        self._fid.sync_on_compute = False
+        return float(self._fid.compute())
+
+    def on_predict_epoch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: PosteriorSampler
+    ) -> None:
+        """Write the summary, from the records of all processes and earlier runs."""
+        records = [r for r in pl_module.run.collect(trainer) if "metrics" in r]
+        folder = output_folder(trainer, self.dirpath)
+        for note in dict.fromkeys(note for record in records for note in record["notes"]):
+            self._note(note)
+        fid = self._fid_value(folder, records)
+        skipped = dict(getattr(trainer.datamodule, "skipped", None) or {})  # type: ignore[attr-defined]
+        rows = self._rows(records)
+        metrics, notes = statistics([row for row in rows if not row["failed"]])
         if fid is not None and math.isfinite(fid):
             metrics["fid"] = {"mean": fid, "standard_error": None, "count": len(rows)}
-        self.result: dict[str, Any] = {
+        failed = {record["id"]: record["failed"] for record in records if record["failed"]}
+        summary: dict[str, Any] = {
             "images": len(rows),
+            "failed": failed,
+            "skipped": skipped,
             "metrics": metrics,
-            "notes": [*self.notes, *notes],
+            "costs": costs(records),
+            "notes": [*given_up(failed, len(rows), skipped), *self.notes, *notes],
             "protocol": self.protocol,
             "run": describe(pl_module),
         }
+        self.result: dict[str, Any] = {**summary, "timing": timing(folder, records)}
         if rows and trainer.is_global_zero:
-            text = json.dumps(self.result, indent=2, ensure_ascii=False, allow_nan=False)
-            path.with_name("summary.json").write_text(text + "\n", encoding="utf-8")
+            write(folder / "metrics.csv", table(rows).encode())
+            write_json(folder / "timing.json", self.result["timing"])
+            write_json(folder / "summary.json", summary)
+
+    @staticmethod
+    def _rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": record["id"],
+                **record["metrics"],
+                **{name: record[name] for name in ("forwards", "vjps", "second_order")},
+                "failed": record["failed"] or "",
+            }
+            for record in records
+        ]
+
+    def on_exception(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: PosteriorSampler, exception: BaseException
+    ) -> None:
+        """Write the rows of what was finished."""
+        records = [r for r in pl_module.run.collect(trainer, wait=False) if "metrics" in r]
+        if records and trainer.is_global_zero:
+            folder = output_folder(trainer, self.dirpath)
+            write(folder / "metrics.csv", table(self._rows(records)).encode())
+            (folder / "summary.json").unlink(missing_ok=True)  # it was of other rows
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the means and print the table, after any progress bar has gone."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -14,15 +13,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from cmi_lightning.callbacks.base import SamplingCallback, describe, noise_norm
-from cmi_lightning.module import Restoration
+from cmi_lightning.module import PosteriorSampler, Restoration
 from cmi_lightning.problem import Problem
 from cmi_lightning.step import Record
 
 
 class SamplingProgress(ProgressBar, SamplingCallback):
-    """Shows images and steps done, the mean residual ‖y − A x̂₀‖, images per second, time left.
+    """Shows images and steps done, the mean residual ‖y − A x̂₀‖, images per hour, time left.
 
-    It starts with a table of the run (``pl_module.describe()``) and takes the place of Lightning's
+    The images are those of all processes, and of an earlier run that this one goes on from. It
+    starts with a table of the run (``pl_module.describe()``) and takes the place of Lightning's
     own bar, which counts batches only. Where the output is not a terminal (a log file, CI) it
     prints a plain line at most every ``interval`` seconds, and one at the end.
 
@@ -41,7 +41,8 @@ class SamplingProgress(ProgressBar, SamplingCallback):
         self._reset(0)
 
     def _reset(self, total: int) -> None:
-        self.total, self.done, self.batch_size = total, 0, 0
+        self.total, self.done, self.before = total, 0, 0  # before: done by an earlier run
+        self.batch_size, self.draw, self.draws = 0, 0, 1
         self.steps_done, self.num_steps = 0, 0
         self.residual, self.expected = float("nan"), float("nan")
         self.started = self.last_line = time.monotonic()
@@ -59,17 +60,23 @@ class SamplingProgress(ProgressBar, SamplingCallback):
         """Print above the bars."""
         rich.get_console().print(*args, **kwargs)
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_start(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: PosteriorSampler
+    ) -> None:
         """Print the run's table and start the bars."""
         self._reset(_num_images(trainer))
+        self.draws = pl_module.samples_per_image
         if not self.enabled:
             return
         console = rich.get_console()
         table = Table(show_header=False, title="Run", title_justify="left")
         table.add_column(style="bold")
         table.add_column(overflow="fold")
+        images = f"{self.total}" if self.total else "not known"
+        if done := len(pl_module.run.done):
+            images += f"; {done} are done in {pl_module.run.folder}"
         machine = {"device": str(pl_module.device), "precision": str(trainer.precision)}
-        for name, text in {**describe(pl_module), "images": str(self.total), **machine}.items():
+        for name, text in {**describe(pl_module), "images": images, **machine}.items():
             table.add_row(name, escape(text))
         console.print(table)
         if console.is_terminal:
@@ -95,6 +102,7 @@ class SamplingProgress(ProgressBar, SamplingCallback):
         problem: Problem,
     ) -> None:
         """Note the batch's size and the residual that noise alone would leave."""
+        self.draw = self.draw % self.draws + 1
         self.batch_size, self.steps_done, self.num_steps = len(ids), 0, 0
         self.expected = float(noise_norm(problem).mean())
 
@@ -111,16 +119,18 @@ class SamplingProgress(ProgressBar, SamplingCallback):
     def on_predict_batch_end(  # type: ignore[override]
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: PosteriorSampler,
         outputs: Restoration,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Advance the images."""
-        self.done += len(outputs["id"])
+        """Advance the images: the processes go through the batches side by side."""
+        own = set(outputs["id"])
+        self.done += len(batch["id"])
+        self.before += sum(n in pl_module.run.done and n not in own for n in batch["id"])
         self.total = max(self.total, self.done)
-        self.batch_size = 0
+        self.batch_size = self.draw = 0
         self._show()
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -128,10 +138,13 @@ class SamplingProgress(ProgressBar, SamplingCallback):
         self._close()
         if self.enabled:
             seconds = time.monotonic() - self.started
-            self._line(
-                f"sampled {self.done} images in {_clock(seconds)}"
-                f" ({self.done / max(seconds, 1e-9):.3g} images/s)"
-            )
+            sampled = self.done - self.before
+            if self.before and not sampled:
+                self._line(f"all {self.done} images were done before: nothing to sample")
+            else:
+                before = f"; {self.before} were done before" if self.before else ""
+                rate = _hourly(sampled / max(seconds, 1e-9))
+                self._line(f"sampled {sampled} images in {_clock(seconds)} ({rate}){before}")
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -151,17 +164,19 @@ class SamplingProgress(ProgressBar, SamplingCallback):
     @property
     def fraction_done(self) -> float:
         """Images done, with those under way in proportion to their steps."""
-        return self.done + self.batch_size * self.steps_done / max(self.num_steps, 1)
+        share = (max(self.draw - 1, 0) + self.steps_done / max(self.num_steps, 1)) / self.draws
+        return self.done + self.batch_size * share
 
     def _texts(self) -> tuple[str, str, str, str]:
         seconds = time.monotonic() - self.started
-        rate = self.fraction_done / max(seconds, 1e-9)
+        rate = (self.fraction_done - self.before) / max(seconds, 1e-9)
         left = _clock(max(self.total - self.fraction_done, 0) / rate) if rate else "?"
         residual = f"residual {self.residual:.4g} (noise alone {self.expected:.4g})"
         return (
             f"{self.done}/{self.total}",
-            f"{rate:.3g} images/s, {left} left",
-            f"{self.steps_done}/{self.num_steps}",
+            f"{_hourly(rate)}, {left} left",
+            f"{self.steps_done}/{self.num_steps}"
+            + (f" of draw {self.draw}/{self.draws}" if self.draws > 1 else ""),
             residual,
         )
 
@@ -199,8 +214,14 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def _hourly(rate: float) -> str:
+    """Return images per hour, of images per second."""
+    hourly = rate * 3600
+    return f"{hourly:,.0f} images/h" if hourly >= 100 else f"{hourly:.3g} images/h"
+
+
 def _num_images(trainer: L.Trainer) -> int:
-    """Count the images of this process, 0 where a loader does not know."""
+    """Count the images of all processes, 0 where a loader does not know."""
     loaders = trainer.predict_dataloaders
     total = 0
     for loader, batches in zip(
@@ -209,8 +230,7 @@ def _num_images(trainer: L.Trainer) -> int:
         strict=False,
     ):
         try:
-            share = math.ceil(len(loader.dataset) / trainer.world_size)
-            total += min(share, int(batches * loader.batch_sampler.batch_size))
+            total += min(len(loader.dataset), int(batches * loader.batch_sampler.batch_size))
         except (AttributeError, TypeError, OverflowError):
             return 0
     return total

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import rich
 from rich.table import Table
+
+from cmi_lightning.paths import inside
 
 Statistics = dict[str, float | int | None]
 ROWS = {  # metric: label, and digits shown
@@ -21,6 +25,7 @@ ROWS = {  # metric: label, and digits shown
     "residual": ("‖y − A x̂‖", 3),
 }
 SSIM_WINDOW = 11
+SHOWN = 5  # failures that a note names
 PROTOCOL = {
     "pixels": "clamped to [0, 1] and rounded to 8 bits, as saved",
     "data_range": 1.0,
@@ -31,54 +36,75 @@ PROTOCOL = {
 }
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file; none where there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Return rows as CSV, with every column that some row has."""
+    file = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(file, list(columns), restval="")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    return file.getvalue()
 
 
-def append_rows(path: Path, rows: Sequence[Mapping[str, object]], new: bool) -> None:
-    """Write rows (all with the first one's columns) to a CSV file, at its end unless ``new``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(rows[0]) if new else None
-    if columns is None:
-        with path.open(newline="", encoding="utf-8") as file:
-            columns = next(csv.reader(file))
-    with path.open("w" if new else "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+def costs(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return what an image, and a step of it, cost on average in passes through the network."""
+    result: dict[str, dict[str, float]] = {}
+    for name in ("forwards", "vjps", "second_order"):
+        total = math.fsum(record[name] for record in records)
+        steps = sum(record["steps"] for record in records)
+        if records:
+            result[name] = {"per_image": total / len(records), "per_step": total / steps}
+    return result
 
 
-def merge_fragments(trainer: L.Trainer, path: Path) -> None:
-    """Join the fragments of all processes on the first one."""
-    trainer.strategy.barrier()
-    if trainer.is_global_zero:
-        fragments = [path.with_name(f"metrics.rank{r}.csv") for r in range(trainer.world_size)]
-        rows = [row for fragment in fragments for row in read_rows(fragment)]
-        if rows:
-            append_rows(path, rows, new=True)
-        for fragment in fragments:
-            fragment.unlink(missing_ok=True)
-    trainer.strategy.barrier()
+def timing(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return seconds per image and step, and the peak memory, of the samples' ``timings/``."""
+    took, steps = [], 0
+    for record in records:
+        with contextlib.suppress(FileNotFoundError):
+            path = inside(folder / "timings", record["id"], ".json")
+            took.append(json.loads(path.read_text(encoding="utf-8")))
+            steps += record["steps"]
+    if not took:
+        return {}
+    total = math.fsum(t["seconds"] for t in took)
+    return {
+        "seconds": {"per_image": total / len(took), "per_step": total / steps},
+        "peak_memory": {  # in bytes
+            "most": max(t["peak_memory"] for t in took),
+            "per_image": max(t["peak_memory"] / t["batch"] for t in took),
+            "of": "GPU" if took[0]["device"].startswith("cuda") else "process",
+        },
+    }
 
 
-def statistics(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Statistics], list[str]]:
-    """Return mean, standard error and count of every column but the id, and notes on odd values.
+def given_up(failed: Mapping[str, str], count: int, skipped: Mapping[str, str]) -> list[str]:
+    """Return notes on samples that were given up and files that were left out."""
+    notes = []
+    if failed:
+        told = "; ".join(f"{name}: {why}" for name, why in list(failed.items())[:SHOWN])
+        more = "; …" if len(failed) > SHOWN else ""
+        notes.append(
+            f"{len(failed)} of {count} images failed and are left out of the means ({told}{more})."
+        )
+    if skipped:
+        notes.append(f"{len(skipped)} files could not be read and were left out.")
+    return notes
+
+
+def statistics(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Statistics], list[str]]:
+    """Return mean, standard error and count of every column of numbers, and notes on odd values.
 
     A mean that is not a finite number is None, and a note says why; so is the standard error of one
     image.
     """
     result: dict[str, Statistics] = {}
     notes = []
-    for name in rows[0] if rows else ():
-        if name == "id":
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if name in ("id", "failed"):
             continue
-        values = [float(row[name]) for row in rows if row[name]]
+        values = [float(row[name]) for row in rows if row.get(name, "") != ""]
         odd = [v for v in values if not math.isfinite(v)]
         if odd:
             kind = "not a number (diverged)" if any(map(math.isnan, odd)) else "infinite (no error)"
@@ -123,10 +149,18 @@ def print_table(result: Mapping[str, Any], folder: Path) -> None:
             table.add_row(label, cell(f"{name}_measurement", digits), cell(name, digits))
     if "expected_residual" in metrics:
         table.add_row("  of the noise alone, σ√m", "", cell("expected_residual", 3))
-    for name in ("seconds", "forwards", "vjps"):
-        if name in metrics and metrics[name]["mean"] is not None:
-            unit = {"seconds": "seconds per image", "forwards": "network forwards"}
-            table.add_row(unit.get(name, "backward passes"), "", f"{metrics[name]['mean']:.4g}")
+    took, labels = result["timing"], {"forwards": "network forwards", "vjps": "backward passes"}
+    labels["second_order"] = "  of second order"
+    if took:
+        table.add_row("seconds per image", "", f"{took['seconds']['per_image']:.4g}")
+    for name, label in labels.items():
+        if name in result["costs"] and (
+            name != "second_order" or result["costs"][name]["per_image"]
+        ):
+            table.add_row(label, "", f"{result['costs'][name]['per_image']:.4g}")
+    if took and took["peak_memory"]["most"]:
+        memory = took["peak_memory"]
+        table.add_row(f"peak memory of the {memory['of']}", "", f"{memory['most'] / 2**30:.3g} GiB")
     console.print(table)
     files = f"Per image: {folder / 'metrics.csv'}; all of this: {folder / 'summary.json'}"
     for note in [*result["notes"], files]:

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import csv
+import io
+import math
 from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from PIL import Image
-from torch import Tensor
 
-from cmi_lightning.callbacks.base import SamplingCallback, log_image, noise_norm, output_folder
-from cmi_lightning.callbacks.drawing import save_png, tile, to_tile
-from cmi_lightning.module import Restoration
+from cmi_lightning.callbacks.base import SamplingCallback, log_image, output_folder, plain
+from cmi_lightning.callbacks.drawing import apart, beside, save_png, tile, to_tile
+from cmi_lightning.module import PosteriorSampler, Restoration
+from cmi_lightning.paths import inside
 from cmi_lightning.problem import Problem
+from cmi_lightning.runs import write
 from cmi_lightning.step import Record
 
 FILM_COLUMNS = 8
+Curves = dict[str, dict[int, float]]  # by quantity and the number of the step, from 1
 
 
 class TrajectoryLogger(SamplingCallback):
     """Logs every quantity that a step reports: residual ‖y − A x̂₀‖, step norms, CMI values….
 
-    Means over the samples go to ``trajectory.csv`` batch by batch (columns batch, index, time,
-    alpha, sigma, name, mean); their average over all samples to the trainer's loggers (x axis: the
-    number of the step, from 1) and to ``trajectory.png``, one panel per quantity. ``film.png``
-    shows x̂₀ of the first samples at some steps.
+    Every sample's own curves go to its record (the mean of its draws, where it has several), and
+    their mean over all samples that have a number there to ``trajectory.csv`` (columns step, index,
+    time, alpha, sigma, name, mean, count), to the trainer's loggers (x axis: the number of the
+    step, from 1) and to ``trajectory.png``, one panel per quantity. ``film.png`` shows x̂₀ of the
+    first samples at some steps.
 
     Args:
         dirpath: folder to write to; default: the trainer's ``default_root_dir``.
-        per_sample: also write a CSV column per sample of the batch: its values, in batch order.
+        per_sample: also write a CSV column per sample, under its id.
         max_images: rows of the film strip, ≥ 0; 0 for none.
         save_every: steps between the strip's columns; default: as many as give 8 columns.
     """
@@ -46,51 +53,49 @@ class TrajectoryLogger(SamplingCallback):
         self._reset()
 
     def _reset(self) -> None:
-        # sums[name][step number] = [sum over samples, number of samples]
-        self.sums: dict[str, dict[int, list[float]]] = defaultdict(dict)
-        self.expected: list[float] = [0.0, 0]
-        self.rows: list[list[Any]] = []
-        self.batches = 0
-        self.film: list[list[Image.Image]] = []
-        self.strips: list[list[Image.Image]] = []  # of the batch under way
-        self.headings: list[str] = []
+        self.passes: dict[str, list[Curves]] = {}  # of the batch, one for each finished draw
+        self.under_way: dict[str, Curves] = {}
+        self.strips: dict[str, dict[str, Image.Image]] = {}
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget an earlier run."""
-        self._reset()
+    def recorded(self, trainer: L.Trainer, record: Mapping[str, Any]) -> bool:
+        """Whether the sample's curves, and its film where it has one, are there."""
+        folder = output_folder(trainer, self.dirpath)
+        return "curves" in record and (
+            "film" not in record or self._film(folder, record["id"]).is_file()
+        )
 
-    def on_sampling_start(
+    @staticmethod
+    def _film(folder: Path, name: str) -> Path:
+        return inside(folder / "records", name, ".film.png")
+
+    def on_sampling_start(  # type: ignore[override]
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: PosteriorSampler,
         ids: list[str],
         problem: Problem,
     ) -> None:
-        """Note the residual that noise alone would leave."""
-        expected = noise_norm(problem)
-        self.expected[0] += float(expected.sum())
-        self.expected[1] += len(ids)
-        wanted = min(len(ids), self.max_images - len(self.film))
-        self.rows, self.strips = [], [[] for _ in range(wanted)]
+        """Make room; a pass that did not end ran out of memory, and is forgotten."""
+        self.under_way = {name: defaultdict(dict) for name in ids}
+        shown = [name for name in ids if pl_module.run.position(name) < self.max_images]
+        self.strips.update({name: {} for name in shown if name not in self.passes})
 
     def on_sampling_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, record: Record
     ) -> None:
-        """Add up the step's quantities, and keep x̂₀ for the strip."""
+        """Note the step's quantities, and x̂₀ (of the first draw) for the strip."""
         number = record.num_steps - record.index
-        for name, value in record.log.items():
-            values = value.tolist()
-            total = self.sums[name].setdefault(number, [0.0, 0])
-            total[0] += sum(values)
-            total[1] += len(values)
-            level = [self.batches, record.index, *map(_short, (record.now.time, *record.now[:2]))]
-            each = [_short(v) for v in values] if self.per_sample else []
-            self.rows.append([*level, name, _short(sum(values) / len(values)), *each])
-        if self.strips and self._shown(number, record.num_steps):
-            for strip, x0 in zip(self.strips, record.x0, strict=False):
-                strip.append(to_tile(x0))
-            if not self.film:
-                self.headings.append(f"step {number}")
+        for quantity, values in record.log.items():
+            for name, value in zip(record.ids, values.tolist(), strict=True):
+                if math.isfinite(value):
+                    self.under_way[name][quantity][number] = value
+        if self._shown(number, record.num_steps):
+            for name, x0 in zip(record.ids, record.x0, strict=True):
+                if name in self.strips and name not in self.passes:
+                    self.strips[name][f"step {number}"] = to_tile(x0)
+        if record.index == 0:
+            for name, curves in self.under_way.items():
+                self.passes.setdefault(name, []).append(curves)
 
     def _shown(self, number: int, total: int) -> bool:
         if self.save_every is not None:
@@ -103,69 +108,117 @@ class TrajectoryLogger(SamplingCallback):
     def on_predict_batch_end(  # type: ignore[override]
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: PosteriorSampler,
         outputs: Restoration,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the batch's rows."""
-        if self.strips:
-            truth: Tensor | None = outputs["truth"]
-            if truth is not None:
-                for strip, x in zip(self.strips, truth, strict=False):
-                    strip.append(to_tile(x))
-                if not self.film:
-                    self.headings.append("truth")
-            self.film += self.strips
-            self.strips = []
-        if trainer.is_global_zero:
-            path = output_folder(trainer, self.dirpath) / "trajectory.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a" if self.batches else "w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                if not self.batches:
-                    header = ["batch", "index", "time", "alpha", "sigma", "name", "mean"]
-                    each = [f"sample_{i}" for i in range(len(outputs["id"]))]
-                    writer.writerow([*header, *(each if self.per_sample else [])])
-                writer.writerows(self.rows)
-        self.rows = []
-        self.batches += 1
+        """Put the curves into the samples' records."""
+        for i, (name, record) in enumerate(zip(outputs["id"], outputs["records"], strict=True)):
+            means, _ = _average(self.passes[name][-pl_module.samples_per_image :])
+            record["curves"] = {
+                quantity: {str(number): plain(value) for number, value in curve.items()}
+                for quantity, curve in means.items()
+            }
+            record["noise_norm"] = plain(float(outputs["noise_norm"][i]))
+            if strip := self.strips.get(name):
+                if outputs["truth"] is not None:
+                    strip["truth"] = to_tile(outputs["truth"][i])
+                folder = output_folder(trainer, self.dirpath)
+                save_png(beside(list(strip.values())), self._film(folder, name))
+                record["film"] = list(strip)
+        self._reset()
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: PosteriorSampler
+    ) -> None:
         """Write curves, plot and strip."""
-        self._finish(trainer)
+        self._finish(trainer, pl_module, pl_module.run.collect(trainer))
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    def on_exception(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: PosteriorSampler, exception: BaseException
     ) -> None:
         """Write what there is."""
-        self._finish(trainer)
+        self._reset()
+        self._finish(trainer, pl_module, pl_module.run.collect(trainer, wait=False))
 
-    def _finish(self, trainer: L.Trainer) -> None:
+    def _finish(
+        self, trainer: L.Trainer, pl_module: PosteriorSampler, records: list[dict[str, Any]]
+    ) -> None:
+        records = [record for record in records if "curves" in record]
+        if not records or not trainer.is_global_zero:
+            return
         folder = output_folder(trainer, self.dirpath)
-        curves = {
-            name: {step: total / count for step, (total, count) in sorted(points.items())}
-            for name, points in self.sums.items()
-        }
-        if trainer.is_global_zero and curves:
-            by_step: dict[int, dict[str, float]] = defaultdict(dict)
-            for name, curve in curves.items():
-                for step, mean in curve.items():
-                    by_step[step][f"trajectory/{name}"] = mean
-            for logger in trainer.loggers:
-                for step, means in sorted(by_step.items()):
-                    logger.log_metrics(means, step)
-            total, count = self.expected
-            plot = plot_curves(curves, total / count if count else None)
+        every: list[Curves] = [
+            {q: {int(n): float(v) for n, v in c.items()} for q, c in record["curves"].items()}
+            for record in records
+        ]
+        means, counts = _average(every)
+        ids = [record["id"] for record in records]
+        write(folder / "trajectory.csv", self._table(pl_module, means, counts, ids, every).encode())
+        by_step: dict[int, dict[str, float]] = defaultdict(dict)
+        for quantity, curve in means.items():
+            for step, mean in curve.items():
+                by_step[step][f"trajectory/{quantity}"] = mean
+        for logger in trainer.loggers:
+            for step, values in sorted(by_step.items()):
+                logger.log_metrics(values, step)
+        expected = [float(record["noise_norm"]) for record in records]
+        if means:
+            plot = plot_curves(means, math.fsum(expected) / len(expected))
             save_png(plot, folder / "trajectory.png")
             log_image(trainer, "trajectory", plot)
-        if trainer.is_global_zero and self.film and self.film[0]:
-            full = [strip for strip in self.film if len(strip) == len(self.film[0])]
-            strip = tile(full, self.headings)
+        self._write_film(trainer, records[: self.max_images], folder)
+
+    def _table(
+        self,
+        pl_module: PosteriorSampler,
+        means: Curves,
+        counts: Curves,
+        ids: list[str],
+        every: list[Curves],
+    ) -> str:
+        file = io.StringIO()
+        writer = csv.writer(file)
+        header = ["step", "index", "time", "alpha", "sigma", "name", "mean", "count"]
+        writer.writerow([*header, *(ids if self.per_sample else [])])
+        for number, (index, now, _) in enumerate(pl_module.sampler().schedule.pairs(), start=1):
+            level = [_short(v) for v in (now.time, now.alpha, now.sigma)]
+            for quantity in [q for q in means if number in means[q]]:
+                row = [quantity, _short(means[quantity][number]), int(counts[quantity][number])]
+                own = [curves.get(quantity, {}).get(number) for curves in every]
+                each = ["" if v is None else _short(v) for v in own] if self.per_sample else []
+                writer.writerow([number, index, *level, *row, *each])
+        return file.getvalue()
+
+    def _write_film(self, trainer: L.Trainer, records: list[dict[str, Any]], folder: Path) -> None:
+        headings = next((record["film"] for record in records if "film" in record), None)
+        rows = [
+            apart(path, len(record["film"]))
+            for record in records
+            if headings and record.get("film") == headings
+            if (path := self._film(folder, record["id"])).is_file()
+        ]
+        rows = [row for row in rows if row[0].size == rows[0][0].size]
+        if rows and headings:
+            strip = tile(rows, headings)
             save_png(strip, folder / "film.png")
             log_image(trainer, "film", strip)
-        self._reset()
+
+
+def _average(every: list[Curves]) -> tuple[Curves, Curves]:
+    """Return the mean of each quantity at each step over those that have it, and their number."""
+    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for curves in every:
+        for quantity, curve in curves.items():
+            for number, value in curve.items():
+                values[quantity][number].append(value)
+    means, counts = (
+        {q: {n: f(v) for n, v in sorted(points.items())} for q, points in values.items()}
+        for f in (lambda v: math.fsum(v) / len(v), lambda v: float(len(v)))
+    )
+    return means, counts
 
 
 def _short(value: float) -> str:

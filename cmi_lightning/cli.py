@@ -30,6 +30,7 @@ USAGE = """usage: cmi-lightning {predict,fit,verify} [-c CONFIG]... [--option VA
 
   cmi-lightning predict -c demo                                    sixteen garments under a box
   cmi-lightning predict -c demo -c task/super_resolution -c guidance/dps -c add_cmi
+  cmi-lightning predict -c demo --overwrite                        afresh; else it goes on
   cmi-lightning predict --help                                     all options
   cmi-lightning verify                                             the mathematics, in a minute
   cmi-lightning verify -c mine.yaml                                the network of a configuration
@@ -53,6 +54,10 @@ def shipped_configs() -> list[str]:
 def _resolve(value: str) -> str:
     """Return the path of a configuration: a file, or a packaged one by name."""
     if Path(value).is_file():
+        try:
+            Path(value).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"'{value}' is no UTF-8 text file: {error}.") from error
         return value
     for candidate in (value, f"{value}.yaml", value.removeprefix("configs/")):
         if (path := configs() / candidate).is_file():
@@ -126,6 +131,20 @@ def _lightning_cli(model: type, args: list[str], resumable: bool = False, **kwar
         )
     except ArgumentError as error:
         raise InputError(_one_sentence(str(error))) from error
+    except Exception as error:
+        if not _raised_by_parser(error):
+            raise
+        raise InputError(f"Bad configuration: {_one_sentence(str(error))}") from error
+
+
+def _raised_by_parser(error: BaseException) -> bool:
+    """Whether an error is the parser's word for a bad value, not one of a class it instantiates."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    parsers = ("jsonargparse", "omegaconf", "yaml")
+    return module.partition(".")[0] in parsers or module == "lightning.pytorch.cli"
 
 
 def _one_sentence(message: str) -> str:
@@ -135,16 +154,45 @@ def _one_sentence(message: str) -> str:
 
 
 def predict(args: list[str]) -> Any:
-    """Restore images; returns the CLI object with its trainer, model and datamodule."""
+    """Restore images; returns the CLI object with its trainer, model and datamodule.
+
+    What the folder has is kept and not restored again, but with ``--overwrite``.
+    """
     from cmi_lightning.module import PosteriorSampler
 
     base = [str(configs() / "base.yaml")]
-    cli = _lightning_cli(PosteriorSampler, args, default_config_files=base)
+    options = [arg for arg in args if arg != "--overwrite"]
+    cli = _lightning_cli(PosteriorSampler, options, default_config_files=base)
+    cli.model.overwrite = options != args
     # Checked before the trainer starts, so that a refused run touches no file of an earlier one.
     cli.datamodule.setup("predict")
     cli.model.check(cli.trainer, cli.datamodule)
-    cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+    try:
+        cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+    except SystemExit as stop:  # Lightning ends a Ctrl-C with code 1
+        if not cli.trainer.interrupted:
+            raise
+        if cli.trainer.is_global_zero:
+            done = cli.model.run.count()
+            print(
+                f"cmi-lightning: stopped; {done} images are done in '{cli.model.run.folder}'. Run "
+                "the same command again to go on.",
+                file=sys.stderr,
+            )
+        raise SystemExit(130 if stop.code == 1 else stop.code) from None
     return cli
+
+
+def _exit_code(result: Any) -> int:
+    """Return a command's own exit code, or 3 if a prediction left images out.
+
+    Only the first process says 3: Lightning takes any code of another one for a crash.
+    """
+    if isinstance(result, int):
+        return result
+    left_out = getattr(getattr(result.model, "run", None), "failures", None)
+    left_out = left_out or getattr(result.datamodule, "skipped", None)
+    return 3 if left_out and result.trainer.is_global_zero else 0
 
 
 def fit(args: list[str]) -> Any:
@@ -155,11 +203,11 @@ def fit(args: list[str]) -> Any:
     from cmi_lightning.training import ScoreTraining
 
     cli = _lightning_cli(ScoreTraining, args, resumable=True)
-    if (resume := cli.config.ckpt_path) and not Path(resume).is_file():
-        raise InputError(f"--ckpt_path: there is no checkpoint '{resume}'.")
+    if resume := cli.config.ckpt_path:
+        _check_checkpoint(Path(resume))
     path = Path(cli.trainer.default_root_dir) / "network.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
     if cli.trainer.is_global_zero:
         whole = torch.contiguous_format
         state = cli.model.network.state_dict()
@@ -167,6 +215,22 @@ def fit(args: list[str]) -> Any:
         save_file(weights, path)  # averaged, where an averaging callback is on
         print(f"weights: {path}")
     return cli
+
+
+def _check_checkpoint(path: Path) -> None:
+    """Refuse a checkpoint that is missing, damaged, or could run code when it is loaded."""
+    import torch
+
+    if not path.is_file():
+        raise InputError(f"--ckpt_path: there is no checkpoint '{path}'.")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"--ckpt_path: cannot read '{path}' ({type(error).__name__}: {reason}); only tensors "
+            "and plain values are loaded (weights_only=True), as `fit` writes them."
+        ) from error
 
 
 def verify(args: list[str]) -> int:
@@ -245,7 +309,11 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 if a check failed, or 2 for bad input."""
+    """Run a command and return its exit code.
+
+    0; 1 if a check failed; 2 for bad input; 3 if images failed or could not be read and the others
+    are restored. SIGINT and SIGTERM end a prediction with 130 and 143.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     if os.getcwd() not in sys.path:  # a console script lacks it, and users keep their classes here
         sys.path.insert(0, os.getcwd())
@@ -258,8 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"cmi-lightning {__version__}")
         elif command in COMMANDS:
-            result = COMMANDS[command](_resolved(rest))
-            return result if isinstance(result, int) else 0
+            return _exit_code(COMMANDS[command](_resolved(rest)))
         else:
             raise InputError(f"Unknown command '{command}': use {', '.join(COMMANDS)}.")
     except Exception as error:

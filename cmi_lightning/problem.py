@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.errors import InputError
-from cmi_lightning.linalg import per_sample
+from cmi_lightning.linalg import norm, per_sample
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators.base import LinearOperator
 
@@ -70,6 +70,11 @@ class Problem:
     def std(self) -> Tensor:
         """The noise standard deviation, broadcastable to y."""
         return per_sample(self.noise_std, self.y)
+
+    @property
+    def noise_norm(self) -> Tensor:
+        """√(Σ std²) (B,), the residual that noise alone leaves: σ√m for m measured entries."""
+        return norm(self.operator.measured(self.std.expand_as(self.y)))
 
     @property
     def noisy(self) -> bool:

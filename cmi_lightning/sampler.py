@@ -10,12 +10,14 @@ from torch import Tensor
 from cmi_lightning.denoisers.base import Denoiser
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
-from cmi_lightning.linalg import norm
+from cmi_lightning.linalg import norm, per_sample
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.problem import Problem
 from cmi_lightning.schedule import Schedule
 from cmi_lightning.solvers.base import Solver
 from cmi_lightning.step import Cost, Record, Step
+
+DIVERGED = 1e3  # a residual this many times the first one, or ‖y‖ if that is larger
 
 
 class Sampler:
@@ -103,21 +105,35 @@ class Sampler:
     def iterate(self, problem: Problem, noise: SampleNoise, like: Tensor) -> Iterator[Record]:
         """Yield a record after every step; the last one's ``x`` is the restored batch.
 
+        A sample whose x_s is not finite, or whose residual ‖y − A x̂₀‖ has grown to ``DIVERGED``
+        times its first value (or ‖y‖), stops: it keeps its last state. The others go on as if
+        nothing had happened, bit for bit.
+
         Args:
             problem: the batch's measurement, operator and noise level.
             noise: the batch's random numbers.
             like: any tensor of the images' shape (B, C, H, W), dtype and device.
         """
         x, cost = self.start(noise, like), Cost()
+        stopped = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        limit: Tensor | None = None
         for index, now, then in self.schedule.pairs():
             step = Step(
                 index, x, now, then, problem, self.denoiser, noise, self.differentiable, cost
             )
-            x = self.advance(step)
+            proposed = self.advance(step)
             with torch.no_grad():
                 _ = step.residual  # its norm is logged, at the price of one A
             x0, log = step.x0.detach(), step.log
             del step  # else its graph outlives it while the next one is built
+            number, residual = len(self.schedule) - index, log["residual"]
+            limit = DIVERGED * norm(problem.y).maximum(residual) if limit is None else limit
+            stopped = torch.where((stopped == 0) & (residual > limit), -number, stopped)
+            lost = ~(torch.isfinite(proposed).flatten(1).all(1) & torch.isfinite(residual))
+            stopped = torch.where((stopped == 0) & lost, number, stopped)
+            well = stopped == 0  # no "if any": it would make a GPU wait at every step
+            x = torch.where(per_sample(well, x).bool(), proposed, x)
+            log = {name: torch.where(well, value, torch.nan) for name, value in log.items()}
             yield Record(
                 index,
                 len(self.schedule),
@@ -129,6 +145,8 @@ class Sampler:
                 log,
                 cost.forwards,
                 cost.vjps,
+                cost.second_order,
+                stopped,
             )
 
     def run(self, problem: Problem, noise: SampleNoise, like: Tensor) -> Tensor:

@@ -19,10 +19,17 @@ from cmi_lightning.schedule import Level, Transition1D, posterior
 
 @dataclass
 class Cost:
-    """What a run has asked of the network, in passes over a batch."""
+    """What a run has asked of the network, in passes over a batch.
+
+    Attributes:
+        forwards: evaluations.
+        vjps: vector-Jacobian products, first and second order.
+        second_order: those among them that differentiated another one.
+    """
 
     forwards: int = 0
     vjps: int = 0
+    second_order: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class Step:
     log: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._products_with_graph = False
         self.x = self.x.detach().requires_grad_(self.differentiable)
 
     @cached_property
@@ -111,6 +119,7 @@ class Step:
     def vjp(self, v: Tensor, create_graph: bool = False) -> Tensor:
         """Return Jᵀ v with J = ∂x̂₀/∂x_t, for v (B, *)."""
         self.cost.vjps += 1
+        self._products_with_graph = self._products_with_graph or create_graph
         (product,) = torch.autograd.grad(
             self.x0, self.x, v, retain_graph=True, create_graph=create_graph
         )
@@ -119,6 +128,8 @@ class Step:
     def grad(self, value: Tensor) -> Tensor:
         """Return ∇_{x_t} of per-sample scalars (B,) that were computed from x̂₀."""
         self.cost.vjps += 1
+        self.cost.second_order += self._products_with_graph
+        self._products_with_graph = False
         return torch.autograd.grad(value.sum(), self.x, retain_graph=True)[0]
 
     def normal(self, stream: str, like: Tensor | None = None) -> Tensor:
@@ -145,7 +156,11 @@ class Record:
         log: per-sample quantities (B,) by name: "residual" ‖y − A x̂₀‖; ‖change‖ that a guidance
             made to x̂₀, the proposal or x_s, as "denoised/…", "step/…", "sample/…"; "cmi/…".
         forwards: network evaluations so far.
-        vjps: vector-Jacobian products so far.
+        vjps: vector-Jacobian products so far, first and second order.
+        second_order: of these, second-order passes.
+        stopped: 0 for samples that are well (B,); n > 0 where x_s was not a number at the n-th
+            step, −n where the residual had diverged. Their x stays what it was before, and their
+            log is NaN from then on.
     """
 
     index: int
@@ -158,3 +173,5 @@ class Record:
     log: dict[str, Tensor]
     forwards: int
     vjps: int
+    second_order: int
+    stopped: Tensor

@@ -20,6 +20,7 @@ COMMANDS = [
     for command in block.replace("\\\n", " ").splitlines()
     if command.startswith("cmi-lightning predict")
 ]
+MINE = "-c mine.yaml"
 SHORT = ["--data.limit=2", "--data.batch_size=2", "--model.num_steps=3"]
 
 
@@ -45,7 +46,7 @@ def test_the_guidance_is_short():
     assert len(lines) <= 15
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "broken/" not in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "broken/" not in c and MINE not in c])
 def test_commands(my_terms, command, tmp_path, capsys):
     arguments = shlex.split(command)[1:]
     short = [a for a in SHORT if a.split("=")[0] not in arguments]
@@ -56,6 +57,18 @@ def test_commands(my_terms, command, tmp_path, capsys):
         return
     assert main([*arguments, *short, f"--trainer.default_root_dir={tmp_path / 'out'}"]) == 0
     assert (tmp_path / "out/grid.png").is_file()
+
+
+def test_commands_for_many_devices(capsys):
+    bash = "".join(block for language, block in BLOCKS if language == "bash")
+    commands = [c.split("#")[0] for c in bash.replace("\\\n", " ").splitlines() if MINE in c]
+    assert [c.split()[0] for c in commands] == ["cmi-lightning"] * 2 + ["torchrun", "srun"]
+    for command in commands:
+        arguments = command.replace(MINE, "-c demo").split(" predict ")[1]
+        with pytest.raises(SystemExit) as ended:
+            main(["predict", *shlex.split(arguments), "--print_config"])
+        assert ended.value.code in (0, None)
+        assert ("strategy: ddp" in capsys.readouterr().out) == ("ddp" in command)
 
 
 def test_measurements_of_ones_own(my_terms, tmp_path, shipped_images):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from cmi_lightning.data.files import check_at_least_1
+from cmi_lightning.data.files import (
+    check_at_least_1,
+    check_num_workers,
+    local_path,
+)
 from cmi_lightning.errors import InputError
+from cmi_lightning.paths import printable
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 NUM_HELD_OUT = 1024  # the last training images: never trained on, used to choose step sizes
@@ -32,23 +38,30 @@ class FashionMNIST(Dataset):
             into ``~/.cache/cmi-lightning``.
 
     Raises:
-        InputError: if ``root`` lacks the file.
+        InputError: if ``root`` lacks the file, or it is damaged.
     """
 
     def __init__(self, train: bool, root: str | None = None) -> None:
         self.split = "train" if train else "test"
         name = f"{'train' if train else 't10k'}-images-idx3-ubyte.gz"
-        folder = Path(root).expanduser() if root else DEBIAN_FOLDER
+        folder = local_path(root, "data.root") if root else DEBIAN_FOLDER
         if not root and not (folder / name).is_file():
             folder = _download()
         if not (folder / name).is_file():
             raise InputError(
-                f"No '{name}' in '{folder}': point data.root to Fashion-MNIST's files."
+                f"No '{name}' in '{printable(folder)}': point data.root to Fashion-MNIST's files."
             )
+        size = 16 + 28 * 28 * (60_000 if train else 10_000)
         try:
-            raw = gzip.decompress((folder / name).read_bytes())
-        except (OSError, EOFError) as error:
-            raise InputError(f"'{folder / name}' is damaged; fetch it again.") from error
+            with gzip.open(folder / name) as file:
+                raw = file.read(size + 1)  # no more, whatever the file claims to hold
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"'{printable(folder / name)}' is damaged; fetch it again.") from error
+        if len(raw) <= 16 or len(raw) > size or (len(raw) - 16) % (28 * 28):
+            raise InputError(
+                f"'{printable(folder / name)}' does not hold images of 28×28, {(size - 16) // 784} "
+                "at most; fetch it again."
+            )
         pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28)
         self.pixels = F.pad(torch.from_numpy(pixels.copy()), (2, 2, 2, 2))
 
@@ -105,9 +118,15 @@ class FashionMNISTData(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the files once per stage."""
         check_at_least_1({"data.batch_size": self.batch_size, "data.limit": self.limit})
+        check_num_workers(self.num_workers)
         if stage in ("fit", "validate") or self.predict_split == "val":
             train = FashionMNIST(True, self.root)
             cut = len(train) - NUM_HELD_OUT
+            if cut < 1:
+                raise InputError(
+                    f"data.root: {len(train)} training images are too few; the last {NUM_HELD_OUT} "
+                    "are held out."
+                )
             self.train, self.val = Subset(train, range(cut)), Subset(train, range(cut, len(train)))
         if stage in ("predict", "test"):
             full = self.val if self.predict_split == "val" else FashionMNIST(False, self.root)

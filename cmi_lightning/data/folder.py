@@ -13,10 +13,16 @@ from cmi_lightning.data.files import (
     Channels,
     check_alike,
     check_at_least_1,
+    check_num_workers,
+    check_pixels,
     find_images,
+    local_path,
+    read_all,
     read_image,
+    report_skipped,
 )
 from cmi_lightning.errors import InputError
+from cmi_lightning.paths import printable
 
 SHIPPED = {
     "fashion-mnist-test": Path(__file__).parent.parent / "assets" / "fashion_mnist_test",
@@ -31,6 +37,7 @@ class ImageFolder(Dataset):
         size: see there.
         channels: see there.
         limit: see there.
+        strict: see there.
 
     Raises:
         InputError: see there; every file is decoded once here.
@@ -42,23 +49,36 @@ class ImageFolder(Dataset):
         size: int | None = None,
         channels: Channels | None = None,
         limit: int | None = None,
+        strict: bool = False,
     ) -> None:
         check_at_least_1({"data.size": size, "data.limit": limit})
+        if size is not None:
+            check_pixels(size, size, "data.size", "choose a smaller one")
         self.size, self.channels = size, channels
-        path = SHIPPED.get(folder, Path(folder).expanduser())
-        self.files = list(find_images(path, "data.folder").items())[:limit]
+        path = SHIPPED[folder] if folder in SHIPPED else local_path(folder, "data.folder")
+        files = dict(list(find_images(path, "data.folder").items())[:limit])
         # A restoration takes seconds an image and a decoding milliseconds, so that decoding all
         # of them first costs little and no bad file can stop a long run half-way.
-        shapes = {str(file): tuple(self._read(file).shape) for _, file in self.files}
+        shapes, self.skipped = read_all(
+            files.items(), lambda _, file: tuple(self._read(file).shape), strict, "data.folder"
+        )
+        self.files = [(name, files[name]) for name in shapes]
         check_alike(
-            shapes, "data.folder", "set data.channels to 1, 3 or 4", "set data.size to resize them"
+            {printable(files[name]): shape for name, shape in shapes.items()},
+            "data.folder",
+            "set data.channels to 1, 3 or 4",
+            "set data.size to resize them",
         )
         channels_, height, width = next(iter(shapes.values()))
         self.image_shape = (channels_, height, width)
 
     def _read(self, file: Path) -> Tensor:
         x = read_image(file, self.channels, "data.channels")
-        return x if self.size is None else crop_to(x, self.size)
+        if self.size is None:
+            return x
+        height, width = scaled(x, self.size)
+        check_pixels(height, width, f"data.size on '{printable(file)}'", "crop that image")
+        return crop_to(x, self.size)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -68,15 +88,19 @@ class ImageFolder(Dataset):
         return {"x": self._read(file), "id": name}
 
 
+def scaled(x: Tensor, size: int) -> tuple[int, int]:
+    """Return (height, width) of x (C, H, W) with its shorter side brought to ``size``."""
+    scale = size / min(x.shape[1:])
+    return max(size, round(x.shape[1] * scale)), max(size, round(x.shape[2] * scale))
+
+
 def crop_to(x: Tensor, size: int) -> Tensor:
     """Resize the shorter side of x (C, H, W) in [−1, 1] to ``size`` (antialiased bicubic) and crop.
 
     The crop (C, size, size) is the centre.
     """
-    height, width = x.shape[1:]
-    if min(height, width) != size:
-        scale = size / min(height, width)
-        height, width = (max(size, round(n * scale)) for n in (height, width))
+    height, width = scaled(x, size)
+    if x.shape[1:] != (height, width):
         x = F.interpolate(x[None], (height, width), mode="bicubic", antialias=True)[0].clamp(-1, 1)
     top, left = (height - size) // 2, (width - size) // 2
     return x[:, top : top + size, left : left + size]
@@ -98,11 +122,14 @@ class ImageFolderData(L.LightningDataModule):
         batch_size: images per batch.
         num_workers: worker processes of the loader.
         val_count: for ``fit``: the last ``val_count`` images are not trained on but validate.
+        strict: refuse a folder with a file that cannot be decoded; else such files are reported,
+            left out and listed in ``skipped``, {file: reason}.
 
     Raises:
-        InputError: at set-up, before any sampling: for a missing or empty folder, a file that
-            cannot be decoded, mixed sizes without ``size``, mixed channel counts without
-            ``channels``, two files of one id, or an option below 1.
+        InputError: at set-up, before any sampling: for a missing or empty folder, one with no
+            readable image (with ``strict``: with an unreadable one), mixed sizes without ``size``,
+            mixed channel counts without ``channels``, two files of one id, or an option out of
+            range.
     """
 
     def __init__(
@@ -114,16 +141,22 @@ class ImageFolderData(L.LightningDataModule):
         batch_size: int = 16,
         num_workers: int = 0,
         val_count: int = 0,
+        strict: bool = False,
     ) -> None:
         super().__init__()
-        self.val_count = val_count
+        self.val_count, self.strict = val_count, strict
+        self.skipped: dict[str, str] = {}
         self.folder, self.size, self.channels, self.limit = folder, size, channels, limit
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def setup(self, stage: str) -> None:
         """Find and check the images."""
         check_at_least_1({"data.batch_size": self.batch_size})
-        self.images = ImageFolder(self.folder, self.size, self.channels, self.limit)
+        check_num_workers(self.num_workers)
+        self.images = ImageFolder(self.folder, self.size, self.channels, self.limit, self.strict)
+        if self.images.skipped != self.skipped:  # set-up runs twice: before and in the trainer
+            report_skipped(self.images.skipped, len(self.images))
+        self.skipped = self.images.skipped
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

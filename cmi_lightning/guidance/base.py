@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,9 +23,11 @@ class Guidance(ABC):  # noqa: B024
         needs_noise: the guidance needs measurements with noise.
     """
 
-    differentiable: ClassVar[bool] = True
-    stochastic: ClassVar[bool] = False
-    needs_noise: ClassVar[bool] = False
+    # Without annotations: jsonargparse would look up their names in a subclass's module, and check
+    # none of the subclass's options where it lacks one.
+    differentiable = True
+    stochastic = False
+    needs_noise = False
 
     @property
     def derivatives(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -55,7 +55,7 @@ class CMI(Guidance):
     max_signal: float = 0.9
     interval: int = 1
     estimator: Estimator | None = None
-    needs_noise: ClassVar[bool] = True
+    needs_noise = True
 
     def __post_init__(self) -> None:
         checks = {

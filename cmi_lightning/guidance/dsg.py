@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance, residual_gradient
@@ -36,7 +35,7 @@ class DSG(Guidance):
 
     rate: float = 0.2
     interval: int = 1
-    stochastic: ClassVar[bool] = True
+    stochastic = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -41,7 +40,7 @@ class MomentMatching(Guidance):
 
     krylov: int = 3
     scale: float = 1.0
-    needs_noise: ClassVar[bool] = True
+    needs_noise = True
 
     def __post_init__(self) -> None:
         if self.krylov < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class DDPM(Solver):
     """
 
     variance: Literal["small", "large", "learned"] = "small"
-    stochastic: ClassVar[bool] = True  # type: ignore[misc]
+    stochastic = True  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         if self.variance not in ("small", "large", "learned"):

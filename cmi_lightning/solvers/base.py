@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,7 +19,7 @@ class Solver(ABC):
         needs_variance: the solver reads the network's learned variance.
     """
 
-    needs_variance: ClassVar[bool] = False
+    needs_variance = False  # without annotation: see Guidance
 
     @property
     @abstractmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ class Heun(Solver):
     Source: Karras et al. (2022), Alg. 1 (without churn).
     """
 
-    stochastic: ClassVar[bool] = False  # type: ignore[misc]
+    stochastic = False  # type: ignore[misc]
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
         """Return x_s as the mean of a transition without noise."""

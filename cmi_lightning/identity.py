@@ -1,0 +1,99 @@
+"""What decides a run's results, option by option, so that two runs can be compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+LONGEST = 16  # items of a list that are compared one by one; longer ones by a checksum
+SHOWN, LONG = 5, 60  # differences, and characters of a value, that a message shows
+
+
+def digest(*parts: Any) -> str:
+    """Return a checksum of tensors (shape, type and bytes) and anything else by its ``repr``."""
+    total = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        if isinstance(part, Tensor):
+            total.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            flat = part.detach().cpu().contiguous().reshape(-1)
+            total.update(flat.view(torch.uint8).numpy().data)
+        else:
+            total.update(repr(part).encode())
+    return total.hexdigest()
+
+
+def options(name: str, value: Any, weights: bool = True) -> Iterator[tuple[str, str]]:
+    """Yield ("name.option", value as text) for everything an object was made from.
+
+    Options are the constructor's arguments that the object kept; modules add a checksum of their
+    weights. Custom classes need to do nothing, as long as they keep arguments by their names.
+
+    Args:
+        name: name of the whole.
+        value: any object.
+        weights: read the weights of a module (its parts' are among them).
+    """
+    if value is None or isinstance(value, (bool, int, float, complex, str, Path)):
+        yield name, str(value)
+    elif isinstance(value, (Tensor, np.ndarray)):
+        yield name, f"array {tuple(value.shape)} {digest(torch.as_tensor(value))}"
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from options(f"{name}.{key}", item)
+    elif isinstance(value, Sequence) and len(value) <= LONGEST:
+        for i, item in enumerate(value):
+            yield from options(f"{name}.{i}", item)
+    elif isinstance(value, Sequence):
+        yield name, f"{len(value)} entries {digest(value)}"
+    elif inspect.isroutine(value) or inspect.isclass(value):
+        yield name, f"{value.__module__}.{value.__qualname__}"
+    else:
+        yield name, f"{type(value).__module__}.{type(value).__qualname__}"
+        if weights and isinstance(value, nn.Module):
+            state = [part for pair in value.state_dict().items() for part in pair]
+            yield f"{name}.checksum", digest(*state)
+            weights = False
+        for key, kept in _arguments(value).items():
+            yield from options(f"{name}.{key}", kept, weights)
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    """Return the constructor's arguments that an object kept."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    try:
+        names = list(inspect.signature(type(value).__init__).parameters)[1:]
+    except (TypeError, ValueError):
+        return {}
+    # Not getattr: what computes or warns is no plain attribute.
+    kept = {**getattr(value, "__dict__", {})}
+    if isinstance(value, nn.Module):
+        kept |= {**value._modules, **value._buffers}
+    return {name: kept[name] for name in names if kept.get(name) is not None}
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """Say how two sets of options differ, "a was 1 and is 2; …"; None where they agree."""
+    names = [n for n in dict.fromkeys([*before, *now]) if before.get(n) != now.get(n)]
+    # Another class has other options, which need not be told.
+    names = [n for n in names if not any(n.startswith(f"{m}.") for m in names)]
+    if not names:
+        return None
+    told = [
+        f"{n} was {_short(before.get(n, 'absent'))} and is {_short(now.get(n, 'absent'))}"
+        for n in names[:SHOWN]
+    ]
+    more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return "; ".join(told + more)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONG else f"{text[:LONG]}…"

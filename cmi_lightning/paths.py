@@ -1,0 +1,67 @@
+"""Names that come from data: as text that is safe to print, and as files inside a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from pathlib import Path
+
+from cmi_lightning.errors import InputError
+
+LONGEST_PART, LONGEST = 200, 1000  # bytes; file systems allow 255 and 4096, with what is added
+HASHED = re.compile(r"~[0-9a-f]{16}$")
+UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # controls, halves of characters, separators of lines
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # would reorder a terminal
+
+
+def printable(text: object) -> str:
+    r"""Return a path as text (NFC) that any terminal, log or UTF-8 file can take.
+
+    Controls and bytes that are not UTF-8 become escapes such as ``\x1b``.
+    """
+    return "".join(
+        c.encode("unicode_escape", "surrogatepass").decode()
+        if unicodedata.category(c) in UNSEEN or c in DIRECTIONS
+        else c
+        for c in unicodedata.normalize("NFC", str(text))
+    )
+
+
+def inside(folder: Path, name: str, suffix: str) -> Path:
+    """Return ``folder/name<suffix>`` for a sample id, which may hold slashes.
+
+    An id that would lead elsewhere (``..``, absolute), is too long for a file system or has
+    characters that some refuse is changed, and ends in ``~`` and a checksum of the id, so that two
+    ids never share a file. Other letters than ASCII stay (NFC).
+
+    Raises:
+        InputError: if a link in the folder leads out of it.
+    """
+    path = folder / f"{safe_name(name, suffix)}{suffix}"
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            f"'{printable(path.parent)}' leads out of the folder '{printable(folder)}' by a link; "
+            "remove that link."
+        )
+    return path
+
+
+def safe_name(name: str, suffix: str = "") -> str:
+    """Return a relative path with slashes that depends on the id alone; see :func:`inside`."""
+    text = unicodedata.normalize("NFC", name)
+    text = "".join("_" if c == "\\" or unicodedata.category(c) in UNSEEN else c for c in text)
+    parts = [_cut(part) for part in text.split("/") if part not in ("", ".", "..")] or ["_"]
+    if len("/".join(parts).encode()) > LONGEST:
+        parts = parts[-1:]
+    # A folder must not have the name that another id's file may have.
+    parts[:-1] = [f"{p}_" if suffix and p.lower().endswith(suffix) else p for p in parts[:-1]]
+    safe = "/".join(parts)
+    if safe == name and not HASHED.search(name):
+        return safe
+    checksum = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{safe}~{checksum}"
+
+
+def _cut(part: str) -> str:
+    return part.encode()[:LONGEST_PART].decode(errors="ignore")

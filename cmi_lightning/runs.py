@@ -1,0 +1,294 @@
+"""The folder of a run: what is done, whose turn it is, and files that are whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from cmi_lightning.errors import InputError
+from cmi_lightning.identity import differences
+from cmi_lightning.paths import inside
+
+if TYPE_CHECKING:
+    import lightning as L
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# Seconds: between looks at the disk; for a network file system to show a new file; without a new
+# record, which no batch takes. A process that fails is noticed much sooner, by what started it.
+POLL, VISIBLE, PATIENCE = 0.5, 90.0, 6 * 3600.0
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file that is whole or absent, making its folders, and see it onto the disk.
+
+    Raises:
+        InputError: if the disk is full.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in FULL:
+            raise InputError(
+                f"The disk of '{path.parent}' is full; what was finished is kept: make room and "
+                "run the same command again."
+            ) from error
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """See a new name onto the disk, where the system can."""
+    with contextlib.suppress(PermissionError, IsADirectoryError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON; see :func:`write`."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    write(path, f"{text}\n".encode())
+
+
+@runtime_checkable
+class Recorder(Protocol):
+    """A callback that adds to the samples' records and writes their files.
+
+    It fills ``outputs["records"]``, a dict for each sample, in ``on_predict_batch_end``. The module
+    then writes them, so that a record says that all the sample's files are there.
+    """
+
+    def recorded(self, trainer: Any, record: Mapping[str, Any]) -> bool:
+        """Whether a sample's record and files hold what this callback would write."""
+
+
+class Run:
+    """The samples of one prediction run.
+
+    Attributes:
+        folder: where records are kept; None if no callback writes any.
+        ids: the samples seen so far, in the loader's order, on every process the same.
+        done: what was finished before this run: the checksum of its input, by id.
+        failures: why a sample was given up, by id.
+    """
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.ids: list[str] = []
+        self.done: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
+        self._position: dict[str, int] = {}
+        self._turn = 0
+        self._collected: list[dict[str, Any]] | None = None
+
+    def record_path(self, name: str) -> Path:
+        """Return the path of a sample's record."""
+        assert self.folder is not None
+        return inside(self.folder / "records", name, ".json")
+
+    # Opening ---------------------------------------------------------------------------------
+
+    def refuse_other(self, folder: Path, identity: Mapping[str, str]) -> None:
+        """Refuse a folder that belongs to another configuration.
+
+        Raises:
+            InputError: naming the options that differ.
+        """
+        try:
+            before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+            return
+        if differ := differences(before, identity):
+            raise InputError(
+                f"The folder '{folder}' holds the results of other options: {differ}. Set another "
+                "trainer.default_root_dir, or start afresh with --overwrite."
+            )
+
+    def open(
+        self,
+        trainer: L.Trainer,
+        recorders: Sequence[Recorder],
+        identity: Mapping[str, str],
+        overwrite: bool,
+    ) -> None:
+        """Look up what is done, on the first process for all: no process may see later records."""
+        self.folder = Path(trainer.default_root_dir).expanduser() if recorders else None
+        if self.folder is None:
+            return
+        problem: Exception | None = None
+        if trainer.is_global_zero:
+            try:
+                self._clean(self.folder, overwrite)
+                self.refuse_other(self.folder, identity)
+                write_json(self.folder / "run.json", dict(identity))
+                for record in self._read_all():
+                    if all(r.recorded(trainer, record) for r in recorders):
+                        self.done[record["id"]] = record["input"]
+            except Exception as error:  # the others wait for an answer
+                problem = error
+        self.done, problem = trainer.strategy.broadcast((self.done, problem))
+        if problem is not None:
+            raise problem
+        started = time.monotonic()
+        while not (self.folder / "run.json").is_file():
+            if time.monotonic() - started > VISIBLE:
+                raise InputError(
+                    f"'{self.folder}' is not shared by all processes: set trainer.default_root_dir "
+                    "to a folder that is."
+                )
+            time.sleep(POLL)
+
+    @staticmethod
+    def _clean(folder: Path, overwrite: bool) -> None:
+        """Remove what a killed process left, and with ``overwrite`` every record."""
+        for left in folder.rglob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        if overwrite:
+            (folder / "run.json").unlink(missing_ok=True)
+            for record in (folder / "records").rglob("*.json"):
+                record.unlink(missing_ok=True)
+
+    def _read_all(self) -> Iterable[dict[str, Any]]:
+        assert self.folder is not None
+        for path in sorted((self.folder / "records").rglob("*.json")):
+            with contextlib.suppress(ValueError):  # a crash of the machine may have cut it short
+                yield json.loads(path.read_text(encoding="utf-8"))
+
+    # Sharing ---------------------------------------------------------------------------------
+
+    def share(self, ids: Sequence[str], world_size: int, rank: int, batches: float) -> list[int]:
+        """Return the rows of a batch that are this process's to restore.
+
+        A batch is one piece of work, or several where there are fewer batches than processes. Work
+        that is not done yet goes round the processes. A piece with any sample missing is restored
+        whole: a network's result depends, in its last digits, on what else is in the batch, and so
+        a resumed run equals an uninterrupted one.
+
+        Args:
+            ids: the batch's samples; every process must be shown every batch.
+            world_size: number of processes.
+            rank: this process.
+            batches: number of batches, or inf where a loader does not know.
+
+        Raises:
+            InputError: if an id occurs twice.
+        """
+        for name in ids:
+            if name in self._position:
+                raise InputError(f"Two samples have the id '{name}'; ids must be unique.")
+            self._position[name] = len(self.ids)
+            self.ids.append(name)
+        pieces = math.ceil(world_size / batches) if 0 < batches < world_size else 1
+        cuts = [round(i * len(ids) / pieces) for i in range(pieces + 1)]
+        mine: list[int] = []
+        for start, end in itertools.pairwise(cuts):
+            if all(name in self.done for name in ids[start:end]):
+                continue
+            if self._turn % world_size == rank:
+                mine += range(start, end)
+            self._turn += 1
+        return mine
+
+    def position(self, name: str) -> int:
+        """Return a sample's place in the loader's order."""
+        return self._position[name]
+
+    def check_input(self, name: str, checksum: str) -> None:
+        """Refuse a sample whose input is not what was restored before.
+
+        Raises:
+            InputError: naming the sample.
+        """
+        if self.done.get(name, checksum) != checksum:
+            raise InputError(
+                f"'{name}' is not the image that was restored in '{self.folder}' before; set "
+                "another trainer.default_root_dir, or start afresh with --overwrite."
+            )
+
+    # Records ---------------------------------------------------------------------------------
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write a sample's record: it is done."""
+        if record["failed"]:
+            self.failures[record["id"]] = record["failed"]
+        if self.folder is not None:
+            write_json(self.record_path(record["id"]), record)
+
+    def count(self) -> int:
+        """Return how many records the folder has."""
+        if self.folder is None:
+            return 0
+        return sum(1 for _ in (self.folder / "records").rglob("*.json"))
+
+    def collect(self, trainer: L.Trainer, wait: bool = True) -> list[dict[str, Any]]:
+        """Return the records of this run's samples, in the loader's order, on every process.
+
+        Args:
+            trainer: the trainer.
+            wait: wait for the other processes; without, return what there is.
+
+        Raises:
+            InputError: if samples are left without a record.
+        """
+        if self.folder is None:
+            return []
+        if self._collected is None or not wait:
+            if wait:
+                self._wait(trainer)
+            records = []
+            for name in self.ids:
+                with contextlib.suppress(FileNotFoundError):
+                    records.append(json.loads(self.record_path(name).read_text(encoding="utf-8")))
+            self.failures = {r["id"]: r["failed"] for r in records if r["failed"]}
+            self._collected = records
+        return self._collected
+
+    def _wait(self, trainer: L.Trainer) -> None:
+        """Wait until all samples have records.
+
+        A barrier alone would not do: its timeout, minutes, may be less than a batch takes.
+        """
+        missing, news = set(self.ids), time.monotonic()
+        while True:
+            left = {name for name in missing if not self.record_path(name).is_file()}
+            news = time.monotonic() if left < missing else news
+            missing = left
+            if not missing:
+                break
+            if trainer.world_size == 1 or time.monotonic() - news > PATIENCE:
+                raise InputError(
+                    f"{len(missing)} samples have no record in '{self.folder}' ('{min(missing)}' "
+                    "is one): is the folder shared by all processes? Run the same command again."
+                )
+            leave_if_orphaned()
+            time.sleep(POLL)
+        trainer.strategy.barrier()
+
+
+_parent = os.getppid()
+
+
+def leave_if_orphaned() -> None:
+    """End this process if the one that started it, as a further rank, is gone."""
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0 and os.getppid() != _parent:
+        raise SystemExit(1)

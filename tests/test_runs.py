@@ -1,0 +1,580 @@
+"""Long runs: what is kept, resumed, refused, shared between processes, and given up."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import itertools
+import json
+import logging
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cmi_lightning import GaussianNoise, InputError, PosteriorSampler, runs
+from cmi_lightning.callbacks import ImageWriter, RestorationMetrics, SamplingProgress
+from cmi_lightning.callbacks import TrajectoryLogger as Trajectory
+from cmi_lightning.cli import main
+from cmi_lightning.denoisers import Denoiser, GaussianMixture
+from cmi_lightning.guidance import CMI, DPS, Guidance
+from cmi_lightning.identity import differences, options
+from cmi_lightning.information import Lanczos
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators import BoxMask, Identity, RandomMask
+from cmi_lightning.problem import Problem
+from cmi_lightning.runs import Run
+from cmi_lightning.sampler import Sampler
+from cmi_lightning.solvers import DDPM
+
+STEPS = 3
+
+
+def sampler(prior: Denoiser, *guidances: Guidance, **kwargs: Any) -> PosteriorSampler:
+    kwargs = {"num_steps": STEPS, "operator": RandomMask(0.5), **kwargs}
+    return PosteriorSampler(copy.deepcopy(prior), guidances=list(guidances), **kwargs)
+
+
+def predict(
+    module: PosteriorSampler,
+    folder: Path,
+    images: Tensor,
+    *callbacks: L.Callback,
+    batch_size: int = 3,
+    order: list[int] | None = None,
+    **kwargs: Any,
+) -> list[Any]:
+    items = [{"x": x, "id": f"set/{i}"} for i, x in enumerate(images)]
+    items = [items[i] for i in order] if order is not None else items
+    writers = [RestorationMetrics(lpips=None, fid=False), ImageWriter(), Trajectory()]
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=folder,
+        enable_progress_bar=any(isinstance(c, SamplingProgress) for c in callbacks),
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[*writers, *callbacks],
+        **kwargs,
+    )
+    return trainer.predict(module, DataLoader(items, batch_size))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file, but for those that tell the time."""
+    names = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    timed = ("timing", "events.out")
+    return {name: p.read_bytes() for name, p in names.items() if not name.startswith(timed)}
+
+
+class Count(L.Callback):
+    """Counts sampled batches, and calls something at a step of one of them."""
+
+    def __init__(self, at: tuple[int, int] | None = None, then: Callable | None = None) -> None:
+        self.at, self.then, self.batches = at, then, []
+
+    def on_sampling_start(self, trainer, pl_module, ids, problem):
+        self.batches.append(list(ids))
+
+    def on_sampling_step(self, trainer, pl_module, record):
+        if self.at == (len(self.batches) - 1, record.index):
+            self.then()
+
+
+def crash() -> None:
+    raise RuntimeError("crash")
+
+
+# ---------------------------------------------------------------------------------------------
+# Resuming
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, prior, shipped_images):
+    x, module = shipped_images[:8], sampler(prior, DPS())
+    predict(module, tmp_path / "whole", x)
+    with pytest.raises(RuntimeError, match="crash"):
+        predict(module, tmp_path / "cut", x, Count((1, 0), crash))
+    cut = files(tmp_path / "cut")
+    assert {n for n in cut if n.endswith(".json") and n.startswith("records")} == {
+        f"records/set/{i}.json" for i in range(3)
+    }
+    assert "summary.json" not in cut
+    left = tmp_path / "cut/restored/set/.killed.tmp"  # of a process that was killed while writing
+    left.write_bytes(b"half")
+    again = Count()
+    results = predict(sampler(prior, DPS()), tmp_path / "cut", x, again)
+    assert again.batches == [["set/3", "set/4", "set/5"], ["set/6", "set/7"]]
+    assert [r["id"] for r in results] == [[], *again.batches]
+    whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
+    assert set(whole) == set(cut)
+    assert [name for name in whole if whole[name] != cut[name]] == []
+
+
+@pytest.mark.parametrize("lost", ["records/set/4.json", "restored/set/4.png"])
+def test_what_is_missing_is_restored_in_its_batch(tmp_path, prior, shipped_images, lost):
+    x, module, again = shipped_images[:8], sampler(prior, DPS()), Count()
+    predict(module, tmp_path, x)
+    before = files(tmp_path)
+    (tmp_path / lost).unlink()
+    predict(module, tmp_path, x, again)
+    assert again.batches == [["set/3", "set/4", "set/5"]]
+    assert files(tmp_path) == before
+
+
+def test_when_everything_is_done_nothing_is_sampled(tmp_path, prior, shipped_images, capsys):
+    x, module = shipped_images[:4], sampler(prior, DPS())
+    predict(module, tmp_path, x)
+    before, again = files(tmp_path), Count()
+    predict(module, tmp_path, x, again, SamplingProgress())
+    assert again.batches == []
+    assert files(tmp_path) == before
+    assert "all 4 images were done before" in capsys.readouterr().out
+
+
+def test_more_images_are_added_and_another_batch_size_goes_on(tmp_path, prior, shipped_images):
+    module, again = sampler(prior, DPS()), Count()
+    predict(module, tmp_path, shipped_images[:4], batch_size=2)
+    predict(module, tmp_path, shipped_images[:8], again, batch_size=4)
+    assert again.batches == [[f"set/{i}" for i in range(4, 8)]]
+    assert json.loads((tmp_path / "summary.json").read_text())["images"] == 8
+
+
+def test_a_callback_that_comes_later_gets_its_files(tmp_path, prior, shipped_images):
+    module, again = sampler(prior, DPS()), Count()
+    predict(module, tmp_path, shipped_images[:2])
+    for record in (tmp_path / "records").rglob("*.json"):  # as of a run without the metrics
+        record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items()
+                                      if k != "metrics"}))  # fmt: skip
+    predict(module, tmp_path, shipped_images[:2], again)
+    assert again.batches == [["set/0", "set/1"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_steps": 4}, ["model.num_steps was 3 and is 4"]),
+        ({"seed": 1}, ["model.seed was 0 and is 1"]),
+        ({"guidances": [DPS(0.5)]}, ["model.guidances.0.scale was 1.0 and is 0.5"]),
+        ({"guidances": [DPS(), CMI()]}, ["model.guidances.1 was absent and is", "CMI"]),
+        ({"operator": Identity()}, ["model.operator was", "RandomMask", "Identity"]),
+        ({"noise": GaussianNoise(0.1)}, ["model.noise was 0.05 and is 0.1"]),
+        ({"samples_per_image": 2}, ["model.samples_per_image"]),
+        ({"weights": 1e-3}, ["model.denoiser.checksum"]),
+        ({"precision": "bf16-mixed"}, ["trainer.precision was 32-true and is bf16-mixed"]),
+    ],
+)
+def test_a_folder_of_other_options_is_refused(tmp_path, prior, shipped_images, change, words):
+    predict(sampler(prior, DPS()), tmp_path, shipped_images[:1])
+    before, count = files(tmp_path), Count()
+    kwargs = {"operator": RandomMask(0.5), "num_steps": STEPS, "guidances": [DPS()], **change}
+    precision, weights = kwargs.pop("precision", "32-true"), kwargs.pop("weights", 0)
+    other = PosteriorSampler(copy.deepcopy(prior), **kwargs)
+    with torch.no_grad():
+        next(other.denoiser.parameters()).view(-1)[0] += weights
+    with pytest.raises(InputError) as error:
+        predict(other, tmp_path, shipped_images[:1], count, precision=precision)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "--overwrite" in str(error.value)
+    assert count.batches == []
+    assert files(tmp_path) == before
+
+
+def test_another_image_of_the_same_name_is_refused(tmp_path, prior, shipped_images):
+    module = sampler(prior, DPS())
+    predict(module, tmp_path, shipped_images[:2])
+    with pytest.raises(InputError, match="'set/1' is not the image that was restored"):
+        predict(module, tmp_path, shipped_images[[0, 5]])
+
+
+def test_two_samples_of_one_id_are_refused(tmp_path, prior, shipped_images):
+    with pytest.raises(InputError, match="Two samples have the id 'set/0'"):
+        predict(sampler(prior), tmp_path, shipped_images[:2], order=[0, 0])
+
+
+def test_overwrite_starts_afresh(tmp_path, capsys):
+    fast = ["-c", "demo", "--data.limit=2", "--model.num_steps=2"]
+    fast += [f"--trainer.default_root_dir={tmp_path}"]
+    assert main(["predict", *fast]) == 0
+    assert main(["predict", *fast, "--model.seed=1"]) == 2
+    assert "model.seed was 0 and is 1" in capsys.readouterr().err
+    before = files(tmp_path)["restored/00000.png"]
+    assert main(["predict", *fast, "--model.seed=1", "--overwrite"]) == 0
+    assert files(tmp_path)["restored/00000.png"] != before
+
+
+def test_options_of_custom_parts_are_found():
+    class Custom:
+        def __init__(self, scale: float, kernel: Any, unknown: int = 3) -> None:
+            self.scale, self.kernel = scale, kernel
+
+    a, b = (dict(options("x", Custom(1.0, np.ones(3) * v))) for v in (1, 2))
+    assert a["x.scale"] == "1.0"
+    assert set(a) == {"x", "x.scale", "x.kernel"}
+    assert "x.kernel was" in str(differences(a, b))
+    assert differences(a, dict(a)) is None
+    many = {f"x.{i}": "1" for i in range(9)}
+    assert "4 more" in str(differences({}, many))
+    assert "x.scale" not in str(differences(a, {"x": "another class"}))
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "a/b.json"
+    runs.write(path, b"one")
+
+    def fail(*args: Any) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    for function in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, fail)
+            with pytest.raises(OSError, match="broken"):
+                runs.write(path, b"two")
+        assert [p.name for p in path.parent.iterdir()] == ["b.json"]
+        assert path.read_bytes() == b"one"
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, prior, shipped_images, monkeypatch):
+    x, module, real = shipped_images[:6], sampler(prior, DPS()), os.fsync
+    predict(module, tmp_path / "whole", x)
+    room = itertools.count()
+
+    def full(handle: int) -> None:
+        if next(room) > 40:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"disk of .* is full; what was finished is kept"):
+        predict(module, tmp_path / "cut", x)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "cut/records").rglob("*.json"))) >= 1
+    for path in (tmp_path / "cut").rglob("*.png"):
+        with Image.open(path) as image:
+            image.load()
+    predict(module, tmp_path / "cut", x)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------
+# Signals
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_a_line(tmp_path, signum, code, capsys, monkeypatch):
+    import cmi_lightning.callbacks as callbacks
+
+    class Stop(L.Callback):
+        def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, *rest):
+            if batch_idx == 1:  # before the batch's records are written
+                os.kill(os.getpid(), signum)
+                threading.Event().wait(0.01)
+
+    monkeypatch.setattr(callbacks, "Stop", Stop, raising=False)
+    fast = ["-c", "demo", "--data.limit=6", "--data.batch_size=2", "--model.num_steps=2"]
+    fast += [f"--trainer.default_root_dir={tmp_path}"]
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", *fast, "--trainer.callbacks+=cmi_lightning.callbacks.Stop"])
+    assert stop.value.code == code
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"cmi-lightning: stopped; 2 images are done in '{tmp_path}'")
+    assert "same command again" in last
+    assert main(["predict", *fast]) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["images"] == 6
+
+
+def test_a_further_rank_ends_with_the_process_that_started_it(monkeypatch):
+    runs.leave_if_orphaned()
+    monkeypatch.setattr(runs, "_parent", -1)
+    runs.leave_if_orphaned()  # rank 0 has no such parent
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        runs.leave_if_orphaned()
+
+
+# ---------------------------------------------------------------------------------------------
+# Sharing
+
+
+def shares(sizes: list[int], world: int, done: set[str]) -> list[list[list[str]]]:
+    """What each process gets of each batch."""
+    names = iter(range(sum(sizes)))
+    batches = [[str(next(names)) for _ in range(size)] for size in sizes]
+    result = []
+    for rank in range(world):
+        run = Run()
+        run.done = dict.fromkeys(done, "")
+        result.append([[b[i] for i in run.share(b, world, rank, len(batches))] for b in batches])
+    return result
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("sizes", [[4, 4, 4, 2], [16], [1], [5, 3], [1] * 20])
+def test_processes_share_no_work_and_leave_none(world, sizes):
+    g = torch.Generator().manual_seed(world)
+    every = [str(i) for i in range(sum(sizes))]
+    fresh = {tuple(p) for rank in shares(sizes, world, set()) for p in rank if p}
+    assert sorted(n for p in fresh for n in p) == sorted(every)
+    for _ in range(20):
+        done = {n for n in every if torch.rand((), generator=g) < 0.6}
+        shared = shares(sizes, world, done)
+        pieces = [tuple(p) for rank in shared for p in rank if p]
+        assert len(set(pieces)) == len(pieces)
+        assert set(pieces) <= fresh  # a resumed run has the pieces of an uninterrupted one
+        assert set(every) - done <= {n for p in pieces for n in p}
+        assert all(set(p) - done for p in pieces)
+        loads = [sum(map(bool, rank)) for rank in shared]
+        assert max(loads) - min(loads) <= 1
+
+
+def test_a_single_batch_is_split_between_processes():
+    assert shares([16], 4, set()) == [[[str(4 * r + i) for i in range(4)]] for r in range(4)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Determinism
+
+
+def test_the_noise_is_the_samples_own(tmp_path, monkeypatch, shipped_images):
+    prior = GaussianMixture(torch.zeros(1, 1, 32, 32), 0.2)
+    drawn: dict[tuple, Tensor] = {}
+    real = SampleNoise.normal
+
+    def spy(self, stream, step, like):
+        value = real(self, stream, step, like)
+        for name, row in zip(self.ids, value, strict=True):
+            seen = drawn.setdefault((name, stream, step), row.clone())
+            assert torch.equal(seen, row)
+        return value
+
+    monkeypatch.setattr(SampleNoise, "normal", spy)
+    module = sampler(prior, DPS(), CMI(estimator=Lanczos(krylov=2)))
+    x = shipped_images[:6]
+    for i, (size, order) in enumerate([(6, None), (1, None), (4, [5, 2, 0, 3, 1, 4]), (2, [3, 1])]):
+        predict(module, tmp_path / str(i), x, batch_size=size, order=order)
+    streams = {key[1:] for key in drawn}
+    assert ("start", 0) in streams
+    assert len(drawn) == 6 * len(streams)
+
+
+def test_draws_of_one_image(tmp_path, prior, shipped_images):
+    x = shipped_images[:3]
+    (one,) = predict(sampler(prior, DPS()), tmp_path / "one", x)
+    (four,) = predict(sampler(prior, DPS(), samples_per_image=4), tmp_path / "four", x)
+    draws = four["draws"]
+    assert draws.shape == (3, 4, 1, 32, 32)
+    assert torch.equal(draws[:, 0], one["restored"])
+    assert torch.equal(four["details"].problem.y, one["details"].problem.y)
+    assert torch.equal(four["measurement"], one["measurement"])
+    assert torch.equal(four["restored"], draws.mean(1))
+    pairs = list(itertools.combinations(range(4), 2))
+    assert min(float((draws[:, a] - draws[:, b]).abs().mean()) for a, b in pairs) > 0.01
+    written = files(tmp_path / "four")
+    for i, k in itertools.product(range(3), range(4)):
+        assert f"draws/set/{i}/{k}.png" in written
+    with Image.open(tmp_path / "four/std/set/1.png") as image:
+        shown = np.asarray(image)
+    std = draws[1].double().numpy().std(0, ddof=1)[0]
+    assert np.abs(shown - np.clip(std / 0.5, 0, 1) * 255).max() <= 0.51
+    record = json.loads(written["records/set/1.json"])
+    assert (record["forwards"], record["vjps"], record["steps"]) == (4 * STEPS,) * 3
+    truth = (x[1].double().numpy() + 1) * 127.5
+
+    def psnr(image: Tensor) -> float:
+        levels = np.round(np.clip((image.double().numpy() + 1) * 127.5, 0, 255))
+        return 10 * math.log10(255**2 / ((levels - np.round(truth)) ** 2).mean())
+
+    assert record["metrics"]["psnr"] == pytest.approx(psnr(four["restored"][1]), rel=1e-5)
+    each = [psnr(draw) for draw in draws[1]]
+    assert record["metrics"]["psnr_draws"] == pytest.approx(sum(each) / 4, rel=1e-5)
+    with pytest.raises(InputError, match="samples_per_image"):
+        sampler(prior, samples_per_image=0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Samples that fail, and memory
+
+
+class Spoil(Guidance):
+    """Multiplies x_s of the images whose ids end in 1 from a step on."""
+
+    def __init__(self, factor: float, index: int = 1) -> None:
+        self.factor, self.index = factor, index
+
+    def guide_sample(self, step, x):
+        if step.index > self.index:
+            return x
+        factors = [self.factor if name.endswith("1") else 1.0 for name in step.noise.ids]
+        return x * torch.tensor(factors).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("factor", "why"),
+    [(math.nan, "not a number at step 2 of 4"), (1e6, "diverged at step 3 of 4")],
+)
+def test_a_sample_fails_alone(tmp_path, prior, shipped_images, factor, why, capsys):
+    x = shipped_images[:4]
+    guidances = [DPS(), CMI(estimator=Lanczos(krylov=2))]
+    options = {"num_steps": 4, "operator": BoxMask(14, 4)}
+    (well,) = predict(sampler(prior, *guidances, **options), tmp_path / "a", x, batch_size=4)
+    spoilt = sampler(prior, *guidances, Spoil(factor, 2), **options)
+    (result,) = predict(spoilt, tmp_path / "b", x, batch_size=4)
+    row, name = 1, "set/1"
+    assert result["failed"] == {name: why}
+    assert spoilt.run.failures == {name: why}
+    others = [0, 2, 3]
+    assert torch.equal(result["restored"][others], well["restored"][others])
+    assert bool(torch.isfinite(result["restored"]).all())
+    summary = json.loads((tmp_path / "b/summary.json").read_text())
+    assert summary["failed"] == {name: why}
+    assert summary["metrics"]["psnr"]["count"] == 3
+    assert any("1 of 4 images failed" in n and why in n for n in summary["notes"])
+    assert why in capsys.readouterr().out
+    records = [json.loads((tmp_path / f"b/records/set/{i}.json").read_text()) for i in range(4)]
+    psnr = [records[i]["metrics"]["psnr"] for i in others]
+    assert summary["metrics"]["psnr"]["mean"] == pytest.approx(sum(psnr) / 3)
+    assert len(records[row]["curves"]["residual"]) == int(why.split()[-3]) - 1
+    again = Count()  # a failure is final: the same would happen again
+    predict(spoilt, tmp_path / "b", x, again, batch_size=4)
+    assert again.batches == []
+    assert spoilt.run.failures == {name: why}
+
+
+def test_the_last_finite_state_is_kept(prior, shipped_images):
+    x, noise, row = shipped_images[:2], SampleNoise(0, ["0", "1"]), 1
+    problem = Problem.simulate(x, Identity(), 0.05, noise)
+    chain = Sampler(prior, DDPM(), [DPS(), Spoil(math.nan, 1)], 4)
+    records = list(chain.iterate(problem, noise, x))
+    assert [int(r.stopped[row]) for r in records] == [0, 0, 3, 3]
+    assert [int(r.stopped[1 - row]) for r in records] == [0] * 4
+    assert torch.equal(records[-1].x[row], records[1].x[row])
+    assert not bool(records[-1].log["residual"].isnan()[1 - row])
+    assert bool(records[-1].log["residual"].isnan()[row])
+
+
+def test_exit_code_3_tells_of_failures_and_of_unreadable_files(tmp_path, monkeypatch, capsys):
+    import cmi_lightning.guidance as guidance
+
+    def run(name: str, *options: str) -> int:
+        fast = ["--model.num_steps=4", f"--trainer.default_root_dir={tmp_path / name}"]
+        return main(["predict", *options, *fast])
+
+    monkeypatch.setattr(guidance, "Spoil", Spoil, raising=False)
+    spoil = "{class_path: cmi_lightning.guidance.Spoil, init_args: {factor: .nan}}"
+    dps = "{class_path: DPS}"
+    demo = ["-c", "demo", "--data.limit=2", f"--model.guidances=[{dps}, {spoil}]"]
+    assert run("a", *demo) == 3
+    assert run("a", *demo) == 3  # and again, from the records
+    assert "1 of 2 images failed" in capsys.readouterr().out
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(2):
+        Image.fromarray(np.full((32, 32), 100 + i, np.uint8)).save(photos / f"{i}.png")
+    folder = ["-c", "task/denoise", f"--data.folder={photos}"]
+    assert run("b", *folder) == 0
+    (photos / "2.png").write_bytes(b"no image")
+    assert run("b", *folder) == 3
+    summary = json.loads((tmp_path / "b/summary.json").read_text())
+    assert list(summary["skipped"]) == [str(photos / "2.png")]
+    assert summary["images"] == 2
+
+
+class Small(Denoiser):
+    """A prior that takes a few images at a time, as a small GPU would."""
+
+    def __init__(self, prior: Denoiser, rows: int) -> None:
+        super().__init__()
+        self.prior, self.rows, self.calls = prior, rows, 0
+        self.schedule, self.image_shape = prior.schedule, prior.image_shape
+        self.value_range = prior.value_range
+
+    def forward(self, x, level):
+        self.calls += 1
+        if len(x) > self.rows:
+            if self.calls > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+            return self.prior(x, level)  # it runs out later than at the first step
+        return self.prior(x, level)
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_out_of_memory_halves_the_batches_once(tmp_path, caplog, shipped_images, draws):
+    prior = GaussianMixture(torch.zeros(1, 1, 32, 32), 0.2)
+    x, kwargs = shipped_images[:7], {"samples_per_image": draws, "operator": RandomMask(0.5)}
+    wanted = predict(sampler(prior, DPS(), **kwargs), tmp_path / "a", x, batch_size=4)
+    count = Count()
+    with caplog.at_level(logging.WARNING, "cmi_lightning"):
+        got = predict(
+            sampler(Small(prior, 2), DPS(), **kwargs), tmp_path / "b", x, count, batch_size=4
+        )
+    for a, b in zip(wanted, got, strict=True):
+        assert a["id"] == b["id"]
+        assert torch.equal(a["restored"], b["restored"])
+        assert torch.equal(a["residual"], b["residual"])
+    assert [len(b) for b in count.batches] == [4] + [2] * 2 * draws + [2] * draws + [1] * draws
+    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("cmi_lightning")]
+    assert "Out of memory with 4 images at a time: going on with 2" in message
+    a, b = files(tmp_path / "a"), files(tmp_path / "b")
+    assert {n for n in a if a[n] != b.get(n)} == {"run.json", "summary.json"}  # the prior's name
+
+
+def test_out_of_memory_twice_is_told(tmp_path, shipped_images):
+    prior = Small(GaussianMixture(torch.zeros(1, 1, 32, 32), 0.2), 1)
+    with pytest.raises(InputError, match=r"Out of memory with 2 image.* data.batch_size"):
+        predict(sampler(prior, DPS()), tmp_path, shipped_images[:4], batch_size=4)
+
+
+def test_other_errors_are_not_taken_for_memory(tmp_path, prior, shipped_images):
+    with pytest.raises(RuntimeError, match="crash"):
+        predict(sampler(prior), tmp_path, shipped_images[:2], Count((0, 1), crash))
+
+
+# ---------------------------------------------------------------------------------------------
+# Costs
+
+
+def test_costs_are_counted(tmp_path, prior, shipped_images, monkeypatch):
+    passes = {"first": 0, "with graph": 0}
+    real = torch.autograd.grad
+
+    def spy(*args, **kwargs):
+        passes["with graph" if kwargs.get("create_graph") else "first"] += 1
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    cmi = CMI(estimator=Lanczos(krylov=2), min_signal=0.0, max_signal=1.0)
+    module = sampler(prior, DPS(), cmi, operator=BoxMask(14, 4))
+    predict(module, tmp_path, shipped_images[:2], batch_size=1)
+    costs = json.loads((tmp_path / "summary.json").read_text())["costs"]
+    assert costs["forwards"] == {"per_image": STEPS, "per_step": 1}
+    second = passes["with graph"] / 2
+    assert costs["second_order"] == {"per_image": second, "per_step": pytest.approx(second / STEPS)}
+    assert second == STEPS - 1  # the last step adds no noise, and CMI steps by its share
+    assert costs["vjps"]["per_image"] == sum(passes.values()) / 2
+    timing = json.loads((tmp_path / "timing.json").read_text())
+    seconds = timing["seconds"]
+    assert seconds["per_image"] == pytest.approx(STEPS * seconds["per_step"])
+    assert seconds["per_image"] > 0
+    assert timing["peak_memory"]["most"] > 2**20
+
+
+def test_progress_tells_images_per_hour(tmp_path, prior, shipped_images, capsys):
+    predict(sampler(prior), tmp_path, shipped_images[:4], SamplingProgress(interval=0))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("images/h, 0:0" in line and line.endswith("left") for line in lines)
