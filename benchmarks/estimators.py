@@ -3,6 +3,8 @@
     python benchmarks/estimators.py mixture    d = 6, 80, 800; the truth is a dense computation
     python benchmarks/estimators.py network    ×4 and box; the reference is 64 probes, 24 Krylov
                                                vectors, on the same x_t
+    python benchmarks/estimators.py steps      the central difference by its step length, and the
+                                               curvature form, against the second-order pass
 
 Columns: bias ‖mean − truth‖/‖truth‖ with its standard error, standard deviation of one probe in
 units of ‖truth‖, cosine of one probe and of the mean to the truth, relative bias of the value,
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from cmi_lightning import exact
 from cmi_lightning.data import ImageFolderData
-from cmi_lightning.denoisers import DenseCovariance, GaussianMixture, shipped_prior
+from cmi_lightning.denoisers import Autocast, DenseCovariance, GaussianMixture, shipped_prior
 from cmi_lightning.information import (
     Estimator,
     ImageProbes,
@@ -34,7 +36,12 @@ from cmi_lightning.information import (
     TraceLimit,
     TwoTraces,
 )
-from cmi_lightning.information.base import whitened
+from cmi_lightning.information.base import (
+    STEP_LENGTH,
+    clipped_inverse,
+    contraction,
+    whitened,
+)
 from cmi_lightning.linalg import dot, krylov, norm, per_sample
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import BoxMask, Downsample, LinearOperator
@@ -236,17 +243,66 @@ def on_network(
                 print(line(name, draws, runs[0][1], seconds), flush=True)
 
 
+def step_lengths(count: int) -> None:
+    """Largest relative error in float32, smallest cosine in bfloat16, of ``count`` images."""
+    prior = shipped_prior()
+    low = Autocast(prior, torch.bfloat16)
+    data = ImageFolderData("fashion-mnist-test", batch_size=count)
+    data.setup("predict")
+    batch = next(iter(data.predict_dataloader()))
+    x0, ids = batch["x"], list(batch["id"])
+    lengths = (0.01, 0.02, STEP_LENGTH, 0.05, 0.1)
+    headings = [f"{length:g}: error" for length in lengths]
+    headings += [f"{length:g}: cosine, bf16" for length in lengths]
+    print(f"| task, t | {' | '.join(headings)} | curvature: cosines |")
+    print("|---|" + "---:|" * (len(headings) + 1))
+    for task, operator in (("×4", Downsample(4)), ("box", BoxMask(14, 4))):
+        for index in (50, 200, 400, 600, 800):
+            noise = SampleNoise(0, ids)
+            problem = Problem.simulate(x0, operator.bind((1, 32, 32), noise, x0), 0.05, noise)
+            now, then = prior.schedule[index], prior.schedule[index - 1]
+            x = now.alpha * x0 + now.sigma * noise.normal("benchmark", index, x0)
+            step, lowered = (Step(index, x, now, then, problem, d, noise) for d in (prior, low))
+            A, std = problem.operator, problem.std
+            v = A.white(lambda like: noise.signs("steps", index, like), problem.y)  # noqa: B023
+            space = krylov(whitened(step, std), v, 6)
+            w, _ = space.apply(clipped_inverse)
+            root, _ = space.apply(lambda s: clipped_inverse(s).sqrt())
+            u, p, q = (A.adjoint(z / std) for z in (w, v, root))
+            exact_pass = contraction(step, u, p)
+            errors, cosines = [], []
+            for length in lengths:
+                error = contraction(step, u, p, "difference", length) - exact_pass
+                errors.append(f"{float((norm(error) / norm(exact_pass)).max()):.1%}")
+                difference = contraction(lowered, u, p, "difference", length)
+                cosines.append(f"{float(cosine(difference, exact_pass).min()):.3f}")
+            size = 0.1 * now.sigma * math.sqrt(x[0].numel())
+            h = per_sample(size / norm(q), q)
+            with torch.no_grad():
+                ahead, here, behind = (prior(x + s * h * q, now).x0 for s in (1, 0, -1))
+            curvature = cosine((ahead + behind - 2 * here) / h**2, contraction(step, q, q))
+            span = f"{float(curvature.min()):.2f} to {float(curvature.max()):.2f}"
+            print(f"| {task}, {index} | {' | '.join([*errors, *cosines])} | {span} |", flush=True)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Per sample, (B,)."""
+    return dot(a, b) / (norm(a) * norm(b))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("where", choices=["mixture", "network"])
+    parser.add_argument("where", choices=["mixture", "network", "steps"])
     parser.add_argument("--probes", type=int, help="probes per point: 1000, or 8 on the network")
     parser.add_argument("--reference", type=int, default=64, help="the network's reference probes")
     parser.add_argument("--count", type=int, default=4, help="images")
     args = parser.parse_args()
     if args.where == "mixture":
         on_mixtures(args.probes or 1000)
+    elif args.where == "steps":
+        step_lengths(args.count)
     else:
         on_network(args.probes or 8, args.reference, args.count)
 

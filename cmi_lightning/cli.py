@@ -248,15 +248,24 @@ def verify(args: list[str]) -> int:
     if size is not None and not size.isdecimal():
         raise InputError(f"--size must be a number of pixels, got '{size}'.")
     if not args:
+        if size is not None:
+            raise InputError(
+                "--size is for the images of a network: give --denoiser or -c as well."
+            )
         return _print_checks("exact priors, float64", exact_checks())
+    if args[0] in ("-h", "--help"):
+        print(str(verify.__doc__).partition("\n\n")[2])
+        return 0
     from cmi_lightning.module import PosteriorSampler
 
     base = [str(configs() / "base.yaml")]
     options = [f"--model.{a[2:]}" if a.startswith("--denoiser") else a for a in args]
-    denoiser = _lightning_cli(PosteriorSampler, options, default_config_files=base).model.denoiser
+    cli = _lightning_cli(PosteriorSampler, options, default_config_files=base)
+    denoiser = cli.model.denoiser
     denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
     checks = network_checks(denoiser, int(size) if size else None)
-    return _print_checks(type(denoiser).__name__, checks)
+    shipped = getattr(cli.config.model.denoiser, "class_path", "")
+    return _print_checks(str(shipped), checks)
 
 
 def _take(args: list[str], option: str) -> tuple[str | None, list[str]]:

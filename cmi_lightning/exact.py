@@ -162,9 +162,9 @@ def gradient_theorem_2(
 ) -> Tensor:
     """Return ∇_{x_t} I (B, *), ∂_k I = ½ tr[P⁻¹ ∂_k P] − ½ tr[Q⁻¹ ∂_k Q], by the whole tensor ∇P.
 
-    ∂_k P = (σ²/α) ∂_k J and ∂_k Q = Q P⁻¹ (∂_k P) P⁻¹ Q, Q as in :func:`information_theorem_1`. The
-    paper's Eq. 14b is printed without the inverses. n² derivatives and n³ memory. Args and errors
-    as in :func:`information`.
+    ∂_k P = (σ²/α) ∂_k J and ∂_k Q = Q P⁻¹ (∂_k P) P⁻¹ Q, Q as in :func:`information_theorem_1`. In
+    the scan of the paper that we have, Eq. 14b has lost the second inverse. n² derivatives and n³
+    memory. Args and errors as in :func:`information`.
 
     Source: Hamidi & Yang (2025), Theorem 2 and Eq. 14.
     """

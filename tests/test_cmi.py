@@ -11,11 +11,15 @@ import torch
 from conftest import SHAPE, Dense, jacobian, make_step
 from torch import Tensor
 
-from cmi_lightning.denoisers import GaussianMixture
+from cmi_lightning.denoisers import GaussianMixture, power_law_prior
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance import CMI
 from cmi_lightning.information import ImageProbes, Lanczos, Ridge, TraceLimit, TwoTraces
 from cmi_lightning.linalg import dot, norm
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators import PixelMask
+from cmi_lightning.problem import Problem
+from cmi_lightning.schedule import Level
 from cmi_lightning.solvers import DDPM
 from cmi_lightning.step import Step
 
@@ -199,6 +203,22 @@ def test_difference_agrees_with_autograd(mixture, dense):
     exact = Lanczos(krylov=3)(step).gradient
     approximate = Lanczos(krylov=3, derivative="difference")(step).gradient
     assert float((norm(exact - approximate) / norm(exact)).max()) < 5e-3
+
+
+@pytest.mark.parametrize("derivative", ["autograd", "difference"])
+def test_a_sample_that_measures_nothing_has_no_gradient(derivative):
+    prior = power_law_prior([1, 256, 256])
+    noise = SampleNoise(0, ["a", "b"])
+    known = torch.ones(2, 256, 256, dtype=torch.bool)
+    known[1] = False
+    x = prior.sample(2, torch.Generator().manual_seed(1))
+    problem = Problem.simulate(x, PixelMask.from_mask(known, x), 0.05, noise)
+    now = Level(1.0, 50.0, 50.0)
+    step = Step(3, x + 50 * noise.normal("test", 0, x), now, now, problem, prior, noise)
+    information = Lanczos(krylov=2, derivative=derivative)(step)
+    assert bool(information.gradient.isfinite().all())
+    assert float(information.gradient[1].abs().max()) == 0
+    assert float(information.value[1]) == 0
 
 
 def test_gaussian_prior_has_no_gradient(dense):

@@ -794,3 +794,11 @@ def test_the_callers_gradient_mode_and_tensors_stay(enabled):
             assert not f(mixture, x, LEVELS[0], A, 0.1).requires_grad
             assert torch.is_grad_enabled() is enabled
     assert not x.requires_grad
+
+
+def test_covariances_take_the_dtype_of_the_means():
+    covariance = DenseCovariance(torch.eye(6, dtype=torch.float64))
+    prior = GaussianMixture(torch.zeros(2, 1, 2, 3), covariance)
+    x = torch.ones(1, 1, 2, 3)
+    assert prior(x, prior.schedule[300]).x0.dtype == torch.float32
+    assert covariance.values.dtype == torch.float64

@@ -244,7 +244,6 @@ def test_document_holds_the_tables(bench):
             assert line in document
 
 
-@pytest.mark.slow
 def test_dps_lands_where_it_was_found_before(bench):
     """MCGdiff's DPS at d = 8, m = 1, 20 steps: 4.9 to 5.2 in replications of ours."""
     cell, distances = bench.Cell(8, 1, 20), {"DPS": [], "MomentMatching": [], "exact": []}

@@ -10,7 +10,8 @@ from torch import nn
 
 from cmi_lightning import verify as package
 from cmi_lightning.cli import main
-from cmi_lightning.denoisers import NetworkDenoiser
+from cmi_lightning.denoisers import GaussianPrior, NetworkDenoiser
+from cmi_lightning.errors import InputError
 from cmi_lightning.guidance import MomentMatching
 from cmi_lightning.information import Lanczos, TraceLimit
 from cmi_lightning.operators import Downsample
@@ -132,6 +133,32 @@ def test_a_broken_network_is_caught(flaw, name):
     assert name in failed if name else not failed
 
 
+def test_the_images_are_where_the_network_is():
+    seen = []
+
+    class Spy(NetworkDenoiser):
+        def forward(self, x, level):
+            seen.append(x.device.type)
+            raise InputError("seen")
+
+    network = Spy(nn.Conv2d(1, 1, 1, device="meta"), None, image_shape=(1, 8, 8))
+    with pytest.raises(InputError, match="seen"):
+        list(network_checks(network))
+    assert seen == ["meta"]
+
+
+def test_a_prior_over_vectors():
+    prior = GaussianPrior(torch.zeros(6, dtype=torch.float64), 1.0)
+    assert not names_of_failures(network_checks(prior))
+
+
+def test_help(capsys):
+    assert main(["verify", "--help"]) == 0
+    assert "--denoiser" in capsys.readouterr().out
+
+
 def test_bad_size(capsys):
+    assert main(["verify", "--size", "32"]) == 2
+    assert "give --denoiser or -c" in capsys.readouterr().err
     assert main(["verify", "--size", "large"]) == 2
     assert "size must be a number of pixels" in capsys.readouterr().err

@@ -104,7 +104,7 @@ class GaussianMixture(Denoiser):
                 f"A mixture of {count} components needs as many weights, at least 0, and not all "
                 f"0, got {weights.tolist()}."
             )
-        self.covariances = covariance
+        self.covariances = copy.deepcopy(covariance).to(means.dtype)
         self.register_buffer("means", means)
         self.register_buffer("log_weights", torch.log(weights / weights.sum()))
         # Small mixtures cost next to nothing either way, and so keep their rows apart.
@@ -352,7 +352,7 @@ def power_law_prior(
     exponent: float = 2.0,
     std: float = 0.3,
     mean: float = 0.0,
-    schedule: Schedule | Literal["linear", "cosine", "edm"] = "linear",
+    schedule: Schedule | Literal["linear", "cosine", "edm", "vp"] = "linear",
 ) -> GaussianPrior:
     """Return a stationary Gaussian texture: power ∝ 1/|f|^exponent, on a circular grid.
 

@@ -21,7 +21,7 @@ class MomentMatching(Guidance):
     and what ΠGDM approximates by an isotropic Σ. The solve is the clipped spectral function of
     :class:`~cmi_lightning.information.Lanczos` on the Krylov space of the whitened residual: for a
     symmetric positive Σ these are conjugate gradients, and on a learned network, where Σ is neither
-    and those diverge, directions that carry less than the noise are left alone.
+    and those diverge, directions in which it claims a negative variance are left alone.
 
     Cost of a step: ``krylov`` + 1 vector-Jacobian products, no second derivative.
 

@@ -17,9 +17,8 @@ from cmi_lightning.linalg import dot, norm, per_sample
 from cmi_lightning.step import Step
 
 # Length of the central difference's step, see contraction(). Its truncation grows with the square,
-# and low precision's rounding falls with the inverse: on the shipped prior (×4 and box, t = 50 to
-# 800) 0.02 is off by at most 3 % in float32 and has a cosine of 0.94 to 1 with the exact derivative
-# in bfloat16; 0.05 is off by up to 19 %, with 0.99 to 1.
+# and low precision's rounding falls with the inverse: `benchmarks/estimators.py steps` measures
+# both on the shipped prior, docs/method.md has the table.
 STEP_LENGTH = 0.03
 
 
@@ -157,7 +156,8 @@ def contraction(
         return step.covariance_factor * step.grad(dot(step.vjp(u, create_graph=True), p))
     x = step.x.detach()
     size = length * step.now.sigma * math.sqrt(x[0].numel())
-    h = size / norm(p).clamp_min(torch.finfo(p.dtype).tiny)
+    length_p = norm(p)
+    h = size / torch.where(length_p > 0, length_p, 1.0)  # nothing measured: p = 0, and no gradient
     ahead, behind = (step.at(x + per_sample(s * h, x) * p, step.now).vjp(u) for s in (1, -1))
     return step.covariance_factor * (ahead - behind) / per_sample(2 * h, x)
 

@@ -39,14 +39,14 @@ class Lanczos(ProbeEstimator):
     ("autograd"), or ``krylov`` + 2 products and 2 forwards ("difference").
     Bias: of the Krylov space alone; none if ``krylov`` reaches m, and small once the space holds
     the large eigenvalues.
-    Variance: 2‖G‖²_F-like, without the diagonal, of the m×m matrices ½ f'(S) ∂_k S: unlike image
+    Variance: 2 Σ_{i≠j} G_ij² of the symmetrised m×m matrices G = ½ f'(S) ∂_k S: unlike for image
     probes, what A does not measure adds none. None for m = 1.
 
-    The defaults are the least that point the right way on the shipped network
-    (``benchmarks/estimators.py``; docs/method.md has the tables): one probe's cosine to the
-    reference gradient is 0.94 to 0.97 on a box (m = 828) at krylov = 6, 0.6 at 3, where the middle
-    of three Ritz values falls on the noise level, where f' jumps; on super-resolution ×4 they are
-    alike. :class:`TraceLimit` has that direction for a quarter of the passes, and no value in nats.
+    The defaults are an empirical choice (``benchmarks/estimators.py network``; docs/method.md has
+    the tables): on a box (m = 828) one probe's cosine to the reference gradient is 0.80 to 0.97 at
+    krylov = 6 and 0.5 to 0.6 at 3, where the middle of three Ritz values falls on the noise level,
+    where f' jumps; on super-resolution ×4 they are alike. :class:`TraceLimit` has as good a
+    direction for a quarter of the passes, and no value in nats.
 
     Args:
         probes: sign vectors per step.
@@ -93,7 +93,7 @@ class Ridge(Lanczos):
     and interpolates between :class:`Lanczos` (delta = 0) and, up to a factor, :class:`TraceLimit`.
 
     Cost: as :class:`Lanczos`. Bias: I and ∇I are those of the noisier measurement, both smaller in
-    size; of the Krylov space less than at delta = 0. Variance: smaller with the gradient.
+    size as a rule; of the Krylov space less than at delta = 0. Variance: smaller with the gradient.
 
     Args:
         probes: sign vectors per step.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.denoisers import Autocast, Denoiser
+from cmi_lightning.errors import InputError
 from cmi_lightning.information.base import contraction
 from cmi_lightning.linalg import dot, krylov, norm, per_sample
 from cmi_lightning.noise import SampleNoise
@@ -39,9 +40,11 @@ def network_checks(denoiser: Denoiser, size: int | None = None) -> Iterator[Chec
             the network allows.
     """
     shape = _image_shape(denoiser, size)
-    like = torch.zeros(2, *shape)
+    tensors = (*denoiser.parameters(), *denoiser.buffers())
+    like = torch.zeros(2, *shape, device=next((t.device for t in tensors), None))
     noise = SampleNoise(0, ["verify/0", "verify/1"])
-    problem = Problem(like, Identity().bind(shape, noise, like), 0.05)
+    identity = Identity().bind(shape, noise, like)  # type: ignore[arg-type]  # vectors too
+    problem = Problem(like, identity, 0.05)
     sampler = Sampler(denoiser, DDIM(), num_steps=min(STEPS, len(denoiser.schedule)))
     records = list(sampler.iterate(problem, noise, like))
     out_of_range = _out_of_range(denoiser, records[-1].x)
@@ -63,14 +66,15 @@ def network_checks(denoiser: Denoiser, size: int | None = None) -> Iterator[Chec
     yield from _covariance(points)
 
 
-def _image_shape(denoiser: Denoiser, size: int | None) -> tuple[int, int, int]:
+def _image_shape(denoiser: Denoiser, size: int | None) -> tuple[int, ...]:
+    shape = denoiser.image_shape or (None, None, None)
+    if None not in shape:
+        return tuple(n for n in shape if n is not None)
+    if len(shape) != 3:
+        raise InputError(f"image_shape must be (channels, height, width), got {shape}.")
     multiple = denoiser.size_multiple
     side = size or -(-64 // multiple) * multiple
-    shape = denoiser.image_shape or (None, None, None)
-    channels, height, width = (
-        free if n is None else n for n, free in zip(shape, (3, side, side), strict=True)
-    )
-    return channels, height, width
+    return tuple(free if n is None else n for n, free in zip(shape, (3, side, side), strict=True))
 
 
 def _out_of_range(denoiser: Denoiser, x: Tensor) -> float:
