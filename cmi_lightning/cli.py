@@ -100,6 +100,13 @@ def _lightning_cli(model: type, args: list[str], resumable: bool = False, **kwar
 
     class CLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            if not resumable:
+                parser.add_argument(
+                    "--step_sizes",
+                    type=dict[str, int | float],
+                    default={},
+                    help="the task's step sizes, by name; the packaged guidance/*.yaml read them",
+                )
             if resumable:
                 parser.add_argument(
                     "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from"

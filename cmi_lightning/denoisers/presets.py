@@ -1,22 +1,55 @@
-"""The networks of the published FFHQ and ImageNet checkpoints, by name.
+"""The published FFHQ and ImageNet priors at 256×256, by name.
 
-Their layout and their state dicts' names and shapes are guided-diffusion's (Dhariwal & Nichol,
-2021): with the weights of DPS (Chung et al., 2023), ``ffhq_10m.pt``, and of guided-diffusion,
-``256x256_diffusion_uncond.pt`` (which DPS calls ``imagenet256.pt``), they fit without renaming.
+State-dict names and shapes are those of guided-diffusion (Dhariwal & Nichol, 2021), so that the
+files published by DPS (Chung et al., 2023), ``ffhq_10m.pt``, and by guided-diffusion,
+``256x256_diffusion_uncond.pt`` (DPS calls it ``imagenet256.pt``), fit as they are. Both networks
+predict ε on the linear chain of 1,000 steps and learn the variance.
 """
 
 from __future__ import annotations
 
+from cmi_lightning.denoisers.network import NetworkDenoiser
 from cmi_lightning.denoisers.unet import UNet
 
 
-def ffhq_unet(checkpoint: bool = False, fused_attention: bool = False) -> UNet:
-    """Return the network of ``ffhq_10m.pt``: 256x256 faces, 93,563,910 parameters, 362 tensors.
+def ffhq(
+    weights: str = "ffhq_10m.pt", checkpoint: bool = True, fused_attention: bool = False
+) -> NetworkDenoiser:
+    """Return the prior of 256×256 faces, with the network :func:`ffhq_unet`.
 
     Args:
-        checkpoint: recompute blocks in the backward pass to save memory, see :class:`UNet`.
+        weights: the published file, ``ffhq_10m.pt``; see :class:`NetworkDenoiser`.
+        checkpoint: half the memory in nearly the same time, see :class:`UNet`.
         fused_attention: faster attention without second derivatives, see :class:`UNet`.
+
+    Raises:
+        InputError: if the weights are missing, unreadable or do not fit.
     """
+    network = ffhq_unet(checkpoint, fused_attention)
+    return NetworkDenoiser(network, weights, image_shape=(3, 256, 256))
+
+
+def imagenet(
+    weights: str = "256x256_diffusion_uncond.pt",
+    checkpoint: bool = True,
+    fused_attention: bool = False,
+) -> NetworkDenoiser:
+    """Return the unconditional prior of ImageNet at 256×256, with :func:`imagenet_unet`.
+
+    Args:
+        weights: the published file, ``256x256_diffusion_uncond.pt``; see :class:`NetworkDenoiser`.
+        checkpoint: half the memory in nearly the same time, see :class:`UNet`.
+        fused_attention: faster attention without second derivatives, see :class:`UNet`.
+
+    Raises:
+        InputError: if the weights are missing, unreadable or do not fit.
+    """
+    network = imagenet_unet(checkpoint, fused_attention)
+    return NetworkDenoiser(network, weights, image_shape=(3, 256, 256))
+
+
+def ffhq_unet(checkpoint: bool = False, fused_attention: bool = False) -> UNet:
+    """Return that of ``ffhq_10m.pt``: 93,563,910 parameters in 362 tensors."""
     return UNet(
         model_channels=128,
         channel_mult=(1, 1, 2, 2, 4, 4),
@@ -29,12 +62,7 @@ def ffhq_unet(checkpoint: bool = False, fused_attention: bool = False) -> UNet:
 
 
 def imagenet_unet(checkpoint: bool = False, fused_attention: bool = False) -> UNet:
-    """Return the network of ``256x256_diffusion_uncond.pt``: 552,814,086 parameters, 566 tensors.
-
-    Args:
-        checkpoint: recompute blocks in the backward pass to save memory, see :class:`UNet`.
-        fused_attention: faster attention without second derivatives, see :class:`UNet`.
-    """
+    """Return that of ``256x256_diffusion_uncond.pt``: 552,814,086 parameters in 566 tensors."""
     return UNet(
         model_channels=256,
         channel_mult=(1, 1, 2, 2, 4, 4),

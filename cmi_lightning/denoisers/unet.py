@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from cmi_lightning.errors import InputError
@@ -44,85 +45,6 @@ def timestep_embedding(times: Tensor, dim: int) -> Tensor:
     exponents = torch.arange(half, device=times.device, dtype=torch.float32) / half
     angles = times.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
-
-
-class ResBlock(nn.Module):
-    """Two 3x3 convolutions with a time-dependent scale and shift, and a skip around them."""
-
-    def __init__(
-        self,
-        channels: int,
-        embed_dim: int,
-        out_channels: int,
-        dropout: float = 0.0,
-        resample: str | None = None,
-        scale_shift: bool = True,
-    ) -> None:
-        super().__init__()
-        self.resample, self.scale_shift = resample, scale_shift
-        self.in_layers = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
-        width = 2 * out_channels if scale_shift else out_channels
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, width))
-        last = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
-        self.out_layers = nn.Sequential(
-            GroupNorm32(out_channels), nn.SiLU(), nn.Dropout(dropout), last
-        )
-        same = channels == out_channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
-
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "up":
-            return F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return F.avg_pool2d(x, 2) if self.resample == "down" else x
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map features (B, C, H, W) and a time embedding (B, E) to features of the new width."""
-        norm, activation, convolve = self.in_layers
-        h = convolve(self._resampled(activation(norm(x))))
-        x = self._resampled(x)
-        e = self.emb_layers(embedding).to(h.dtype)[..., None, None]
-        if self.scale_shift:
-            norm, *rest = self.out_layers
-            scale, shift = e.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
-            for layer in rest:
-                h = layer(h)
-        else:
-            h = self.out_layers(h + e)
-        return self.skip_connection(x) + h
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention over pixels, heads laid out as in the published ("legacy") checkpoints."""
-
-    def __init__(self, channels: int, num_heads: int, fused: bool = False) -> None:
-        super().__init__()
-        self.num_heads, self.fused = num_heads, fused
-        self.norm = GroupNorm32(channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv1d(channels, channels, 1)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape; softmax in float32 at least."""
-        height, width = x.shape[-2:]
-        flat = rearrange(x, "b c h w -> b c (h w)")
-        qkv = self.qkv(self.norm(flat))
-        q, k, v = rearrange(qkv, "b (n three c) l -> three b n l c", n=self.num_heads, three=3)
-        if self.fused:
-            h = F.scaled_dot_product_attention(q, k, v)
-        else:
-            scale = q.shape[-1] ** -0.25  # on q and on k: steadier in low precision than on q·k
-            logits = (q * scale) @ (k * scale).transpose(-1, -2)
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            h = torch.softmax(logits, dim=-1, dtype=wide).to(v.dtype) @ v
-        h = self.proj_out(rearrange(h, "b n l c -> b (n c) l"))
-        return rearrange(flat + h, "b c (h w) -> b c h w", h=height, w=width)
 
 
 class Recomputed(torch.autograd.Function):
@@ -174,18 +96,169 @@ def _vector_jacobian(
             inputs[i] = inputs[i].detach().requires_grad_()
     with torch.enable_grad():
         outputs = f(*inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    edges = [get_gradient_edge(output) for output in outputs]
+    del outputs  # their values are not needed
     wrt = [x for x, wanted in zip(inputs, needed, strict=True) if wanted]
-    return torch.autograd.grad(outputs, wrt, grads, create_graph=keep, materialize_grads=True)
+    return torch.autograd.grad(edges, wrt, grads, create_graph=keep, materialize_grads=True)
+
+
+class FrozenConvolution(torch.autograd.Function):
+    """Convolution by a fixed kernel of odd size, stride 1, zero borders; its input is not kept.
+
+    PyTorch's own keeps the input for a gradient of the kernel, which is not wanted here. Jᵀ of a
+    convolution is the transposed convolution and back, so derivatives of every order follow.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False
+    ) -> Tensor:
+        """Return the convolution of x (B, C, *), or its transpose."""
+        ctx.save_for_backward(weight)
+        ctx.transposed, ctx.dtype = transposed, x.dtype
+        flat = x.ndim == 3
+        if transposed:
+            convolve: Callable[..., Tensor] = F.conv_transpose1d if flat else F.conv_transpose2d
+        else:
+            convolve = F.conv1d if flat else F.conv2d
+        return convolve(x, weight.to(x.dtype), bias, padding=weight.shape[-1] // 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        """Return Jᵀ grad."""
+        (weight,) = ctx.saved_tensors
+        product = FrozenConvolution.apply(grad, weight, None, not ctx.transposed)
+        return product.to(ctx.dtype), None, None, None
+
+
+Run = Callable[..., Tensor]
+
+
+def run_plainly(layer: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return layer(*inputs)."""
+    return layer(*inputs)
+
+
+def run_leanly(layer: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return layer(*inputs), for a layer with frozen parameters, and keep no activation inside it.
+
+    A convolution keeps nothing, and everything else the inputs alone. The other layers are
+    recomputed in the precision of their inputs, which autocast has set before: it need not be on.
+    """
+    if isinstance(layer, nn.Identity):
+        return layer(*inputs)
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        bias = layer.bias
+        if bias is not None:
+            bias = bias.to(inputs[0].dtype)
+        return FrozenConvolution.apply(*inputs, layer.weight, bias)
+    return Recomputed.apply(layer, *inputs)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the concatenation of features (B, C, H, W) along C."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with a time-dependent scale and shift, and a skip around them."""
+
+    def __init__(
+        self,
+        channels: int,
+        embed_dim: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        resample: str | None = None,
+        scale_shift: bool = True,
+    ) -> None:
+        super().__init__()
+        self.resample, self.scale_shift = resample, scale_shift
+        self.in_layers = nn.Sequential(
+            GroupNorm32(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        width = 2 * out_channels if scale_shift else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, width))
+        last = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        self.out_layers = nn.Sequential(
+            GroupNorm32(out_channels), nn.SiLU(), nn.Dropout(dropout), last
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return F.avg_pool2d(x, 2) if self.resample == "down" else x
+
+    def _before(self, *parts: Tensor) -> Tensor:
+        norm, activation, _ = self.in_layers
+        return self._resampled(activation(norm(_joined(parts))))
+
+    def _between(self, h: Tensor, e: Tensor) -> Tensor:
+        norm, activation, dropout, _ = self.out_layers
+        if self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            return dropout(activation(norm(h) * (1 + scale) + shift))
+        return dropout(activation(norm(h + e)))
+
+    def forward(self, embedding: Tensor, *parts: Tensor, run: Run = run_plainly) -> Tensor:
+        """Map a time embedding (B, E) and features (B, C, H, W), in parts, to the new width."""
+        # First, so that the backward pass, which runs in reverse, comes to its gradient last.
+        skip = run(self.skip_connection, self._resampled(_joined(parts)))
+        h = run(self.in_layers[-1], run(self._before, *parts))
+        e = self.emb_layers(embedding).to(h.dtype)[..., None, None]
+        return skip + run(self.out_layers[-1], run(self._between, h, e))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over pixels, heads laid out as in the published ("legacy") checkpoints."""
+
+    def __init__(self, channels: int, num_heads: int, fused: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.fused = num_heads, fused
+        self.norm = GroupNorm32(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)  # type: ignore[arg-type]
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        q, k, v = rearrange(qkv, "b (n three c) l -> three b n l c", n=self.num_heads, three=3)
+        if self.fused:
+            h = F.scaled_dot_product_attention(q, k, v)
+        else:
+            scale = q.shape[-1] ** -0.25  # on q and on k: steadier in low precision than on q·k
+            logits = (q * scale) @ (k * scale).transpose(-1, -2)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            h = torch.softmax(logits, dim=-1, dtype=wide).to(v.dtype) @ v
+        return rearrange(h, "b n l c -> b (n c) l")
+
+    def forward(self, x: Tensor, run: Run = run_plainly) -> Tensor:
+        """Map (B, C, H, W) to the same shape; softmax in float32 at least."""
+        flat = rearrange(x, "b c h w -> b c (h w)")
+        h = run(self._attend, run(self.qkv, run(self.norm, flat)))
+        return (flat + run(self.proj_out, h)).reshape(x.shape)
 
 
 class TimedSequential(nn.Sequential):
     """A sequence whose residual blocks also receive the time embedding."""
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
-        """Apply the layers in order to features (B, C, H, W)."""
+    def forward(  # type: ignore[override]
+        self, embedding: Tensor, *parts: Tensor, run: Run = run_plainly
+    ) -> Tensor:
+        """Apply the layers in order to features (B, C, H, W), given in parts."""
         for layer in self:
-            x = layer(x, embedding) if isinstance(layer, ResBlock) else layer(x)
-        return x
+            if isinstance(layer, ResBlock):
+                parts = (layer(embedding, *parts, run=run),)
+            elif isinstance(layer, AttentionBlock):
+                parts = (layer(*parts, run=run),)
+            else:
+                parts = (run(layer, *parts),)
+        return parts[0]
 
 
 class UNet(nn.Module):
@@ -201,8 +274,11 @@ class UNet(nn.Module):
         learn_variance: output 2C channels (ε, v) instead of C.
         dropout: dropout inside residual blocks, in training only.
         scale_shift: the time embedding scales and shifts features (else it is added to them).
-        checkpoint: recompute each block in the backward pass to save memory (non-reentrant, so
-            second derivatives stay right).
+        checkpoint: keep less for derivatives. Of a frozen network in evaluation mode, as denoisers
+            are, only the inputs of norms and attention are kept, and these recomputed; convolutions
+            keep nothing. FFHQ's network at 256×256 so needs half the memory for Jᵀu, and 40 %
+            for its derivative, in nearly the same time (``benchmarks/memory.py``). In training,
+            whole blocks are recomputed, by PyTorch's non-reentrant checkpointing.
         fused_attention: use PyTorch's fused attention. It has no second derivative, so CMI by
             autograd needs the default, plain attention.
 
@@ -292,47 +368,31 @@ class UNet(nn.Module):
         dtype = next(self.parameters()).dtype
         embedding = self.time_embed(features.to(dtype))
 
-        def run(block: nn.Module, *h: Tensor) -> Tensor:
-            return self._run(block, *h, embedding)
+        saving = self.checkpoint and torch.is_grad_enabled()
+        training = self.training or any(p.requires_grad for p in self.parameters())
+        lean = saving and not training
+        run = run_leanly if lean else run_plainly
+
+        def through(block: nn.Module, *parts: Tensor) -> Tensor:
+            if not lean:
+                parts = (_joined(parts),)  # once; kept apart they take less where they are kept
+            if saving and training:
+                return checkpoint(block, embedding, *parts, use_reentrant=False)
+            return block(embedding, *parts, run=run)
 
         # The first convolution sees x_t in full precision: bfloat16 resolves 1 to 0.008, no finer
         # than the noise of the last levels.
         device = x.device.type
         with torch.autocast(device, enabled=False):
-            h = self.input_blocks[0](x.to(dtype), embedding)
+            h = self.input_blocks[0](embedding, x.to(dtype), run=run)
         if torch.is_autocast_enabled(device):
             h = h.to(torch.get_autocast_dtype(device))
         skips = [h]
         for block in self.input_blocks[1:]:
-            h = run(block, h)
+            h = through(block, h)
             skips.append(h)
-        h = run(self.middle_block, h)
+        h = through(self.middle_block, h)
         for block in self.output_blocks:
-            h = run(block, h, skips.pop())
-        return run(self.out, h)
-
-    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """Return block(cat of features (B, C, H, W), time embedding), perhaps checkpointed."""
-        autocast = _autocast_state(inputs[0].device.type)
-
-        def f(*inputs: Tensor) -> Tensor:
-            *features, embedding = inputs
-            with torch.autocast(**autocast):  # as it is now: the backward pass runs outside of it
-                h = features[0] if len(features) == 1 else torch.cat(features, dim=1)
-                return block(h, embedding) if isinstance(block, TimedSequential) else block(h)
-
-        if not (self.checkpoint and torch.is_grad_enabled()):
-            return f(*inputs)
-        if self.training or any(p.requires_grad for p in block.parameters()):
-            # PyTorch's also sees to the parameters' gradients and to dropout's random numbers.
-            return checkpoint(f, *inputs, use_reentrant=False)
-        return Recomputed.apply(f, *inputs)
-
-
-def _autocast_state(device: str) -> dict[str, Any]:
-    """Return the arguments that make torch.autocast what it is now."""
-    return {
-        "device_type": device,
-        "dtype": torch.get_autocast_dtype(device),
-        "enabled": torch.is_autocast_enabled(device),
-    }
+            h = through(block, h, skips.pop())
+        norm, activation, convolve = self.out
+        return run(convolve, run(lambda h: activation(norm(h)), h))

@@ -1,0 +1,179 @@
+"""The paper's configurations: what they say, and that they run on the published architecture."""
+
+from __future__ import annotations
+
+import itertools
+import resource
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+from torch import nn
+
+from cmi_lightning.cli import _lightning_cli, _resolved, configs, main
+from cmi_lightning.denoisers import ffhq_unet
+from cmi_lightning.module import PosteriorSampler
+
+TASKS = [
+    "inpaint_random",
+    "inpaint_box",
+    "gaussian_blur",
+    "motion_blur",
+    "sr4",
+    "sr16",
+    "denoise",
+]
+GUIDANCES = ["dps", "pigdm", "mcg", "dsg"]
+BASE = [str(configs() / "base.yaml")]
+WEIGHTS = {"ffhq": "ffhq_10m.pt", "imagenet": "256x256_diffusion_uncond.pt"}
+OPERATORS = {
+    "inpaint_random": ("RandomMask", {"fraction": 0.9}),
+    "inpaint_box": ("BoxMask", {"size": 128, "margin": 16}),
+    "gaussian_blur": ("GaussianBlur", {"kernel_size": 61, "sd": 5.0}),
+    "motion_blur": ("MotionBlur", {"kernel_size": 61, "intensity": 0.5}),
+    "sr4": ("Downsample", {"factor": 4}),
+    "sr16": ("Downsample", {"factor": 16}),
+    "denoise": ("Identity", {}),
+}
+
+
+def arguments(prior: str, task: str, guidance: str, cmi: bool) -> list[str]:
+    names = [f"experiment/{prior}/{task}", f"guidance/{guidance}", *(["add_cmi"] if cmi else [])]
+    return _resolved([word for name in names for word in ("-c", name)])
+
+
+def combinations(prior: str) -> list[tuple[str, str, bool]]:
+    return list(itertools.product(TASKS, GUIDANCES, (False, True)))
+
+
+@pytest.fixture(scope="module")
+def parser():
+    """The parser of ``cmi-lightning predict``; it reads configurations and makes nothing."""
+    with mock.patch.object(LightningCLI, "instantiate_classes"):
+        return _lightning_cli(PosteriorSampler, [], default_config_files=BASE).parser
+
+
+@pytest.mark.parametrize("prior", ["ffhq", "imagenet"])
+def test_every_combination_parses(parser, prior):
+    for task, guidance, cmi in combinations(prior):
+        config = parser.parse_args(arguments(prior, task, guidance, cmi))
+        model, data = config.model, config.data.init_args
+        assert model.denoiser.class_path == f"cmi_lightning.denoisers.{prior}"
+        assert model.denoiser.init_args.weights == WEIGHTS[prior]
+        name, options = OPERATORS[task]
+        assert model.operator.class_path == f"cmi_lightning.operators.{name}"
+        found = vars(model.operator.get("init_args", {})) if options else {}
+        assert options.items() <= found.items()
+        assert model.solver.init_args.variance == "learned"
+        assert (model.num_steps, model.noise.sigma, model.noise.range) == (1000, 0.05, "signed")
+        assert (data.size, data.channels, data.limit) == (256, 3, 1000)
+        assert config.trainer.logger.init_args.save_dir == f"runs/{prior}/{task}"
+        classes = [g.class_path.rpartition(".")[2].lower() for g in model.guidances]
+        assert classes == [guidance, *(["cmi"] if cmi else [])]
+        # the step size is the task's own, although the guidance comes from a general file
+        sizes = yaml.safe_load((configs() / f"experiment/{prior}/{task}.yaml").read_text())
+        sizes = sizes["step_sizes"]
+        options = vars(model.guidances[0].init_args)
+        assert options["rate" if guidance == "dsg" else "scale"] == sizes[guidance]
+        if guidance == "dsg":
+            assert options["interval"] == sizes["dsg_interval"]
+
+
+def test_step_sizes_differ_between_tasks(parser):
+    def scale(task: str) -> float:
+        config = parser.parse_args(arguments("ffhq", task, "dps", False))
+        return config.model.guidances[0].init_args.scale
+
+    assert (scale("inpaint_box"), scale("sr4")) == (0.5, 0.3)
+
+
+def test_options_override_the_tasks_step_sizes(parser):
+    args = arguments("ffhq", "sr4", "dps", False)
+    config = parser.parse_args([*args, "--step_sizes.dps=0.7"])
+    assert config.model.guidances[0].init_args.scale == 0.7
+    config = parser.parse_args([*args, "--model.guidances.init_args.scale=0.8"])
+    assert config.model.guidances[0].init_args.scale == 0.8
+
+
+@pytest.mark.parametrize("name", ["ffhq", "imagenet"])
+def test_missing_weights_and_images_are_named(name, capsys, tmp_path):
+    args = ["predict", "-c", f"experiment/{name}/sr4", "-c", "guidance/dps"]
+    root = f"--trainer.default_root_dir={tmp_path / 'out'}"
+    # on the meta device: the network is made before its weights are looked for, and it is large
+    with torch.device("meta"):
+        assert main([*args, root]) == 2
+    assert WEIGHTS[name] in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# On FFHQ's architecture, with random weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A random checkpoint whose every layer contributes."""
+    torch.manual_seed(0)
+    network = ffhq_unet()
+    for p in network.parameters():
+        if p.ndim > 1 and not p.any():
+            nn.init.normal_(p, std=0.1 * p[0].numel() ** -0.5)
+    path = tmp_path_factory.mktemp("weights") / "random.pt"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder with one photograph, 512×512."""
+    from PIL import Image
+    from skimage.data import astronaut
+
+    folder = tmp_path_factory.mktemp("photographs")
+    Image.fromarray(astronaut()).save(folder / "astronaut.png")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "guidance", "cmi"), combinations("ffhq"))
+def test_every_combination_restores(weights, photographs, task, guidance, cmi):
+    args = [
+        *arguments("ffhq", task, guidance, cmi),
+        f"--model.denoiser.init_args.weights={weights}",
+        f"--data.folder={photographs}",
+        "--model.num_steps=2",
+        *(["--model.guidances.init_args.min_signal=0"] if cmi else []),  # of two steps, act in one
+        "--step_sizes.dsg_interval=1",
+    ]
+    cli = _lightning_cli(PosteriorSampler, args, default_config_files=BASE)
+    cli.datamodule.setup("predict")
+    (batch,) = cli.datamodule.predict_dataloader()
+    result = cli.model.predict_step(batch)
+    assert result["restored"].shape == (1, 3, 256, 256)
+    assert result["restored"].isfinite().all()
+    assert float(result["restored"].std()) > 0.01
+    record = result["details"].record
+    assert record.forwards >= 2
+    assert record.vjps >= (4 if cmi else 1)  # the guidances did act
+
+
+@pytest.mark.slow
+def test_a_photograph_from_the_command_line(weights, photographs, tmp_path):
+    command = [
+        *[sys.executable, "-m", "cmi_lightning", "predict"],
+        *["-c", "experiment/ffhq/sr4", "-c", "guidance/dps", "-c", "add_cmi"],
+        f"--model.denoiser.init_args.weights={weights}",
+        f"--data.folder={photographs}",
+        "--model.num_steps=2",
+        "--model.guidances.init_args.min_signal=0",
+        f"--trainer.default_root_dir={tmp_path / 'out'}",
+    ]
+    started = time.perf_counter()
+    subprocess.run(command, check=True)
+    assert time.perf_counter() - started < 240
+    assert (tmp_path / "out/restored/astronaut.png").is_file()
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 12 * 2**20  # in KiB
