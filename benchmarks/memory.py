@@ -8,7 +8,7 @@ computes is meaningless, what it costs is not. Each case runs in a process of it
 is built, then one step, t = 500 of the 1,000-step chain, is taken on super-resolution ×4.
 
 Memory is what the step needs beyond the process with its network: on the CPU the growth of the
-largest resident set (getrusage's ru_maxrss), on a GPU the growth of the largest sum of allocated
+largest resident set (VmHWM), on a GPU the growth of the largest sum of allocated
 tensors. Seconds are the step's, a little more than those of the steps that would follow it.
 """
 
@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -58,7 +60,11 @@ def peak(device: str) -> float:
     """Largest memory so far, in MiB."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    try:  # of this program alone: ru_maxrss starts at the parent's size
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10  # type: ignore[index]
+    except (OSError, TypeError):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def measure(method: str, checkpoint: bool, batch: int, size: int, device: str) -> dict[str, float]:

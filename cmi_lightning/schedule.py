@@ -160,7 +160,9 @@ class Schedule:
         b = np.asarray(betas, dtype=np.float64)
         kept = b[: len(b) - int(b.size and b[-1] == 1)]
         if not kept.size or np.any(kept <= 0) or np.any(kept >= 1):
-            raise InputError("betas must lie between 0 and 1 (the last may be 1), and not be none.")
+            raise InputError(
+                "betas must lie between 0 and 1 (the last may be 1), at least one of them."
+            )
         return cls._from_alpha_bars(np.cumprod(1 - kept))
 
     def scale_noise(self, factor: float) -> Schedule:

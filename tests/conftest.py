@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.problem import Problem
 from cmi_lightning.schedule import CLEAN, Level, Schedule
 from cmi_lightning.step import Step
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: more threads would only wait
+    torch.set_num_threads(1)
 
 
 class Dense(LinearOperator):

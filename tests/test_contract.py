@@ -12,7 +12,7 @@ import torch
 
 from cmi_lightning.denoisers import Autocast, Denoiser, GaussianMixture
 from cmi_lightning.guidance import CMI, DPS, DSG, MCG, MomentMatching, PiGDM
-from cmi_lightning.information import Lanczos
+from cmi_lightning.information import Estimator, Lanczos, TraceLimit
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import (
     BoxMask,
@@ -148,11 +148,17 @@ def test_low_precision_keeps_the_direction_of_cmi(prior, shipped_images, index):
     now, then = prior.schedule[index], prior.schedule[index - 1]
     x = now.alpha * x0 + now.sigma * noise.normal("test", 0, x0)
     problem = Problem.simulate(x0, Downsample(4).bind((1, 32, 32), noise, x0), 0.05, noise)
-    full, low = (
-        Lanczos(krylov=3)(Step(index, x, now, then, problem, d, noise)).gradient.flatten(1)
-        for d in (prior, Autocast(prior, torch.bfloat16))
-    )
-    assert float(torch.cosine_similarity(full, low).min()) > 0.9
+
+    def cosines(estimator: Estimator) -> torch.Tensor:
+        full, low = (
+            estimator(Step(index, x, now, then, problem, d, noise)).gradient.flatten(1)
+            for d in (prior, Autocast(prior, torch.bfloat16))
+        )
+        return torch.cosine_similarity(full, low)
+
+    assert float(cosines(TraceLimit()).min()) > 0.95
+    # A sample may have a Ritz value at the noise level, where the spectral function jumps.
+    assert float(cosines(Lanczos()).median()) > 0.95
 
 
 @pytest.mark.parametrize("base", list(BASES))

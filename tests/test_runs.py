@@ -287,11 +287,15 @@ def test_a_signal_ends_the_run_with_a_line(tmp_path, signum, code, capsys, monke
     monkeypatch.setattr(callbacks, "Stop", Stop, raising=False)
     fast = ["-c", "demo", "--data.limit=6", "--data.batch_size=2", "--model.num_steps=2"]
     fast += [f"--trainer.default_root_dir={tmp_path}"]
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(SystemExit) as stop:
-        main(["predict", *fast, "--trainer.callbacks+=cmi_lightning.callbacks.Stop"])
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["predict", *fast, "--trainer.callbacks+=cmi_lightning.callbacks.Stop"])
+        assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    finally:
+        signal.signal(signal.SIGINT, outer)
     assert stop.value.code == code
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"cmi-lightning: stopped; 2 images are done in '{tmp_path}'")
     assert "same command again" in last

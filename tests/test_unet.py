@@ -18,6 +18,7 @@ from cmi_lightning.denoisers import Autocast, NetworkDenoiser, UNet, ffhq_unet, 
 from cmi_lightning.denoisers.unet import (
     AttentionBlock,
     GroupNorm32,
+    Recomputed,
     ResBlock,
     run_leanly,
     run_plainly,
@@ -438,3 +439,12 @@ def test_memory_of_the_ffhq_network():
     plain = memory("DPS", False)
     assert memory("DPS", True) < plain / 2
     assert memory("CMI+DPS, difference", True) < plain
+
+
+def test_recomputed_has_derivatives_of_every_order():
+    a, b = (torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in (1.5, -0.7))
+    value = Recomputed.apply(lambda x, y: x**2 * y, a, b)
+    expected = [2 * a * b, 2 * b, torch.zeros_like(a), torch.zeros_like(a)]
+    for order in expected:
+        (value,) = torch.autograd.grad(value.sum(), a, create_graph=True)
+        torch.testing.assert_close(value, order)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cmi_lightning.denoisers import PUBLISHED, NetworkDenoiser, UNet, load_weights
+from cmi_lightning.denoisers import PUBLISHED, NetworkDenoiser, UNet, load_weights, presets
 from cmi_lightning.errors import InputError
 
 SMALL = dict(
@@ -320,3 +320,9 @@ def test_a_function_takes_no_weights(tmp_path):
         NetworkDenoiser(torch.sin, "net.pt")
     with pytest.raises(InputError, match="sha256 and weights_part describe a file"):
         NetworkDenoiser(unet(), None, sha256="0" * 64)
+
+
+def test_a_preset_says_what_it_expects_before_it_is_built(monkeypatch):
+    monkeypatch.setattr(presets, "ffhq_unet", lambda *_: pytest.fail("built before the file"))
+    with pytest.raises(InputError, match=r"faces\.pt.*ffhq_10m\.pt.*bytes"):
+        presets.ffhq("faces.pt")

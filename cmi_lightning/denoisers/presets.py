@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from cmi_lightning.denoisers.network import NetworkDenoiser
 from cmi_lightning.denoisers.unet import UNet
+from cmi_lightning.denoisers.weights import find_weights
 
 
 def ffhq(
-    weights: str = "ffhq_10m.pt", checkpoint: bool = True, fused_attention: bool = False
+    weights: str = "ffhq_10m.pt",
+    checkpoint: bool = True,
+    fused_attention: bool = False,
+    sha256: str | None = None,
 ) -> NetworkDenoiser:
     """Return the prior of 256×256 faces, with the network :func:`ffhq_unet`.
 
@@ -21,18 +25,21 @@ def ffhq(
         weights: the published file, ``ffhq_10m.pt``; see :class:`NetworkDenoiser`.
         checkpoint: half the memory in nearly the same time, see :class:`UNet`.
         fused_attention: faster attention without second derivatives, see :class:`UNet`.
+        sha256: checksum of the file; that of the published one is in :data:`PUBLISHED`.
 
     Raises:
         InputError: if the weights are missing, unreadable or do not fit.
     """
+    find_weights(weights, expected="ffhq_10m.pt")  # before the network is made
     network = ffhq_unet(checkpoint, fused_attention)
-    return NetworkDenoiser(network, weights, image_shape=(3, 256, 256))
+    return NetworkDenoiser(network, weights, image_shape=(3, 256, 256), sha256=sha256)
 
 
 def imagenet(
     weights: str = "256x256_diffusion_uncond.pt",
     checkpoint: bool = True,
     fused_attention: bool = False,
+    sha256: str | None = None,
 ) -> NetworkDenoiser:
     """Return the unconditional prior of ImageNet at 256×256, with :func:`imagenet_unet`.
 
@@ -40,12 +47,14 @@ def imagenet(
         weights: the published file, ``256x256_diffusion_uncond.pt``; see :class:`NetworkDenoiser`.
         checkpoint: half the memory in nearly the same time, see :class:`UNet`.
         fused_attention: faster attention without second derivatives, see :class:`UNet`.
+        sha256: checksum of the file; that of the published one is in :data:`PUBLISHED`.
 
     Raises:
         InputError: if the weights are missing, unreadable or do not fit.
     """
+    find_weights(weights, expected="256x256_diffusion_uncond.pt")  # before the network is made
     network = imagenet_unet(checkpoint, fused_attention)
-    return NetworkDenoiser(network, weights, image_shape=(3, 256, 256))
+    return NetworkDenoiser(network, weights, image_shape=(3, 256, 256), sha256=sha256)
 
 
 def ffhq_unet(checkpoint: bool = False, fused_attention: bool = False) -> UNet:

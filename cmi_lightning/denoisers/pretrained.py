@@ -259,7 +259,8 @@ def _unet(diffusers: Any, folder: Path, variant: str | None) -> Any:
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
     """Return the scheduler's configuration, {} where the folder has none."""
-    for home in (folder / "scheduler", folder, folder.parent / "scheduler"):
+    beside = [folder.parent / "scheduler"] if folder.name == "unet" else []
+    for home in (folder / "scheduler", folder, *beside):
         if (home / "scheduler_config.json").is_file():
             return _config(home / "scheduler_config.json")
     return {}

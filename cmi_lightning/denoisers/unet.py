@@ -97,10 +97,17 @@ def _vector_jacobian(
     with torch.enable_grad():
         outputs = f(*inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    edges = [get_gradient_edge(output) for output in outputs]
-    del outputs  # their values are not needed
     wrt = [x for x, wanted in zip(inputs, needed, strict=True) if wanted]
-    return torch.autograd.grad(edges, wrt, grads, create_graph=keep, materialize_grads=True)
+    pairs = [
+        (get_gradient_edge(output), grad)
+        for output, grad in zip(outputs, grads, strict=True)
+        if output.requires_grad
+    ]
+    del outputs  # their values are not needed
+    if not pairs:  # f is constant
+        return tuple(torch.zeros_like(x) for x in wrt)
+    edges, cotangents = zip(*pairs, strict=True)
+    return torch.autograd.grad(edges, wrt, cotangents, create_graph=keep, materialize_grads=True)
 
 
 class FrozenConvolution(torch.autograd.Function):

@@ -94,8 +94,15 @@ def load_weights(
     network.load_state_dict(_fitting(network, parts, path, part))
 
 
-def find_weights(source: str | Path, sha256: str | None = None) -> Path:
+def find_weights(
+    source: str | Path, sha256: str | None = None, expected: str | None = None
+) -> Path:
     """Return the file that ``source`` means, downloaded if it is a URL; see :func:`load_weights`.
+
+    Args:
+        source: see there.
+        sha256: see there.
+        expected: name of the published file that it should be, for the message.
 
     Raises:
         InputError: if there is none, or its checksum is not ``sha256``.
@@ -112,7 +119,7 @@ def find_weights(source: str | Path, sha256: str | None = None) -> Path:
     if path.is_dir():
         path = _in_folder(path)
     if not path.is_file():
-        raise InputError(_absent(str(source), path.name))
+        raise InputError(_absent(str(source), expected or path.name))
     if sha256 is not None:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -209,7 +216,10 @@ def _kind(path: Path) -> str:
                 header = json.loads(file.read(start - 8))
             except ValueError:
                 return "other"
-        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        try:
+            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        except (AttributeError, KeyError, TypeError, IndexError):
+            return "other"
         if start + max(ends, default=0) > size:
             raise _cut_short(path, size, start + max(ends))
         return "safetensors"
