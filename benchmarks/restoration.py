@@ -26,7 +26,7 @@ from torchmetrics.functional.image import (
 from cmi_lightning.data import ImageFolderData
 from cmi_lightning.data.fashion import NUM_HELD_OUT, FashionMNIST
 from cmi_lightning.denoisers import Autocast, Denoiser, shipped_prior
-from cmi_lightning.guidance import CMI, DPS, DSG, MCG, Guidance, MomentMatching, PiGDM
+from cmi_lightning.guidance import CMI, DPS, DSG, MCG, Guidance, PiGDM
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import (
     BoxMask,
@@ -56,7 +56,6 @@ METHODS: dict[str, tuple[type[Guidance], str, list[float]]] = {
     "ΠGDM": (PiGDM, "scale", [0.5, 1.0, 2.0]),
     "MCG": (MCG, "scale", [0.5, 1.0, 2.0]),
     "DSG": (DSG, "rate", [0.05, 0.1, 0.2]),
-    "MomentMatching": (MomentMatching, "krylov", [1, 3, 6]),
 }
 CMI_TASKS = ["box inpainting 14×14", "super-resolution ×4"]
 STEP_SIZES = Path(__file__).with_name("step_sizes.yaml")
