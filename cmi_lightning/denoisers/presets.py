@@ -23,7 +23,7 @@ def ffhq(
 
     Args:
         weights: the published file, ``ffhq_10m.pt``; see :class:`NetworkDenoiser`.
-        checkpoint: half the memory in nearly the same time, see :class:`UNet`.
+        checkpoint: half the memory for a tenth more time, see :class:`UNet`.
         fused_attention: faster attention without second derivatives, see :class:`UNet`.
         sha256: checksum of the file; that of the published one is in :data:`PUBLISHED`.
 
@@ -45,7 +45,7 @@ def imagenet(
 
     Args:
         weights: the published file, ``256x256_diffusion_uncond.pt``; see :class:`NetworkDenoiser`.
-        checkpoint: half the memory in nearly the same time, see :class:`UNet`.
+        checkpoint: half the memory for a tenth more time, see :class:`UNet`.
         fused_attention: faster attention without second derivatives, see :class:`UNet`.
         sha256: checksum of the file; that of the published one is in :data:`PUBLISHED`.
 

@@ -284,7 +284,7 @@ class UNet(nn.Module):
         checkpoint: keep less for derivatives. Of a frozen network in evaluation mode, as denoisers
             are, only the inputs of norms and attention are kept, and these recomputed; convolutions
             keep nothing. FFHQ's network at 256×256 so needs half the memory for Jᵀu, and 40 %
-            for its derivative, in nearly the same time (``benchmarks/memory.py``). In training,
+            for its derivative, at a tenth more time (``benchmarks/memory.py``). In training,
             whole blocks are recomputed, by PyTorch's non-reentrant checkpointing.
         fused_attention: use PyTorch's fused attention. It has no second derivative, so CMI by
             autograd needs the default, plain attention.
