@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from cmi_lightning.verify import Check
@@ -233,7 +233,7 @@ def _check_checkpoint(path: Path) -> None:
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise InputError(
             f"--ckpt_path: cannot read '{path}' ({type(error).__name__}: {reason}); only tensors "
             "and plain values are loaded (weights_only=True), as `fit` writes them."
@@ -271,8 +271,7 @@ def verify(args: list[str]) -> int:
     denoiser = cli.model.denoiser
     denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
     checks = network_checks(denoiser, int(size) if size else None)
-    shipped = getattr(cli.config.model.denoiser, "class_path", "")
-    return _print_checks(str(shipped), checks)
+    return _print_checks(str(cli.config.model.denoiser.class_path), checks)
 
 
 def _take(args: list[str], option: str) -> tuple[str | None, list[str]]:

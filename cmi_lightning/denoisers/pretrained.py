@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cmi_lightning.denoisers.network import Output, ScheduleName, WrappedNetwork
 from cmi_lightning.denoisers.weights import SUFFIXES, _kind, misfit
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, first_line
 from cmi_lightning.schedule import Level, Schedule
 
 
@@ -197,7 +197,7 @@ def _local(model: str) -> Path:
             snapshot_download(model, allow_patterns=["*.bin"])
         return folder
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise InputError(
             f"There is no folder '{model}', and the Hugging Face hub gave none "
             f"({type(error).__name__}: {reason}): correct the name, or download the model and give "
@@ -243,7 +243,7 @@ def _unet(diffusers: Any, folder: Path, variant: str | None) -> Any:
             output_loading_info=True,
         )
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise InputError(
             f"diffusers cannot load '{home}' ({type(error).__name__}: {reason}): download the "
             "model again, or name its files by variant."

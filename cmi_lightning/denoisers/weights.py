@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, first_line
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = {"fashion-mnist": ASSETS / "fashion_mnist_prior.safetensors"}
@@ -241,7 +241,7 @@ def _read(path: Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise InputError(
             f"Cannot read the weights '{path}' ({type(error).__name__}: {reason}); only plain "
             "tensors are loaded (weights_only=True): where you trust the file, load it yourself "

@@ -88,6 +88,8 @@ class ProbeEstimator(Estimator):
                 raise InputError(
                     f"{name}.{option} must be at least 1, got {getattr(self, option)}."
                 )
+        if not 0 <= (delta := getattr(self, "delta", 0.0)) < math.inf:
+            raise InputError(f"{name}.delta must be at least 0 and finite, got {delta}.")
 
     @property
     def derivatives(self) -> int:

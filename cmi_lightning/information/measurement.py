@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
 from cmi_lightning.information.base import (
     Information,
     ProbeEstimator,
@@ -107,10 +105,6 @@ class Ridge(Lanczos):
 
     delta: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_delta(self)
-
     def noise_std(self, step: Step) -> Tensor:
         """Return (Σ_n + δ_t²)^{1/2}, broadcastable to y."""
         return _ridge_std(step, self.delta)
@@ -140,10 +134,6 @@ class TraceLimit(ProbeEstimator):
 
     delta: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_delta(self)
-
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
         """Return the estimate from one sign vector."""
         A, std = step.problem.operator, _ridge_std(step, self.delta)
@@ -152,9 +142,3 @@ class TraceLimit(ProbeEstimator):
         quadratic = step.covariance_factor * dot(step.vjp(p, create_graph=graph), p)
         gradient = step.grad(quadratic) if graph else self.contraction(step, p, p)
         return Information(0.5 * quadratic.detach(), 0.5 * gradient)
-
-
-def _check_delta(estimator: Ridge | TraceLimit) -> None:
-    if not 0 <= estimator.delta < math.inf:
-        name = type(estimator).__name__
-        raise InputError(f"{name}.delta must be at least 0 and finite, got {estimator.delta}.")
