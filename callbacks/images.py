@@ -33,7 +33,8 @@ class ImageWriter(SamplingCallback):
     channel gives a gray PNG, three RGB and four RGBA; of any other number, each channel becomes a
     gray ``<id>_c0.png``, ``<id>_c1.png``, …. With several draws of each image, ``restored/`` has
     their mean, ``draws/<id>/0.png`` and so on the draws, and ``std/<id>.png`` their standard
-    deviation, black for 0 and white for 0.5 on [−1, 1] or more.
+    deviation, black for 0 and white for 0.5 on [−1, 1] or more. With ``inputs``, ``truth/<id>.png``
+    (where known) and ``measurement/<id>.png``, A⁺y, are written too, by the same rules.
 
     The grid shows truth (where known), measurement A⁺y and restoration of the first images, also in
     TensorBoard, and also after an error.
@@ -41,18 +42,24 @@ class ImageWriter(SamplingCallback):
     Args:
         dirpath: folder to write to; default: the trainer's ``default_root_dir``.
         grid_rows: images in the grid, ≥ 0; 0 for no grid.
+        inputs: also write what was restored, and the truth.
 
     Raises:
         InputError: if a link in the folder leads out of it.
     """
 
-    def __init__(self, dirpath: str | None = None, grid_rows: int = 16) -> None:
-        self.dirpath, self.grid_rows = dirpath, grid_rows
+    def __init__(
+        self, dirpath: str | None = None, grid_rows: int = 16, inputs: bool = False
+    ) -> None:
+        self.dirpath, self.grid_rows, self.inputs = dirpath, grid_rows, inputs
 
     def recorded(self, trainer: L.Trainer, record: Mapping[str, Any]) -> bool:
-        """Whether the sample's files are all there."""
-        folder = output_folder(trainer, self.dirpath)
-        return "images" in record and all((folder / name).is_file() for name in record["images"])
+        """Whether the sample's files are all there, its inputs' too if they are wanted."""
+        folder, images = output_folder(trainer, self.dirpath), record.get("images", [])
+        wanted = ["restored/", *(["measurement/"] if self.inputs else [])]
+        return all(any(name.startswith(start) for name in images) for start in wanted) and all(
+            (folder / name).is_file() for name in images
+        )
 
     def on_predict_batch_end(  # type: ignore[override]
         self,
@@ -66,6 +73,11 @@ class ImageWriter(SamplingCallback):
         """Write the batch's PNGs, and a row for the grid of each image that it shall show."""
         folder = output_folder(trainer, self.dirpath)
         draws = outputs["draws"]
+        shown = {
+            "truth": outputs["truth"],
+            "measurement": outputs["measurement"],
+            "restored": outputs["restored"],
+        }
         for i, (name, record) in enumerate(zip(outputs["id"], outputs["records"], strict=True)):
             written = _save(outputs["restored"][i], folder / "restored", name)
             if draws is not None:
@@ -73,13 +85,11 @@ class ImageWriter(SamplingCallback):
                     written += _save(x, folder / "draws", f"{name}/{k}")
                 spread = draws[i].std(0) / WHITE_STD * 2 - 1
                 written += _save(spread, folder / "std", name)
+            columns = {heading: x[i] for heading, x in shown.items() if x is not None}
+            if self.inputs:
+                for heading in [heading for heading in columns if heading != "restored"]:
+                    written += _save(columns[heading], folder / heading, name)
             if pl_module.run.position(name) < self.grid_rows:
-                shown = {
-                    "truth": outputs["truth"],
-                    "measurement": outputs["measurement"],
-                    "restored": outputs["restored"],
-                }
-                columns = {heading: x[i] for heading, x in shown.items() if x is not None}
                 save_png(beside([to_tile(x) for x in columns.values()]), self._row(folder, name))
                 record["grid"] = list(columns)
             record["images"] = [path.relative_to(folder).as_posix() for path in written]

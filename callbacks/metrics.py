@@ -53,7 +53,8 @@ class RestorationMetrics(SamplingCallback):
     of their mean, "…_draws" of the draws, averaged, and FID of all draws. Samples that were given
     up are left out of the means, and listed.
 
-    Writes ``metrics.csv``, a row per image, and ``summary.json``, with what the sampling cost in
+    Writes ``metrics.csv``, a row per image (``sigma``: its noise level on [−1, 1], where images
+    have their own), and ``summary.json``, with what the sampling cost in
     passes through the network; seconds and memory, which no two runs have alike, are in
     ``timing.json``. Sends the means to the trainer's loggers and prints a table.
 
@@ -295,6 +296,7 @@ class RestorationMetrics(SamplingCallback):
             {
                 "id": record["id"],
                 **record["metrics"],
+                **({"sigma": record["sigma"]} if "sigma" in record else {}),
                 **{name: record[name] for name in ("forwards", "vjps", "second_order")},
                 "failed": record["failed"] or "",
             }

@@ -1,10 +1,10 @@
-"""The command line: ``cmi-lightning predict``, ``fit`` and ``verify``.
+"""The command line: ``cmi-lightning predict``, ``fit``, ``verify``, ``tune`` and ``table``.
 
 ``predict`` and ``fit`` are Lightning's own command-line interface over
 :class:`cmi_lightning.PosteriorSampler` and :class:`cmi_lightning.training.ScoreTraining`: every
 constructor argument is an option, files given by ``-c`` overlay each other, and a name that is no
 file in reach is looked up among the packaged configurations. ``verify`` checks the mathematics, or
-a network.
+a network. ``table`` and ``tune`` run many predictions and compare them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from cmi_lightning.errors import InputError, first_line
 if TYPE_CHECKING:
     from cmi_lightning.verify import Check
 
-USAGE = """usage: cmi-lightning {predict,fit,verify} [-c CONFIG]... [--option VALUE]...
+USAGE = """usage: cmi-lightning {predict,fit,verify,tune,table} [-c CONFIG]... [--option VALUE]...
 
   predict   restore images: measure them (or read measurements), sample, write images and metrics
   fit       train a score network
   verify    check the mathematics on exact priors; with --denoiser or -c, check that network
+  tune      choose the step sizes of a table on validation images
+  table     methods with and without CMI on tasks: restore, compare, write a report
 
   cmi-lightning predict -c demo                                    sixteen garments under a box
   cmi-lightning predict -c demo -c task/super_resolution -c guidance/dps -c add_cmi
@@ -34,6 +36,7 @@ USAGE = """usage: cmi-lightning {predict,fit,verify} [-c CONFIG]... [--option VA
   cmi-lightning predict --help                                     all options
   cmi-lightning verify                                             the mathematics, in a minute
   cmi-lightning verify -c mine.yaml                                the network of a configuration
+  cmi-lightning table -c table/smoke                               a small table in two minutes
 
 Configurations that ship with the package: """
 
@@ -67,7 +70,7 @@ def _resolve(value: str) -> str:
     )
 
 
-def _resolved(args: Sequence[str]) -> list[str]:
+def resolved(args: Sequence[str]) -> list[str]:
     """Resolve the values of ``-c`` and ``--config``, in either spelling."""
     out: list[str] = []
     for arg in args:
@@ -137,11 +140,11 @@ def _lightning_cli(model: type, args: list[str], resumable: bool = False, **kwar
             save_config_kwargs={"overwrite": True},
         )
     except ArgumentError as error:
-        raise InputError(_one_sentence(str(error))) from error
+        raise InputError(one_sentence(str(error))) from error
     except Exception as error:
         if not _raised_by_parser(error):
             raise
-        raise InputError(f"Bad configuration: {_one_sentence(str(error))}") from error
+        raise InputError(f"Bad configuration: {one_sentence(str(error))}") from error
 
 
 def _raised_by_parser(error: BaseException) -> bool:
@@ -154,7 +157,7 @@ def _raised_by_parser(error: BaseException) -> bool:
     return module.partition(".")[0] in parsers or module == "lightning.pytorch.cli"
 
 
-def _one_sentence(message: str) -> str:
+def one_sentence(message: str) -> str:
     """Return a parser message on one line, without its repetitions."""
     parts = [part.strip(" -") for part in message.splitlines()]
     return " ".join(dict.fromkeys(part for part in parts if part))
@@ -316,10 +319,26 @@ def _print_checks(title: str, checks: Iterable[Check]) -> int:
     return int(failed > 0)
 
 
+def table(args: list[str]) -> int:
+    """Run bases with and without CMI on tasks, and write tables and a report."""
+    from cmi_lightning.table.command import table as run
+
+    return run(args)
+
+
+def tune(args: list[str]) -> int:
+    """Choose a table's step sizes on validation images."""
+    from cmi_lightning.table.command import tune as run
+
+    return run(args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "predict": predict,
     "fit": fit,
     "verify": verify,
+    "tune": tune,
+    "table": table,
 }
 
 
@@ -341,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"cmi-lightning {__version__}")
         elif command in COMMANDS:
-            return _exit_code(COMMANDS[command](_resolved(rest)))
+            return _exit_code(COMMANDS[command](resolved(rest)))
         else:
             raise InputError(f"Unknown command '{command}': use {', '.join(COMMANDS)}.")
     except Exception as error:
@@ -349,6 +368,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         lightnings = type(error).__name__ == "MisconfigurationException"
         if not isinstance(error, InputError) and not lightnings:
             raise
-        print(f"cmi-lightning: error: {_one_sentence(str(error))}", file=sys.stderr)
+        print(f"cmi-lightning: error: {one_sentence(str(error))}", file=sys.stderr)
         return 2
     return 0

@@ -69,9 +69,11 @@ class Restoration(TypedDict):
     ``id``: list of sample ids. ``restored``: (B, C, H, W), not clamped. ``measurement``: A⁺y
     (B, C, H, W), the measurement seen as an image. ``truth``: (B, C, H, W), or None for real
     measurements. ``draws``: (B, K, C, H, W), of which ``restored`` is the mean; None where K = 1.
-    ``residual``: ‖y − A x̂‖ (B,) of ``restored``, and ``noise_norm`` what noise alone leaves.
+    ``residual``: ‖y − A x̂‖ (B,) of ``restored``, ``residual_draws`` (B, K) of each draw, and
+    ``noise_norm`` (B,) what noise alone leaves.
     ``failed``: why a sample was given up, by id. ``seconds``: sampling time per image. ``records``:
-    what is kept of each sample; callbacks add to it. ``details``: what else a callback may want.
+    what is kept of each sample, with its noise level ``sigma`` where samples have their own;
+    callbacks add to it. ``details``: what else a callback may want.
 
     A batch that is another process's, or was finished by an earlier run, has no ids, no images and
     no details; of one that is so in part, only the rest is there.
@@ -83,6 +85,7 @@ class Restoration(TypedDict):
     truth: Tensor | None
     draws: Tensor | None
     residual: Tensor
+    residual_draws: Tensor
     noise_norm: Tensor
     failed: dict[str, str]
     seconds: float
@@ -363,10 +366,11 @@ class PosteriorSampler(L.LightningModule):
             truth=truth,
             draws=torch.stack(draws, 1) if len(draws) > 1 else None,
             residual=norm(problem.y - problem.operator(restored)),
+            residual_draws=torch.stack([norm(problem.y - problem.operator(x)) for x in draws], 1),
             noise_norm=problem.noise_norm,
             failed=failed,
             seconds=seconds,
-            records=[{} for _ in ids],
+            records=_new_records(problem, len(ids)),
             details=Details(problem, record, cost, _peak_memory(self.device)),
         )
 
@@ -410,6 +414,7 @@ def _nothing(batch: dict[str, Any]) -> Restoration:
         truth=images if "x" in batch else None,
         draws=None,
         residual=none,
+        residual_draws=none[:, None],
         noise_norm=none,
         failed={},
         seconds=0.0,
@@ -423,7 +428,10 @@ def _joined(parts: list[Restoration]) -> Restoration:
     if len(parts) == 1:
         return parts[0]
     whole = parts[-1].copy()
-    for key in ("restored", "measurement", "truth", "draws", "residual", "noise_norm"):
+    for key in (
+        *("restored", "measurement", "truth", "draws"),
+        *("residual", "residual_draws", "noise_norm"),
+    ):
         tensors = [part[key] for part in parts]
         whole[key] = None if tensors[0] is None else torch.cat(tensors)  # type: ignore[arg-type]
     whole["id"] = [name for part in parts for name in part["id"]]
@@ -432,6 +440,14 @@ def _joined(parts: list[Restoration]) -> Restoration:
     whole["seconds"] = sum(p["seconds"] * len(p["id"]) for p in parts) / len(whole["id"])
     whole["details"].peak_memory = max(part["details"].peak_memory for part in parts)
     return whole
+
+
+def _new_records(problem: Problem, count: int) -> list[dict[str, Any]]:
+    """Return the samples' records, each with its noise level if it has its own."""
+    std = problem.noise_std
+    if isinstance(std, Tensor) and std.numel() == count:
+        return [{"sigma": value} for value in std.flatten().tolist()]
+    return [{} for _ in range(count)]
 
 
 def _reasons(record: Record) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,7 +18,10 @@ from cmi_lightning.schedule import Schedule
 from cmi_lightning.solvers.base import Solver
 from cmi_lightning.step import Cost, Record, Step
 
-DIVERGED = 1e3  # a residual this many times the first one, or ‖y‖ if that is larger
+# A residual this many times the first one, or ‖y‖ if that is larger. It is that of x̂₀, on which an
+# error of x_t has √(α² + σ²)/α times its share: at the first steps a hundredfold, and DPS with long
+# steps makes and mends such errors there.
+DIVERGED = 1e3
 
 
 class Sampler:
@@ -106,8 +110,8 @@ class Sampler:
         """Yield a record after every step; the last one's ``x`` is the restored batch.
 
         A sample whose x_s is not finite, or whose residual ‖y − A x̂₀‖ has grown to ``DIVERGED``
-        times its first value (or ‖y‖), stops: it keeps its last state. The others go on as if
-        nothing had happened, bit for bit.
+        √(α² + σ²)/α times its first value (or ‖y‖), stops: it keeps its last state. The others go
+        on as if nothing had happened, bit for bit.
 
         Args:
             problem: the batch's measurement, operator and noise level.
@@ -128,7 +132,9 @@ class Sampler:
             del step  # else its graph outlives it while the next one is built
             number, residual = len(self.schedule) - index, log["residual"]
             limit = DIVERGED * norm(problem.y).maximum(residual) if limit is None else limit
-            stopped = torch.where((stopped == 0) & (residual > limit), -number, stopped)
+            magnified = math.sqrt(now.alpha**2 + now.sigma**2) / now.alpha
+            far = residual > limit * magnified
+            stopped = torch.where((stopped == 0) & far, -number, stopped)
             lost = ~(torch.isfinite(proposed).flatten(1).all(1) & torch.isfinite(residual))
             stopped = torch.where((stopped == 0) & lost, number, stopped)
             well = stopped == 0  # no "if any": it would make a GPU wait at every step

@@ -37,6 +37,7 @@ from cmi_lightning.callbacks.features import ALEX, INCEPTION, load_lpips
 from cmi_lightning.callbacks.metrics import STABLE_FID
 from cmi_lightning.callbacks.summary import statistics
 from cmi_lightning.callbacks.trajectory import plot_curves
+from cmi_lightning.data import MeasurementFolderData
 from cmi_lightning.denoisers import GaussianMixture
 from cmi_lightning.guidance import DPS
 from cmi_lightning.operators import BoxMask, PixelMask
@@ -330,6 +331,41 @@ def test_without_ground_truth(tmp_path, capsys):
     assert "no ground truth" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("how", ["file", "estimate"])
+def test_noise_levels_of_their_own_have_a_column(tmp_path, how):
+    folder, levels = tmp_path / "given", {"0": 0.1, "b/1": 0.04, "2": 0.2}
+    g = torch.Generator().manual_seed(0)
+    for (name, level), x in zip(levels.items(), garments(3), strict=True):
+        y = 0.5 * x + level * torch.randn(x.shape, generator=g)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        to_images(y)[0].save(folder / f"{name}.png")
+    file = tmp_path / "levels.csv"  # on [0, 1], where levels are half as high
+    file.write_text("id,sigma\n" + "".join(f"{n},{v / 2}\n" for n, v in levels.items()))
+    sigmas = str(file) if how == "file" else "estimate"
+    data = MeasurementFolderData(
+        str(folder), "denoise", sigmas=sigmas, sigma_range="unit", batch_size=2
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[RestorationMetrics()],
+    )
+    prior = GaussianMixture(torch.zeros(1, 1, 32, 32), 0.2)
+    trainer.predict(PosteriorSampler(prior, num_steps=2), datamodule=data, return_predictions=False)
+    rows = {row["id"]: row for row in rows_of(tmp_path / "metrics.csv")}
+    assert set(rows) == set(levels)
+    for name, level in levels.items():
+        sigma = float(rows[name]["sigma"])
+        assert sigma == pytest.approx(level, rel=1e-5 if how == "file" else 0.3)
+        assert sigma == pytest.approx(data.images.sigmas[name], rel=1e-5)
+        assert float(rows[name]["expected_residual"]) == pytest.approx(32 * sigma, rel=1e-5)
+    predict(tmp_path / "same", RestorationMetrics())  # one level for all is in the summary
+    assert "sigma" not in rows_of(tmp_path / "same/metrics.csv")[0]
+
+
 def test_tiny_images_and_other_channels_give_notes(tmp_path, alexnet):
     metrics = RestorationMetrics(lpips_weights=str(alexnet), fid=False)
     predict(tmp_path / "a", metrics, x=garments(2, 3, 8))
@@ -403,6 +439,38 @@ def test_png_modes_and_ids_with_slashes(tmp_path, channels, mode):
         assert (folder / "a" / "b" / "0.png").is_file()
         array = png(folder / "1.png", mode).reshape(16, 16, channels)
     assert np.array_equal(array / 255, unit(keep.joined("restored")[1]))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_inputs_are_written_where_they_are_wanted(tmp_path, given):
+    x, folder = garments(2, 1, 16), tmp_path / "run"
+    module = PosteriorSampler(GaussianMixture(torch.zeros(1, 1, 16, 16)), num_steps=STEPS)
+
+    def restore(*writers: L.Callback) -> Keep:
+        options = dict(x=x, ids=["a/b/0", "../../up"], given=given, module=module)
+        return predict(folder, *writers, **options)
+
+    kinds = ["measurement", "restored"] + ["truth"] * (not given)
+    restore(ImageWriter())
+    assert not (folder / "measurement").exists()
+    assert len(restore(ImageWriter()).records) == 0
+    keep = restore(ImageWriter(inputs=True))  # what is missing is seen, in the same folder
+    assert len(keep.records) == STEPS
+    names = [p.relative_to(folder).as_posix() for p in (folder / "records").rglob("*.json")]
+    for record in map(strict_json, (folder / name for name in names)):
+        i = 0 if record["id"] == "a/b/0" else 1
+        assert sorted(name.split("/")[0] for name in record["images"]) == kinds
+        for name in record["images"]:
+            kind = name.split("/")[0]
+            assert name.endswith("/a/b/0.png") if i == 0 else name.startswith(f"{kind}/up~")
+            pixels = png(folder / name, "L")[..., None] / 255
+            assert np.array_equal(pixels, unit(keep.joined(kind)[i]))
+    assert len(names) == 2
+    assert all(p.is_relative_to(folder) for p in tmp_path.rglob("*.*"))
+    (folder / "measurement/a/b/0.png").unlink()
+    assert len(restore(ImageWriter(inputs=True)).records) == STEPS
+    assert (folder / "measurement/a/b/0.png").is_file()
+    assert len(restore(ImageWriter(inputs=True)).records) == 0
 
 
 def test_an_id_cannot_leave_the_folder(tmp_path):

@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
-from cmi_lightning.cli import _lightning_cli, _resolved, configs, main
+from cmi_lightning.cli import _lightning_cli, configs, main, resolved
 from cmi_lightning.denoisers import ffhq_unet
 from cmi_lightning.module import PosteriorSampler
 
@@ -44,7 +44,7 @@ OPERATORS = {
 
 def arguments(prior: str, task: str, guidance: str, cmi: bool) -> list[str]:
     names = [f"experiment/{prior}/{task}", f"guidance/{guidance}", *(["add_cmi"] if cmi else [])]
-    return _resolved([word for name in names for word in ("-c", name)])
+    return resolved([word for name in names for word in ("-c", name)])
 
 
 def combinations(prior: str) -> list[tuple[str, str, bool]]:

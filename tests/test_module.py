@@ -82,6 +82,63 @@ def test_precisions(prior, shipped_images, precision):
     assert 0 < float(difference) < (1e-4 if precision == "64-true" else 0.05)
 
 
+def test_half_precision_on_the_cpu_is_bfloat16(prior, shipped_images):
+    with pytest.warns(UserWarning, match="Using `precision='bf16-mixed'` instead"):
+        half = L.Trainer(**QUIET, precision="16-mixed")
+    bfloat = L.Trainer(**QUIET, precision="bf16-mixed")
+    module = PosteriorSampler(prior, BoxMask(14, 4), guidances=[DPS()], num_steps=2)
+    a, b = (t.predict(module, loader(shipped_images[:2]))[0]["restored"] for t in (half, bfloat))
+    assert torch.equal(a, b)
+    identities = [module.identity(trainer, None) for trainer in (half, bfloat)]
+    assert identities[0] == identities[1]  # a run of one is gone on with by the other
+
+
+def test_double_precision_measures_in_double_precision(shipped_images):
+    x = shipped_images[:2]
+    module = PosteriorSampler(GaussianMixture(torch.zeros(1, 1, 32, 32), 0.2), Downsample(4))
+    module.num_steps = 2
+    (restoration,) = L.Trainer(**QUIET, precision="64-true").predict(module, loader(x))
+    noise = SampleNoise(0, ["img/0", "img/1"])
+    operator = Downsample(4).bind((1, 32, 32), noise, x.double())
+    wanted = Problem.simulate(x.double(), operator, 0.05, noise).y
+    y = restoration["details"].problem.y
+    assert y.dtype == restoration["restored"].dtype == torch.float64
+    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-14)
+    single = Problem.simulate(x, Downsample(4).bind((1, 32, 32), noise, x), 0.05, noise).y
+    assert float((single.double() - wanted).abs().max()) > 1e-9  # what single precision loses
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_residuals_of_the_draws_survive_a_batch_in_parts(prior, shipped_images, draws):
+    module = PosteriorSampler(
+        prior, BoxMask(14, 4), guidances=[DPS()], num_steps=2, samples_per_image=draws
+    )
+    batch = {"x": shipped_images[:5], "id": [f"img/{i}" for i in range(5)]}
+    whole = module.predict_step(batch)
+    problem = whole["details"].problem
+    each = whole["restored"][:, None] if draws == 1 else whole["draws"]
+    assert whole["residual_draws"].shape == (5, draws)
+    for k, x in enumerate(each.unbind(1)):
+        residual = (problem.y - problem.operator(x)).flatten(1).norm(dim=1)
+        torch.testing.assert_close(whole["residual_draws"][:, k], residual)
+    module._rows_that_fit = 2  # as after running out of memory
+    parts = module.predict_step(batch)
+    assert len(parts["details"].problem.y) == 1
+    torch.testing.assert_close(parts["residual_draws"], whole["residual_draws"], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("fit", [None, 2])
+def test_a_noise_level_of_its_own_is_kept_with_each_image(prior, shipped_images, fit):
+    levels = torch.tensor([0.1, 0.02, 0.3])
+    batch = {"y_image": shipped_images[:3], "id": ["a", "b", "c"]}
+    module = PosteriorSampler(prior, guidances=[DPS()], num_steps=2)
+    module._rows_that_fit = fit
+    assert "sigma" not in module.predict_step(batch)["records"][0]
+    records = module.predict_step({**batch, "sigma": levels})["records"]
+    assert [record["sigma"] for record in records] == levels.tolist()
+    assert [record["id"] for record in records] == ["a", "b", "c"]
+
+
 def test_given_measurements_need_no_truth(prior, shipped_images):
     items = [
         {

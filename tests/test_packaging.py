@@ -34,6 +34,10 @@ def test_wheel_and_sdist_work_from_elsewhere(tmp_path):
         "cmi_lightning/configs/guidance/dps.yaml",
         "cmi_lightning/assets/fashion_mnist_prior.safetensors",
         "cmi_lightning/assets/fashion_mnist_test/00063.png",
+        "cmi_lightning/assets/fashion_mnist_table/00319.png",
+        "cmi_lightning/assets/fashion_mnist_validation/58976.png",
+        "cmi_lightning/assets/fashion_mnist_classifier.safetensors",
+        "cmi_lightning/table/templates/report.html.j2",
         "cmi_lightning/py.typed",
     } <= set(names)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")

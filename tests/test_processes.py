@@ -208,6 +208,18 @@ def test_processes_give_what_one_gives(here, count, limit, batch):
         assert_same(one, many)
 
 
+def test_draws_of_two_processes_are_judged_together(here):
+    fast = ["--data.limit=5", "--data.batch_size=2", "--model.num_steps=3"]
+    fast += ["--model.samples_per_image=3", "--trainer.callbacks+=PosteriorQuality"]
+    run(here, command("one", *fast))
+    output = run(here, command("many", *fast, *processes(2)))
+    assert output.count("5 images, 3 draws of each") == 1
+    one, many = files(here / "one"), files(here / "many")
+    assert_same(one, many)
+    found = json.loads(many["posterior.json"])
+    assert (found["images"], sum(found["ranks"])) == (5, 5 * 32 * 32)
+
+
 def test_processes_killed_and_resumed_on_another_number(here):
     fast = ["--data.limit=14", "--data.batch_size=2", "--model.num_steps=4"]
     slow = [*fast, "--trainer.callbacks+=my_callbacks.Slow", "--trainer.callbacks.seconds=0.2"]
@@ -253,10 +265,10 @@ def test_torchrun(here):
 
 def test_a_slow_process_is_waited_for(here):
     fast = ["--data.limit=4", "--data.batch_size=2", "--model.num_steps=4"]
-    slow = ["--trainer.callbacks+=my_callbacks.Slow", "--trainer.callbacks.seconds=4"]
+    slow = ["--trainer.callbacks+=my_callbacks.Slow", "--trainer.callbacks.seconds=6"]
     slow += ["--trainer.callbacks.rank=1"]
     devices = ["--trainer.devices=2", "--trainer.strategy=lightning.pytorch.strategies.DDPStrategy"]
-    devices += ["--trainer.strategy.timeout=0:00:08"]
+    devices += ["--trainer.strategy.timeout=0:00:20"]
     run(here, command("out", *fast, *slow, *devices))
     assert json.loads((here / "out/summary.json").read_text())["images"] == 4
 

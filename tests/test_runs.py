@@ -31,6 +31,7 @@ from cmi_lightning.denoisers import Denoiser, GaussianMixture
 from cmi_lightning.guidance import CMI, DPS, Guidance
 from cmi_lightning.identity import differences, options
 from cmi_lightning.information import Lanczos
+from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import BoxMask, Identity, RandomMask
 from cmi_lightning.problem import Problem
@@ -470,6 +471,19 @@ def test_the_last_finite_state_is_kept(prior, shipped_images):
     assert torch.equal(records[-1].x[row], records[1].x[row])
     assert not bool(records[-1].log["residual"].isnan()[1 - row])
     assert bool(records[-1].log["residual"].isnan()[row])
+
+
+def test_long_first_steps_are_no_divergence(prior, shipped_images):
+    """DPS throws x̂₀ far off where σ/α is 100, and brings it back: no reason to give up."""
+    x, noise = shipped_images[:4], SampleNoise(0, ["0", "1", "2", "3"])
+    operator = RandomMask(0.9).bind((1, 32, 32), noise, x)
+    problem = Problem.simulate(x, operator, 0.05, noise)
+    chain = Sampler(prior, DDPM(), [DPS(4.0)], 100)
+    records = list(itertools.islice(chain.iterate(problem, noise, x), 40))
+    residuals = torch.stack([r.log["residual"] for r in records])
+    assert not bool(records[-1].stopped.any())
+    assert bool((residuals.max(0).values > 1e3 * residuals[0].maximum(norm(problem.y))).any())
+    assert bool((residuals[-1] < norm(problem.y)).all())
 
 
 def test_exit_code_3_tells_of_failures_and_of_unreadable_files(tmp_path, monkeypatch, capsys):

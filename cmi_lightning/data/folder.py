@@ -24,8 +24,11 @@ from cmi_lightning.data.files import (
 from cmi_lightning.errors import InputError
 from cmi_lightning.paths import printable
 
+ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = {
-    "fashion-mnist-test": Path(__file__).parent.parent / "assets" / "fashion_mnist_test",
+    "fashion-mnist-test": ASSETS / "fashion_mnist_test",
+    "fashion-mnist-table": ASSETS / "fashion_mnist_table",
+    "fashion-mnist-validation": ASSETS / "fashion_mnist_validation",
 }
 
 

@@ -1,0 +1,290 @@
+"""How well the draws of each image represent the posterior: coverage, spread and residual."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import rich
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from cmi_lightning.callbacks.base import SamplingCallback, describe, output_folder, plain
+from cmi_lightning.callbacks.drawing import levels
+from cmi_lightning.callbacks.summary import given_up
+from cmi_lightning.errors import InputError
+from cmi_lightning.module import PosteriorSampler, Restoration
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.runs import write_json
+
+INTERVALS = (0.5, 0.9)  # probabilities of the central intervals
+TINY = 1e-9  # rounding errors
+Estimate = dict[str, float | None]
+DEFINITIONS = {
+    "pixels": "of truth and draws: clamped to [-1, 1] and rounded to 8 bits, as saved",
+    "ranks": "pixels by how many of the K draws lie below the truth, 0 to K; ties are broken at "
+    "random; equal counts are expected",
+    "coverage": "per image, the share of pixels whose truth lies in the central interval of the "
+    "draws: ranks that its ends cut count in part, so that equal counts give the interval's "
+    "probability exactly",
+    "spread_skill": "square root of the ratio of two sums over images: the draws' variance, times "
+    "(K + 1)/K, and the squared error of their mean; below 1 the draws are too much alike",
+    "residual": "root of the mean over draws and images of |y - A x|^2 / (sigma^2 m), before "
+    "clamping",
+    "standard_error": "over images: the pixels of one image are not independent",
+    "expected": "of draws from the posterior that belongs to the images' distribution and the "
+    "measurement; draws from that distribution itself have it too, but for the residual",
+}
+NO_TRUTH = "There is no ground truth: the quality of the draws is left out."
+NO_NUMBER = "Images with draws that are not numbers are left out."
+NO_NOISE = "The measurements have no noise: the residual has nothing to be compared with."
+
+
+def ranks(draws: Tensor, truth: Tensor, noise: Tensor) -> Tensor:
+    """Return how many draws lie below the truth, pixel by pixel, ties broken at random.
+
+    r = #{xₖ < x} + ⌊u·(#{xₖ = x} + 1)⌋, which is uniform on 0, …, K wherever the truth is
+    distributed as the draws are, for discrete values too.
+
+    Args:
+        draws: K draws (K, *).
+        truth: the truth (*).
+        noise: u (*), uniform on [0, 1) and independent of everything else.
+
+    Source: Hamill (2001), rank histograms; Talts et al. (2018), simulation-based calibration;
+    Czado, Gneiting and Held (2009), randomised for discrete values.
+    """
+    below, equal = (draws < truth).sum(0), (draws == truth).sum(0)
+    among = (noise * (equal + 1)).long()
+    return below + torch.minimum(among, equal)  # the product may round up
+
+
+def coverage(counts: Sequence[int], interval: float) -> float:
+    """Return the share of truths in a central interval of their K draws.
+
+    Rank r stands for the piece [r, r + 1]/(K + 1) of the unit interval, and counts with the part
+    of the piece that lies in [(1 − p)/2, (1 + p)/2]: pieces that the ends cut are interpolated
+    linearly. Equal counts give p exactly, for every K. As the outermost ranks are never left out
+    where (1 − p)/2·(K + 1) < 1, the result is then at least :func:`least_coverage`.
+
+    Args:
+        counts: truths of rank 0, …, K.
+        interval: p, the interval's probability.
+    """
+    size = len(counts)
+    start, end = (1 - interval) / 2 * size, (1 + interval) / 2 * size
+    inside = [max(0.0, min(r + 1, end) - max(r, start)) for r in range(size)]
+    return math.fsum(map(math.prod, zip(counts, inside, strict=True))) / sum(counts)
+
+
+def least_coverage(draws: int, interval: float) -> float:
+    """Return the coverage of draws that never enclose the truth."""
+    return coverage([1, *[0] * (draws - 1), 1], interval)
+
+
+class PosteriorQuality(SamplingCallback):
+    """Whether several draws of each image are spread as a posterior should be.
+
+    Where the truth is distributed as the draws are, its rank among the K draws of a pixel is
+    uniform, so that it lies in the central 50 % and 90 % of the draws as often as that; the draws'
+    variance, times (K + 1)/K, equals the squared error of their mean; and every draw leaves a
+    residual ‖y − A x‖ of σ√m in the root mean square. All are computed on what a saved PNG holds,
+    in [−1, 1], but for the residual, which is of the unclamped draws. Calibration is over the
+    images: it tests the prior with the sampler, and draws from the prior alone pass all but the
+    residual. Samples that were given up are left out, and listed.
+
+    Writes ``posterior.json``: the values, their standard errors over images, what a calibrated
+    sampler has, the histogram of ranks, notes and definitions. Sends the values to the trainer's
+    loggers and prints them.
+
+    Args:
+        dirpath: folder to write to; default: the trainer's ``default_root_dir``.
+
+    Raises:
+        InputError: before sampling, if the module draws one sample per image.
+
+    Source: Talts et al. (2018) and Hamill (2001), ranks; Fortin et al. (2014), spread and skill.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a module that draws one sample per image."""
+        if stage == "predict" and getattr(pl_module, "samples_per_image", 1) < 2:
+            raise InputError(
+                "PosteriorQuality compares the draws of an image: set --model.samples_per_image to "
+                "2 or more (16, say), or leave the callback out."
+            )
+
+    def recorded(self, trainer: L.Trainer, record: Mapping[str, Any]) -> bool:
+        """Whether the sample's numbers are there."""
+        return "posterior" in record
+
+    @torch.no_grad()
+    def on_predict_batch_end(  # type: ignore[override]
+        self,
+        trainer: L.Trainer,
+        pl_module: PosteriorSampler,
+        outputs: Restoration,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add the batch's numbers to the records."""
+        truth, draws = outputs["truth"], outputs["draws"]
+        noise = SampleNoise(pl_module.seed, outputs["id"])
+        for i, record in enumerate(outputs["records"]):
+            if truth is None or draws is None:
+                record["posterior"] = {"note": NO_TRUTH}
+                continue
+            record["posterior"] = quality(draws[i], truth[i], noise.generator(i, "ranks"))
+            norm = float(outputs["noise_norm"][i])
+            if norm > 0:
+                square = outputs["residual_draws"][i].cpu().double().square().mean()
+                record["posterior"]["residual"] = plain(float(square) / norm**2)
+
+    def on_predict_epoch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: PosteriorSampler
+    ) -> None:
+        """Write the summary, from the records of all processes and earlier runs."""
+        records = [r for r in pl_module.run.collect(trainer) if "posterior" in r]
+        skipped = dict(getattr(trainer.datamodule, "skipped", None) or {})  # type: ignore[attr-defined]
+        failed = {record["id"]: record["failed"] for record in records if record["failed"]}
+        self.result: dict[str, Any] = {
+            "images": len(records),
+            "draws": pl_module.samples_per_image,
+            "failed": failed,
+            **summary([r["posterior"] for r in records if not r["failed"]]),
+            "definitions": DEFINITIONS,
+            "run": describe(pl_module),
+        }
+        notes = given_up(failed, len(records), skipped)
+        self.result["notes"] = [*notes, *self.result["notes"]]
+        if records and trainer.is_global_zero:
+            write_json(output_folder(trainer, self.dirpath) / "posterior.json", self.result)
+
+    def on_exception(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: PosteriorSampler, exception: BaseException
+    ) -> None:
+        """Remove a summary of other rows."""
+        records = [r for r in pl_module.run.collect(trainer, wait=False) if "posterior" in r]
+        if records and trainer.is_global_zero:
+            (output_folder(trainer, self.dirpath) / "posterior.json").unlink(missing_ok=True)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the values and print the table, after any progress bar has gone."""
+        if not self.result["images"] or not trainer.is_global_zero:
+            return
+        shown = {f"coverage_{name}": value for name, value in self.result["coverage"].items()}
+        shown |= {name: self.result[name] for name in ("spread_skill", "residual")}
+        values = {f"posterior/{k}": v["value"] for k, v in shown.items() if v["value"] is not None}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, 0)  # self.log is refused in predict
+        title = f"{self.result['images']} images, {self.result['draws']} draws of each"
+        table = Table(title=f"{title}, ± standard error", title_justify="left")
+        for heading in ("", "draws", "calibrated"):
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        labels = [f"coverage of the central {name} %" for name in self.result["coverage"]]
+        labels += ["spread / error of the mean", "‖y − A x‖ / (σ√m)"]
+        for label, value in zip(labels, shown.values(), strict=True):
+            table.add_row(label, _cell(value), f"{value['expected']:g}")
+        console = rich.get_console()
+        if values:
+            console.print(table)
+        path = output_folder(trainer, self.dirpath) / "posterior.json"
+        for note in [*self.result["notes"], f"All of this: {path}"]:
+            console.print(f"• {note}", highlight=False, soft_wrap=True, markup=False)
+
+
+def quality(draws: Tensor, truth: Tensor, generator: torch.Generator) -> dict[str, Any]:
+    """Return ranks, spread and skill of one image, on [−1, 1].
+
+    ``ranks``: counts of pixels (K + 1). ``spread``: the draws' unbiased variance times (K + 1)/K,
+    and ``skill``: the squared error of their mean, both averaged over pixels. For draws like the
+    truth, of variance v, the error has variance v from the truth and v/K from the mean.
+
+    Args:
+        draws: K draws (K, C, H, W) in [−1, 1].
+        truth: the truth (C, H, W) in [−1, 1].
+        generator: a CPU generator, for ties.
+
+    Source: Fortin et al. (2014), for (K + 1)/K.
+    """
+    if not bool(draws.isfinite().all() & truth.isfinite().all()):
+        return {"note": NO_NUMBER}
+    x, each = (levels(v).cpu().double() / 127.5 - 1 for v in (truth, draws))
+    count = len(each)
+    noise = torch.rand(x.shape, dtype=torch.float64, generator=generator)
+    return {
+        "ranks": torch.bincount(ranks(each, x, noise).flatten(), minlength=count + 1).tolist(),
+        "spread": plain(float(each.var(0).mean()) * (count + 1) / count),
+        "skill": plain(float((each.mean(0) - x).square().mean())),
+    }
+
+
+def summary(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return values, standard errors over images, the sum of all ranks, and notes.
+
+    Args:
+        images: what :func:`quality` returned, with ``residual``, the mean of ‖y − A x‖²/(σ²m).
+    """
+    notes = dict.fromkeys(image["note"] for image in images if "note" in image)
+    used = [image for image in images if "ranks" in image]
+    squares = [image["residual"] for image in used if "residual" in image]
+    if len(squares) < len(used):
+        notes[NO_NOISE] = None
+    counts = [image["ranks"] for image in used]
+    draws = len(counts[0]) - 1 if counts else 0
+    covered = {}
+    for p in INTERVALS:
+        value = _mean([coverage(each, p) for each in counts])
+        covered[f"{100 * p:g}"] = {**value, "expected": p}
+        if counts and (least := least_coverage(draws, p)) > TINY:
+            notes[
+                f"The coverage of {100 * p:g} % by {draws} draws is {least:.2g} at least, however "
+                f"narrow they are; {math.ceil(2 / (1 - p) - TINY) - 1} draws have no such bound."
+            ] = None
+    if len(used) == 1:
+        notes["One image has no standard error."] = None
+    return {
+        "coverage": covered,
+        "spread_skill": {**_root_ratio([(i["spread"], i["skill"]) for i in used]), "expected": 1.0},
+        "residual": {**_root_ratio([(square, 1.0) for square in squares]), "expected": 1.0},
+        "ranks": [sum(column) for column in zip(*counts, strict=True)],
+        "notes": list(notes),
+    }
+
+
+def _mean(values: Sequence[float]) -> Estimate:
+    """Return a mean and its standard error."""
+    count = len(values)
+    if not count:
+        return {"value": None, "standard_error": None}
+    mean = math.fsum(values) / count
+    squares = math.fsum((v - mean) ** 2 for v in values)
+    error = math.sqrt(squares / (count - 1) / count) if count > 1 else None
+    return {"value": mean, "standard_error": error}
+
+
+def _root_ratio(pairs: Sequence[tuple[float, float]]) -> Estimate:
+    """Return √(Σa/Σb) and its standard error, to first order in the means' errors."""
+    top, bottom = (math.fsum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
+    if not bottom:
+        return {"value": None, "standard_error": None}
+    value = math.sqrt(top / bottom)
+    if not value:
+        return {"value": 0.0, "standard_error": None}
+    mean = bottom / len(pairs)
+    error = _mean([(a - value**2 * b) / mean for a, b in pairs])["standard_error"]
+    return {"value": value, "standard_error": None if error is None else error / (2 * value)}
+
+
+def _cell(value: Estimate) -> str:
+    if value["value"] is None:
+        return "–"
+    error = value["standard_error"]
+    return f"{value['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -1,0 +1,259 @@
+"""What a table is made of: tasks, methods, step sizes, and the cells that follow from them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from cmi_lightning.errors import InputError
+
+CMI = "CMI"  # the row of the added guidance in `step_sizes`: "CMI+DPS"
+Variant = Literal["base", "cmi", "equal"]
+VARIANTS: tuple[Variant, ...] = ("base", "cmi", "equal")
+
+
+@dataclass
+class Task:
+    """A degradation: how it is called, and the configurations that set it.
+
+    Attributes:
+        label: for people.
+        configs: configurations, as after ``-c``.
+    """
+
+    label: str
+    configs: list[str]
+
+
+@dataclass
+class Method:
+    """A guidance: the configurations that set it, and its step size.
+
+    Attributes:
+        configs: configurations, as after ``-c``.
+        option: the name under ``step_sizes`` that those configurations read; None has none.
+        space: the step sizes that ``cmi-lightning tune`` tries.
+    """
+
+    configs: list[str]
+    option: str | None = None
+    space: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Posterior:
+    """Cells of which several samples are drawn per image.
+
+    Attributes:
+        images: how many images.
+        draws: samples of each.
+        tasks: keys of tasks; None for all.
+        methods: names of methods; None for all.
+    """
+
+    images: int = 50
+    draws: int = 16
+    tasks: list[str] | None = None
+    methods: list[str] | None = None
+
+
+@dataclass
+class Table:
+    """Bases with and without CMI on tasks, from one YAML file.
+
+    Every cell is a run of ``cmi-lightning predict``, in a folder of its own, with that run's
+    records, so a table goes on where it was stopped. All cells see the same measurements and noise.
+
+    Attributes:
+        title: heading of the report.
+        common: configurations of every cell, on top of its task's.
+        tasks: the tasks, by a key that serves as a folder's name.
+        methods: the bases, by name.
+        cmi: the guidance that is added to each base.
+        output: folder of the cells, the report and the tables.
+        images: how many images.
+        round: images that every cell restores before any does more, so that a table is whole
+            early.
+        batch_size: images at a time; ``round`` is a multiple of it. Default: ``round``.
+        steps: reverse steps.
+        seed: seed of all noise.
+        processes: cells at a time, each in a process of its own with its share of the CPU's cores.
+            On GPUs leave it 1 and set ``trainer.devices`` in a configuration of ``common``.
+        equal_cost: also run each base with as many steps as CMI's network passes would pay for.
+        only_tasks: run these tasks alone.
+        only_methods: run these methods alone.
+        step_sizes: by key of the task, then name of the method ("CMI+DPS" for CMI on DPS); what is
+            missing is as the configurations have it. ``cmi-lightning tune`` finds them.
+        validation: configurations that select the images for ``tune``, on top of ``common``.
+        tune_images: how many of these are used.
+        objective: the metric by which ``tune`` chooses.
+        posterior: cells of which several samples are drawn per image; None for none.
+        examples: images in the report's figure, per task.
+        report_only: restore nothing; write the report of what is there.
+
+    Raises:
+        InputError: for a number out of range or a name that is none.
+    """
+
+    title: str
+    common: list[str]
+    tasks: dict[str, Task]
+    methods: dict[str, Method]
+    cmi: Method
+    output: str = "runs/table"
+    images: int = 200
+    round: int = 50
+    batch_size: int | None = None
+    steps: int = 100
+    seed: int = 0
+    processes: int = 1
+    equal_cost: bool = True
+    only_tasks: list[str] | None = None
+    only_methods: list[str] | None = None
+    step_sizes: dict[str, dict[str, float]] = field(default_factory=dict)
+    validation: list[str] = field(default_factory=list)
+    tune_images: int = 16
+    objective: Literal["psnr", "ssim", "perceptual", "lpips"] = "psnr"
+    posterior: Posterior | None = None
+    examples: int = 3
+    report_only: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("images", "round", "steps", "processes", "tune_images"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.batch_size is not None and (self.batch_size < 1 or self.round % self.batch_size):
+            raise InputError(f"round must be a multiple of batch_size, got {self.round}.")
+        for key in self.tasks:
+            if not key.replace("_", "").replace("-", "").isalnum():
+                raise InputError(
+                    f"tasks: '{key}' names a folder; use letters, digits, '-' and '_', and a label."
+                )
+        posterior = self.posterior or Posterior()
+        if posterior.draws < 2 or posterior.images < 1:
+            raise InputError("posterior needs draws of at least 2 and images of at least 1.")
+        for option, chosen, names in (
+            ("only_tasks", self.only_tasks, self.tasks),
+            ("only_methods", self.only_methods, self.methods),
+            ("posterior.tasks", posterior.tasks, self.tasks),
+            ("posterior.methods", posterior.methods, self.methods),
+            ("step_sizes", list(self.step_sizes), self.tasks),
+        ):
+            if unknown := set(chosen or []) - set(names):
+                raise InputError(f"{option}: there is no '{min(unknown)}'; use {', '.join(names)}.")
+        both = [*self.methods, *(f"{CMI}+{name}" for name in self.methods)]
+        for key, sizes in self.step_sizes.items():
+            if unknown := set(sizes) - set(both):
+                raise InputError(
+                    f"step_sizes.{key}: there is no '{min(unknown)}'; use {', '.join(both)}."
+                )
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.output).expanduser()
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the (task, method) pairs that are wanted."""
+        tasks = [t for t in self.tasks if self.only_tasks is None or t in self.only_tasks]
+        methods = [m for m in self.methods if self.only_methods is None or m in self.only_methods]
+        return list(itertools.product(tasks, methods))
+
+    def variants(self, method: str) -> tuple[Variant, ...]:
+        """Return what is run of a base; one without a guidance has no measure of equal cost."""
+        equal = self.equal_cost and self.methods[method].option is not None
+        return VARIANTS if equal else VARIANTS[:2]
+
+    def cell(self, task: str, method: str, variant: Variant = "base") -> Cell:
+        """Return a cell as it is reported."""
+        sizes = self.step_sizes.get(task, {})
+        chosen = {}
+        for name, part in ((method, self.methods[method]), (f"{CMI}+{method}", self.cmi)):
+            if part.option is not None and name in sizes:
+                chosen[part.option] = sizes[name]
+        if variant != "cmi" and self.cmi.option is not None:
+            chosen.pop(self.cmi.option, None)
+        suffix = {"base": "", "cmi": "-cmi", "equal": "-equal"}[variant]
+        folder = self.folder / "cells" / task / f"{safe(method)}{suffix}"
+        return Cell(task, method, variant, chosen, self.steps, folder)
+
+    def posterior_cells(self) -> Iterator[Cell]:
+        """Yield the cells of which several samples are drawn."""
+        if self.posterior is None:
+            return
+        tasks, methods = self.posterior.tasks, self.posterior.methods
+        for task, method in self.rows():
+            if (tasks is None or task in tasks) and (methods is None or method in methods):
+                for variant in VARIANTS[:2]:
+                    cell = self.cell(task, method, variant)
+                    folder = self.folder / "posterior" / task / cell.folder.name
+                    yield replace(cell, folder=folder, draws=self.posterior.draws)
+
+    def arguments(self, cell: Cell, images: int) -> list[str]:
+        """Return the arguments of ``cmi-lightning predict`` that restore a cell's first images."""
+        configs = [*self.tasks[cell.task].configs, *self.common]
+        if cell.validation:
+            configs += self.validation
+        configs += self.methods[cell.method].configs
+        if cell.variant == "cmi":
+            configs += self.cmi.configs
+        arguments = [part for config in configs for part in ("-c", config)]
+        for name, value in cell.step_sizes.items():
+            arguments += [f"--step_sizes.{name}", json.dumps(value)]
+        arguments += [f"--model.num_steps={cell.steps}", f"--model.seed={self.seed}"]
+        arguments += [
+            f"--data.limit={images}",
+            f"--data.batch_size={self.batch_size or self.round}",
+        ]
+        arguments += [f"--trainer.default_root_dir={cell.folder}"]
+        if cell.draws > 1:
+            arguments += [f"--model.samples_per_image={cell.draws}"]
+            arguments += ["--trainer.callbacks+=cmi_lightning.callbacks.PosteriorQuality"]
+        return arguments
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of ``cmi-lightning predict``.
+
+    Attributes:
+        task: key of the task.
+        method: name of the base.
+        variant: the base alone, with CMI, or alone with as many network passes as with CMI.
+        step_sizes: by the names that the configurations read.
+        steps: reverse steps.
+        folder: the run's folder.
+        draws: samples per image.
+        validation: restore the validation images.
+    """
+
+    task: str
+    method: str
+    variant: Variant
+    step_sizes: dict[str, float]
+    steps: int
+    folder: Path
+    draws: int = 1
+    validation: bool = False
+
+    @property
+    def label(self) -> str:
+        """How the cell is called."""
+        if self.variant == "cmi":
+            return CMI if self.method == "none" else f"{CMI}+{self.method}"
+        return self.method if self.variant == "base" else f"{self.method}, {self.steps} steps"
+
+
+def safe(name: str) -> str:
+    """Return a method's name as a folder's."""
+    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)
+
+
+def passes(records: Sequence[dict[str, Any]]) -> float | None:
+    """Return the network passes per image: forwards and vector-Jacobian products."""
+    counts = [record["forwards"] + record["vjps"] for record in records]
+    return sum(counts) / len(counts) if counts else None

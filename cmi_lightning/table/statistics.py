@@ -1,0 +1,98 @@
+"""What a difference between two cells is worth: intervals, tests, many comparisons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.05
+Array = np.ndarray
+
+
+def mean_and_error(values: Sequence[float]) -> dict[str, float | None]:
+    """Return the mean and its standard error, std / √n; None for what n is too small for."""
+    data = np.asarray(values, dtype=np.float64)
+    error = float(data.std(ddof=1) / math.sqrt(len(data))) if len(data) > 1 else None
+    return {"mean": float(data.mean()) if len(data) else None, "se": error}
+
+
+def bootstrap_interval(
+    differences: Sequence[float], resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean, images drawn with replacement.
+
+    Args:
+        differences: one paired difference per image.
+        resamples: how many times the images are drawn.
+        seed: of the draws.
+
+    Source: Efron & Tibshirani (1993), An introduction to the bootstrap, ch. 13.
+    """
+    data = np.asarray(differences, dtype=np.float64)
+    means = resamples_of(len(data), resamples, seed) @ data / len(data)
+    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
+    return float(low), float(high)
+
+
+def sign_flip_p(differences: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """Return the two-sided p of "the differences are symmetric about 0", by flipping signs.
+
+    p = (1 + #{|mean of flipped| ≥ |mean|}) / (1 + resamples), which is valid for any number of
+    resamples (Phipson & Smyth 2010).
+
+    Args:
+        differences: one paired difference per image.
+        resamples: how many sets of signs are drawn.
+        seed: of the signs.
+    """
+    data = np.asarray(differences, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    signs = rng.integers(0, 2, size=(resamples, len(data)), dtype=np.int8) * 2 - 1
+    observed = abs(data.sum())
+    # Rounding must not make a difference of the flips that give the sum itself.
+    beyond = np.abs(signs @ data) >= observed * (1 - 1e-12)
+    return float((1 + beyond.sum()) / (1 + resamples))
+
+
+def resamples_of(count: int, resamples: int = RESAMPLES, seed: int = 0) -> Array:
+    """Return (resamples, count): how often each image is drawn, with replacement."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+
+
+def interval_and_p(value: float, draws: Array) -> tuple[float, float, float]:
+    """Return the 95 % basic bootstrap interval of a statistic of a set of images, and a p.
+
+    The draws d of the statistic θ are mirrored, 2θ − d: drawing with replacement moves a distance
+    between distributions up, as fewer images do, and mirroring takes that off instead of adding
+    it. p is twice the smaller share of mirrored draws on one side of 0, with one added to it.
+
+    Args:
+        value: the statistic θ of all images.
+        draws: the statistic in every resample.
+
+    Source: Davison & Hinkley (1997), Bootstrap methods and their application, §5.2.
+    """
+    mirrored = 2 * value - draws
+    low, high = np.quantile(mirrored, [LEVEL / 2, 1 - LEVEL / 2])
+    tail = min((mirrored <= 0).sum(), (mirrored >= 0).sum())
+    return float(low), float(high), float(min(1.0, 2 * (1 + tail) / (1 + len(draws))))
+
+
+def holm(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
+    """Return which hypotheses are rejected with a family-wise error of ``level``.
+
+    The k-th smallest of n is compared with level / (n − k + 1), until one is larger.
+
+    Source: Holm (1979), A simple sequentially rejective multiple test procedure.
+    """
+    rejected = [False] * len(p_values)
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    for rank, i in enumerate(order):
+        if p_values[i] > level / (len(p_values) - rank):
+            break
+        rejected[i] = True
+    return rejected

@@ -1,0 +1,543 @@
+"""The report and the tables as files: what they say is what the results hold, and nothing runs."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import csv as csv_module
+import hashlib
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_results import METHODS, METRICS, TASKS, synthetic_results
+
+from cmi_lightning.table.charts import (
+    Series,
+    curve_chart,
+    histogram,
+    labels,
+    log_ticks,
+    power,
+    reach,
+    step_ticks,
+    ticks,
+)
+from cmi_lightning.table.report import csv, latex, markdown, render, write_report, write_tables
+from cmi_lightning.table.verdicts import Results, fixed, judge, median, short
+
+VOID = {"meta", "link", "img", "input", "br", "hr"}
+SVG = {"path", "rect", "circle"}  # closed in themselves
+
+
+class Page(HTMLParser):
+    """The elements of a page, and that each is closed where it should be."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []  # by the innermost open element
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        assert len({name for name, _ in attrs}) == len(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        assert tag in SVG | VOID
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def all(self, tag: str, **wanted: str) -> list[dict[str, str | None]]:
+        return [
+            attrs
+            for name, attrs in self.elements
+            if name == tag
+            and all(attrs.get(k.rstrip("_").replace("_", "-")) == v for k, v in wanted.items())
+        ]
+
+    def text(self, tag: str) -> str:
+        return "".join(data for name, data in self.texts if name == tag)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("report")
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> dict[str, Any]:
+    return synthetic_results(folder, tasks=2, methods=3, images=40, examples=2)
+
+
+@pytest.fixture(scope="module")
+def made_small(folder: Path) -> dict[str, Any]:
+    return synthetic_results(folder, tasks=1, methods=2, images=8, examples=1)
+
+
+@pytest.fixture
+def small(made_small: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(made_small)
+
+
+@pytest.fixture
+def results(made: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(made)
+
+
+def rows(text: str) -> list[list[str]]:
+    """The table's rows: the label, then the texts of its cells, without their tags."""
+    body = re.search(r'<table class="results".*?</table>', text, re.S)
+    assert body
+    found = []
+    for row in re.findall(r"<tr class=\"(?!task).*?</tr>", body[0], re.S):
+        cells = re.findall(r"<t[hd].*?</t[hd]>", row, re.S)
+        found.append([" ".join(re.sub(r"<.*?>", "", c).split()) for c in cells])
+    return found
+
+
+# The page ------------------------------------------------------------------------------------
+
+
+def test_page_is_whole_and_needs_nothing_else(results, folder):
+    write_report(results, folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.open
+    for tag, attrs in page.elements:
+        for name in ("src", "href", "srcset", "action", "poster", "data"):
+            value = attrs.get(name)
+            assert value is None or value.startswith(("data:", "#")), (tag, name, value)
+        assert not any(name.startswith("on") or name == "style" for name in attrs)
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "url(" not in text
+    assert "@import" not in text
+    assert not list(folder.glob(".*"))  # no temporary file is left
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for link in page.all("a"):
+        assert link["href"].removeprefix("#") in ids
+
+
+def test_policy_allows_the_one_script_and_the_one_style(results, folder):
+    text = render(results, folder)
+    policy = Page(text).all("meta", http_equiv="Content-Security-Policy")[0]["content"]
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    for kind in ("script", "style"):
+        (inline,) = re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.S)
+        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+
+
+def test_every_section_is_there(results, folder):
+    page = Page(render(results, folder))
+    ids = {attrs.get("id") for _, attrs in page.elements}
+    assert ids >= {"says", "table", "figure", "compare", "histograms", "extremes", "curves"}
+    assert ids >= {"posterior", "run"}
+    assert len(page.all("input", type="range")) == 2
+    assert len(page.all("figure", class_="chart")) == 2 * 4
+    assert len(page.all("figure", class_="bars")) == 2 * 3 * 3
+    assert all(image.get("alt") is not None for image in page.all("img"))
+    assert all(drawing.get("aria-label") for drawing in page.all("svg", role="img"))
+
+
+def test_table_holds_the_results(results, folder):
+    found = {(label, i): cells for i, (label, *cells) in enumerate(rows(render(results, folder)))}
+    labels = [label for label, _ in found]
+    assert labels.count("measurement A⁺y") == 2
+    assert len(found) == 2 * (1 + 3 * 3)
+    cells = iter(results["cells"])
+    for (label, _), texts in found.items():
+        if label == "measurement A⁺y":
+            continue
+        cell = next(cells)
+        assert label == cell["label"]
+        for text, metric in zip(texts, results["metrics"], strict=False):
+            entry, digits = cell["metrics"][metric["key"]], metric["digits"]
+            expected = f"{entry['mean']:.{digits}f}"
+            if entry["se"] is not None:
+                expected += f" ± {entry['se']:.{digits}f}"
+            assert text == expected or text.startswith(f"{expected} ")
+        assert texts[-2] == f"{cell['passes']:.0f}"
+        assert texts[-1] == f"{cell['seconds']:g}"
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+@pytest.mark.parametrize(
+    ("difference", "significant", "gain", "symbol"),
+    [(0.5, True, 1, "▲▼"), (0.5, False, 1, "△▽"), (-0.5, True, -1, "▲▼"), (-0.5, False, -1, "△▽")],
+)
+def test_colour_and_symbol_follow_the_sign_and_significance(
+    results, folder, better, difference, significant, gain, symbol
+):
+    results["metrics"][0]["better"] = better
+    comparison = next(c for c in results["comparisons"] if c["variant"] == "cmi")
+    entry = comparison["metrics"]["psnr"]
+    entry |= {"difference": difference, "low": -1.0, "high": 1.0, "significant": significant}
+    good = (gain > 0) == (better == "higher")
+    name = ("better" if good else "worse") + ("" if significant else "-unsure")
+    sign = symbol[0] if good else symbol[1]
+    text = render(results, folder)
+    cell = re.search(r'<tr class="cmi">.*?(<td.*?</td>)', text, re.S)
+    assert cell
+    assert f'data-base="{name}"' in cell[1]
+    assert f">{sign}<" in cell[1]
+    said = {True: "significantly ", False: ""}[significant] + ("better" if good else "worse")
+    assert f">{said}" in cell[1]
+    tex = next(line for line in latex(results).splitlines() if line.startswith("CMI"))
+    assert tex.split("&")[1].strip().startswith(f"\\cellcolor{{cmi-{name}}}")
+    line = next(line for line in markdown(results).splitlines() if "| CMI" in line)
+    assert f"({sign} {fixed(difference, 3, True)} [−1.000, 1.000])" in line.split("|")[3]
+
+
+def test_summary_counts_the_verdicts(results, folder):
+    counts = {"better": 0, "worse": 0, "undecided": 0}
+    every = dict(counts)
+    for comparison in results["comparisons"]:
+        if comparison["variant"] != "cmi" or comparison["against"] != "base":
+            continue
+        for key, _, _, better, _, _ in METRICS:
+            entry = comparison["metrics"][key]
+            up = (entry["difference"] > 0) == (better == "higher")
+            outcome = ("better" if up else "worse") if entry["significant"] else "undecided"
+            every[outcome] += 1
+            counts[outcome] += key == "psnr"
+    text = " ".join(render(results, folder).split())
+    assert (
+        "Over 5 metrics and 6 cells, CMI is significantly better than the same method without it "
+        f"in {every['better']} of 30 comparisons, worse in {every['worse']}, and "
+        f"{every['undecided']} are undecided."
+    ) in text
+    first = text[text.index("<article>") :]
+    first = re.sub(r"<.*?>", "", first[: first.index("against equal passes")])
+    assert f"{counts['better']} better" in first
+    assert f"{counts['undecided']} undecided" in first
+    assert f"{counts['worse']} worse" in first
+    assert "CMI takes 3.09 times the network passes and 3.49 times the seconds" in text
+
+
+def test_untested_comparisons_are_not_counted_as_undecided(results, folder):
+    for comparison in results["comparisons"]:
+        for entry in comparison["metrics"].values():
+            entry["significant"] = None
+    text = render(results, folder)
+    assert "are undecided." not in text
+    assert "6 untested" in text
+    assert not re.search(r'<td[^>]*="(better|worse)"', text)
+
+
+def test_what_comes_from_files_is_escaped(results, folder):
+    evil = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
+    results["title"] = results["config"] = results["command"] = evil
+    results["notes"].append(evil)
+    results["environment"][evil] = evil
+    results["protocol"][evil] = evil
+    results["tasks"][0]["label"] = evil
+    results["metrics"][0]["label"] = results["metrics"][0]["unit"] = evil
+    for cell in results["cells"]:
+        cell["label"] = evil
+        cell["options"] = {evil: evil}
+        cell["curves"][evil] = {"1": 1.0, "2": 2.0}
+    for raw in results["extremes"]:
+        for image in raw["best"]:
+            image["id"] = evil
+    for task, examples in list(results["examples"].items()):
+        examples[0]["id"] = evil
+        examples[0]["restored"][evil] = examples[0]["restored"]["DPS"]
+        results["examples"][task + evil] = examples
+    for row in results["posterior"]:
+        row["variant"] = row["method"] = row["task"] = evil
+    text = render(results, folder)
+    page = Page(text)
+    assert not page.open
+    assert len(page.all("script")) == 2
+    assert not page.all("img", src="x")
+    assert page.text("h1") == evil
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    stored = json.loads(data)
+    assert stored["tasks"]["inpaint_random"][0]["id"] == evil
+    assert "<script>" not in markdown(results)
+
+
+def test_images_are_embedded_once_in_the_store(results, folder):
+    text = render(results, folder)
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    stored = json.loads(data)
+    example = results["examples"]["inpaint_box"][1]
+    place = stored["tasks"]["inpaint_box"][1]
+    assert place["id"] == example["id"]
+    uri, width, height = stored["images"][place["restored"]["DPS"]["cmi"]]
+    content = (folder / example["restored"]["DPS"]["cmi"]).read_bytes()
+    assert uri == f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    assert (width, height) == (32, 32)
+    assert len({image[0] for image in stored["images"]}) == len(stored["images"])
+
+
+@pytest.mark.parametrize("path", ["missing.png", "../secret.png", "notes.txt", "", None, "\0"])
+def test_images_that_cannot_be_read_are_left_out(results, folder, path):
+    (folder.parent / "secret.png").write_bytes((folder / "truth/00000.png").read_bytes() + b"leak")
+    (folder / "notes.txt").write_text("no image")
+    for examples in results["examples"].values():
+        for example in examples:
+            example["truth"] = path
+            example["restored"]["DPS"]["base"] = path
+    for raw in results["extremes"]:
+        raw["worst"][0]["base"] = path
+    text = render(results, folder)
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    stored = json.loads(data)
+    first = stored["tasks"]["inpaint_random"][0]
+    assert first["truth"] is None
+    assert set(first["restored"]["DPS"]) == {"cmi", "equal"}
+    secret = base64.b64encode((folder.parent / "secret.png").read_bytes()).decode()
+    assert secret not in text
+
+
+PARTS = ("posterior", "examples", "extremes", "comparisons", "measured", "notes", "cells")
+PARTS += ("protocol", "environment", "config", "command", "commit", "created", "title", "steps")
+
+
+@pytest.mark.parametrize("empty", ["absent", "null", "empty"])
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_may_be_missing(small, folder, part, empty):
+    results = small
+    if empty == "absent":
+        del results[part]
+    else:
+        results[part] = None if empty == "null" else type(results[part])()
+    page = Page(render(results, folder))
+    assert not page.open
+    ids = {attrs.get("id") for _, attrs in page.elements}
+    assert ("posterior" in ids) == (part != "posterior")
+    assert ("extremes" in ids) == (part != "extremes")
+    assert ("figure" in ids) == (part != "examples")
+    assert ("histograms" in ids) == (part not in ("comparisons",))
+    assert ("curves" in ids) == (part != "cells")
+    for table in (markdown, csv, latex):
+        table(results)
+
+
+def test_nothing_at_all():
+    page = Page(render({}, Path("nowhere")))
+    assert "No cell has been run yet." in page.text("p")
+    assert markdown({}).startswith("# Results")
+    assert csv({}).count("\n") == 1
+    assert latex({}).count(r"\begin{tabular}") == 1
+
+
+def test_absent_numbers(results, folder):
+    for cell in results["cells"]:
+        cell["curves"] = {}
+        cell["passes"] = cell["seconds"] = None
+        cell["metrics"]["psnr"] = {"mean": None, "se": None}
+        cell["metrics"]["ssim"]["mean"] = float("nan")
+        del cell["metrics"]["kernel"]
+    for comparison in results["comparisons"]:
+        comparison["metrics"]["psnr"] = dict.fromkeys(
+            ("difference", "low", "high", "p", "significant", "improved", "values")
+        )
+        comparison["metrics"]["frechet"] |= {"low": None, "p": None}
+    for row in results["posterior"]:
+        row |= {"coverage": {"50": None}, "spread_skill": None, "residual": None, "folder": None}
+    text = render(results, folder)
+    page = Page(text)
+    assert "curves" not in {attrs.get("id") for _, attrs in page.elements}
+    assert "nan" not in re.sub(r"data:image.*?\"", "", text)
+    assert all(
+        row[1:3] == ["–", "–"] or row[0].startswith("measurement")
+        for row in ([r[0], *[c.split(" ")[0] for c in r[1:]]] for r in rows(text))
+    )
+    assert "Per image, CMI takes" not in text
+    for table in (markdown, latex):
+        assert "nan" not in table(results)
+        assert "None" not in table(results)
+
+
+def test_cells_that_were_not_run_are_absent(results, folder):
+    results["cells"] = [
+        c for c in results["cells"] if (c["method"], c["variant"]) != ("DPS", "cmi")
+    ]
+    results["comparisons"] = [c for c in results["comparisons"] if c["method"] != "DPS"]
+    found = [label for label, *_ in rows(render(results, folder))]
+    assert "CMI+DPS" not in found
+    assert found.count("DPS") == 2
+    assert "CMI+DPS" not in markdown(results)
+
+
+def test_failures_and_fewer_images_are_told(results, folder):
+    results["cells"][1] |= {"failed": 3, "images": 37}
+    assert any(
+        "37 images" in row[0] and "3 failed" in row[0] for row in rows(render(results, folder))
+    )
+
+
+# The tables ----------------------------------------------------------------------------------
+
+
+def test_csv_holds_every_number_in_full(results):
+    read = list(csv_module.DictReader(io.StringIO(csv(results))))
+    cells = {(r["task"], r["method"], r["variant"], r["metric"]): r for r in read}
+    assert len(cells) == len(read) == 2 * (2 + 3 * 3 * 5)
+    for cell in results["cells"]:
+        for key, entry in cell["metrics"].items():
+            row = cells[cell["task"], cell["method"], cell["variant"], key]
+            assert float(row["mean"]) == entry["mean"]
+            assert row["se"] == ("" if entry["se"] is None else repr(entry["se"]))
+            assert float(row["passes"]) == cell["passes"]
+    for comparison in results["comparisons"]:
+        for key, entry in comparison["metrics"].items():
+            row = cells[comparison["task"], comparison["method"], comparison["variant"], key]
+            against = comparison["against"]
+            for name in ("difference", "low", "high", "p"):
+                assert float(row[f"{name}_{against}"]) == entry[name]
+            assert row[f"significant_{against}"] == str(entry["significant"]).lower()
+
+
+def test_csv_starts_no_formula(results):
+    results["cells"][0]["label"] = "=1+1"
+    read = list(csv_module.DictReader(io.StringIO(csv(results))))
+    assert "'=1+1" in {row["label"] for row in read}
+
+
+def test_markdown_is_one_table(results):
+    results["tasks"][0]["label"] = "a | b\n<b>*c*</b>"
+    lines = markdown(results).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + 2 * (1 + 3 * 3)
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {10}
+    assert r"a \| b \<b\>\*c\*\</b\>" in table[2]
+
+
+def test_latex_is_well_formed(results):
+    results["tasks"][0]["label"] = r"50 % of a_b & c^d ~ {x} \input{y} $z$ #1"
+    lines = latex(results).splitlines()
+    body = [line for line in lines if not line.startswith("%")]
+    text = "\n".join(body)
+    assert r"50 \% of a\_b \& c\textasciicircum{}d \textasciitilde{} \{x\} " in text
+    assert r"\textbackslash{}input\{y\} \$z\$ \#1" in text
+    assert r"CMI+\ensuremath{\Pi}GDM" in text
+    assert text.isascii() or set(re.findall(r"[^\x00-\x7f]", text)) <= {"é"}
+    for line in body:
+        if line.endswith(r"\\") and "multicolumn" not in line:
+            assert len(re.findall(r"(?<!\\)&", line)) == 6
+        plain = re.sub(r"\\[{}$]", "", line)
+        assert plain.count("{") == plain.count("}")
+        assert plain.count("$") % 2 == 0
+    for name in re.findall(r"cellcolor\{(.*?)\}", text):
+        assert f"\\definecolor{{{name}}}" in text
+
+
+def test_tables_are_written(results, tmp_path):
+    results["title"] = "half a character \udc80"
+    write_tables(results, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"table.md", "table.csv", "table.tex"}
+    assert (tmp_path / "table.csv").read_bytes() == csv(results).encode()
+    write_report(results, tmp_path)
+
+
+# Verdicts and numbers ------------------------------------------------------------------------
+
+
+def test_verdicts():
+    assert judge({"difference": 1.0, "significant": True}, "higher").outcome == "better"
+    assert judge({"difference": 1.0, "significant": True}, "lower").outcome == "worse"
+    assert judge({"difference": 1.0, "significant": False}, "lower").outcome == "undecided"
+    assert judge({"difference": 1.0, "significant": None}, "lower").outcome == "untested"
+    assert judge({"difference": 0.0, "significant": False}, "lower").symbol == "="
+    assert judge({"difference": None, "significant": True}, "lower").outcome == "untested"
+    assert judge({"difference": 1.0}, "higher").text(2) == "+1.000"
+
+
+def test_numbers_as_text():
+    assert fixed(-1.25, 2) == "−1.25"
+    assert fixed(1.25, 1, sign=True) in ("+1.2", "+1.3")
+    assert fixed(-0.0004, 3, sign=True) == "0.000"
+    assert fixed(float("inf"), 2) == fixed(None, 2) == fixed(True, 2) == "–"
+    assert [short(v) for v in (200.0, 618.4, 0.61, 0.012345, 12345.6, 0, None)] == [
+        "200", "618", "0.61", "0.0123", "12346", "0", "–",
+    ]  # fmt: skip
+    assert median([3.0, 1.0, 2.0]) == 2.0
+    assert median([4.0, 1.0, 2.0, 3.0]) == 2.5
+
+
+def test_order_is_the_results(results):
+    results["tasks"].reverse()
+    results["methods"].reverse()
+    known = Results(results)
+    assert known.tasks == list(TASKS)[1::-1]
+    assert known.methods == list(METHODS)[2::-1]
+    assert [c["variant"] for c in known.cells(known.tasks[0])] == ["base", "cmi", "equal"] * 3
+
+
+# Drawings ------------------------------------------------------------------------------------
+
+
+def test_ticks_are_round_and_inside():
+    assert ticks(0.0, 1.0, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(-3.0, 47.0, 5) == pytest.approx([0, 10, 20, 30, 40])
+    assert step_ticks(1, 100) == [1, 50, 100]
+    assert step_ticks(1, 4) == [1, 2, 3, 4]
+    assert log_ticks(0.0, 3.0) == pytest.approx([1, 10, 100, 1000])
+    assert log_ticks(0.0, 1.0) == pytest.approx([1, 2, 5, 10])
+    assert labels([0.0, 0.5, 1.0]) == ["0.0", "0.5", "1.0"]
+    assert labels([-2.0, 0.0, 2.0]) == ["−2", "0", "2"]
+    assert [power(v) for v in (1e-4, 0.01, 1.0, 1000.0, 2e5)] == [
+        "10⁻⁴", "0.01", "1", "1000", "2·10⁵",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("top", [10.0, 1000.0])
+def test_curves_lie_where_their_axis_says(top):
+    values = {float(n): top ** (n / 10) for n in range(11)}
+    chart = curve_chart("t", "u", [Series(values, "m0", "solid", "n")], (0.0, 10.0))
+    assert chart
+    assert chart.logarithmic == (top > 30)
+    points = [tuple(map(float, p.split())) for p in chart.lines[0].path[1:].split("L")]
+    assert len(points) == 11
+    read = {t.label: t.at for t in chart.y_ticks}
+    pick = {10.0: ("5", 5.0), 1000.0: ("10", 10.0)}[top]
+    place = math.log(pick[1], top) * 10  # the step at which the curve has this value
+    before, after = points[math.floor(place)], points[math.ceil(place)]
+    assert min(before[1], after[1]) - 0.2 <= read[pick[0]] <= max(before[1], after[1]) + 0.2
+    assert [p[0] for p in points] == pytest.approx(
+        [chart.left + n / 10 * (chart.right - chart.left) for n in range(11)], abs=0.06
+    )
+    assert all(chart.top <= y <= chart.bottom for _, y in points)
+
+
+def test_single_points_and_constants_can_be_drawn():
+    for values in ({5.0: 0.0}, {1.0: 2.0, 2.0: 2.0}, {1.0: -1.0, 2.0: 0.0}):
+        chart = curve_chart("t", "u", [Series(values, "m0", "solid", "n")], (1.0, 5.0))
+        assert chart
+        assert "nan" not in chart.lines[0].path
+        assert chart.y_ticks
+    assert curve_chart("t", "u", [Series({}, "m0", "solid", "n")], (1.0, 5.0)) is None
+
+
+def test_histogram_counts_every_value():
+    values = [-9.0, -0.5, -0.4, 0.1, 0.2, 0.3, 0.9, 9.0]
+    drawn = histogram(values, 1.0, "lower")
+    assert drawn.beyond == 2
+    unit = min(bar.height for bar in drawn.bars)
+    assert sum(bar.height for bar in drawn.bars) / unit == pytest.approx(len(values), rel=0.02)
+    left = [bar for bar in drawn.bars if bar.x < drawn.width / 2 - 1]
+    assert {bar.verdict for bar in left} == {"better"}  # of a metric whose lower values are better
+    assert sum(bar.height for bar in left) / unit == pytest.approx(3, rel=0.05)
+    assert drawn.mean == pytest.approx((sum(values) / len(values) + 1) / 2 * drawn.width, abs=0.1)
+    assert reach([0.0, 0.0]) == 0.0
+    assert reach([*[0.09] * 99, 7.0]) == pytest.approx(0.1)

@@ -1,0 +1,339 @@
+"""The table: its cells, its statistics, its results, its command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.stats
+import yaml
+
+from cmi_lightning.cli import configs, main
+from cmi_lightning.errors import InputError
+from cmi_lightning.table.command import parse, rounds
+from cmi_lightning.table.results import aggregate
+from cmi_lightning.table.run import at_equal_cost, records
+from cmi_lightning.table.spec import Method, Posterior, Table, Task, passes
+from cmi_lightning.table.statistics import (
+    bootstrap_interval,
+    holm,
+    interval_and_p,
+    mean_and_error,
+    resamples_of,
+    sign_flip_p,
+)
+from cmi_lightning.table.tune import best, trial
+
+
+def small(**options) -> Table:
+    parts = {
+        "title": "t",
+        "common": ["table/garments"],
+        "tasks": {"box": Task("box", ["task/inpaint_box"])},
+        "methods": {
+            "none": Method(["guidance/none"]),
+            "DPS": Method(["guidance/dps"], "dps", [0.5, 1.0]),
+        },
+        "cmi": Method(["table/cmi"], "cmi", [0.0, 0.1]),
+        "step_sizes": {"box": {"DPS": 2.0, "CMI+DPS": 0.1}},
+    }
+    return Table(**{**parts, **options})
+
+
+# Statistics ---------------------------------------------------------------------------------------
+
+
+def test_mean_and_error_are_the_textbook_ones():
+    values = np.random.default_rng(0).normal(size=50)
+    found = mean_and_error(values)
+    assert found["mean"] == pytest.approx(values.mean())
+    assert found["se"] == pytest.approx(scipy.stats.sem(values))
+    assert mean_and_error([1.0]) == {"mean": 1.0, "se": None}
+
+
+def test_bootstrap_interval_is_scipys_up_to_its_own_draws():
+    data = np.random.default_rng(1).gamma(2.0, size=200)
+    low, high = bootstrap_interval(data)
+    ours = scipy.stats.bootstrap(
+        (data,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
+    width = ours.high - ours.low
+    assert low == pytest.approx(ours.low, abs=0.05 * width)
+    assert high == pytest.approx(ours.high, abs=0.05 * width)
+    assert bootstrap_interval(data) == (low, high)  # the same draws every time
+
+
+def test_bootstrap_intervals_cover_the_mean_as_often_as_they_say():
+    rng = np.random.default_rng(3)
+    inside = 0
+    for k in range(300):
+        low, high = bootstrap_interval(rng.normal(0.3, 1.0, size=60), resamples=500, seed=k)
+        inside += low <= 0.3 <= high
+    assert 0.90 <= inside / 300 <= 0.98
+
+
+def test_sign_flips_agree_with_all_of_them():
+    data = np.random.default_rng(4).normal(0.4, 1.0, size=10)
+    sums = np.array([np.dot(signs, data) for signs in itertools.product([-1, 1], repeat=10)])
+    exact = (np.abs(sums) >= abs(data.sum()) - 1e-12).mean()
+    assert sign_flip_p(data, resamples=40_000) == pytest.approx(exact, abs=0.01)
+
+
+def test_sign_flips_of_nothing_are_no_evidence():
+    assert sign_flip_p([0.0] * 20) == 1.0
+
+
+def test_resamples_draw_every_image_as_often():
+    counts = resamples_of(7, 4000)
+    assert (counts.sum(1) == 7).all()
+    assert counts.mean(0) == pytest.approx(np.ones(7), abs=0.06)
+
+
+def test_interval_and_p_mirror_the_draws():
+    low, high, p = interval_and_p(0.5, np.linspace(-1, 3, 4001))  # mirrored: −2 to 2
+    assert (low, high) == pytest.approx((-1.9, 1.9), abs=1e-3)
+    assert p == pytest.approx(1.0, abs=1e-2)
+    assert interval_and_p(1.0, np.linspace(0.9, 1.3, 999))[2] == pytest.approx(2 / 1000)
+
+
+def test_intervals_of_a_biased_statistic_cover_it():
+    """The variance with 1/n: a resample's is too small on average, as the sample's own is."""
+    rng = np.random.default_rng(5)
+    inside = 0
+    for k in range(300):
+        data = rng.normal(size=80)
+        counts = resamples_of(80, 500, seed=k) / 80
+        draws = counts @ data**2 - (counts @ data) ** 2
+        low, high, _ = interval_and_p(data.var(), draws)
+        inside += low <= 1.0 <= high
+    assert 0.87 <= inside / 300 <= 0.98
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_is_the_step_down_of_its_definition(seed):
+    p = np.random.default_rng(seed).beta(0.2, 3, size=12)
+    ordered = np.sort(p)
+    k = next((i for i in range(12) if ordered[i] > 0.05 / (12 - i)), 12)
+    assert holm(list(p)) == [bool(v <= ordered[k - 1]) if k else False for v in p]
+    assert holm([]) == []
+
+
+# Cells --------------------------------------------------------------------------------------------
+
+
+def test_rounds_go_over_all_cells_before_any_does_more():
+    table = small(images=5, round=2)
+    work = rounds(table)
+    assert [[job.images for job in part] for part in work] == [[2, 2], [4, 4], [5, 5]]
+    names = [[c.label for c in job.cells] for job in work[0]]
+    assert names == [["none", "CMI"], ["DPS", "CMI+DPS", "DPS, 100 steps"]]
+
+
+def test_cells_carry_their_step_sizes_and_no_others():
+    table = small()
+    assert table.cell("box", "DPS").step_sizes == {"dps": 2.0}
+    assert table.cell("box", "DPS", "cmi").step_sizes == {"dps": 2.0, "cmi": 0.1}
+    assert table.cell("box", "DPS", "equal").step_sizes == {"dps": 2.0}
+    folders = [table.cell("box", m, v).folder for m in table.methods for v in ("base", "cmi")]
+    assert len(set(folders)) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"images": 0}, "images must be at least 1"),
+        ({"only_tasks": ["bx"]}, "only_tasks: there is no 'bx'"),
+        ({"only_methods": ["dps"]}, "only_methods: there is no 'dps'; use none, DPS"),
+        ({"step_sizes": {"box": {"CMI": 1.0}}}, "step_sizes.box: there is no 'CMI'"),
+        ({"step_sizes": {"blur": {}}}, "step_sizes: there is no 'blur'"),
+        ({"posterior": Posterior(draws=1)}, "draws of at least 2"),
+        ({"posterior": Posterior(methods=["MCG"])}, "posterior.methods: there is no 'MCG'"),
+        ({"tasks": {"../box": Task("b", [])}}, "names a folder"),
+    ],
+)
+def test_bad_tables_are_refused_in_a_sentence(options, words):
+    with pytest.raises(InputError, match=words.replace("+", r"\+")):
+        small(**options)
+
+
+@pytest.mark.parametrize("name", ["fashion", "ffhq", "imagenet", "smoke"])
+def test_packaged_tables_make_cells_that_predict_understands(name):
+    table, text = parse(["-c", f"table/{name}"], "table")
+    assert yaml.safe_load(text)["title"] == table.title
+    for task, method in table.rows():
+        for variant in table.variants(method):
+            arguments = table.arguments(table.cell(task, method, variant), 1)
+            for flag, value in itertools.pairwise(arguments):
+                if flag == "-c":
+                    assert (configs() / f"{value}.yaml").is_file()
+
+
+def test_unknown_options_are_refused(capsys):
+    assert main(["table", "-c", "table/smoke", "--imags=3"]) == 2
+    assert "imags" in capsys.readouterr().err
+    assert main(["table", "-c", "no_such"]) == 2
+    assert "No configuration 'no_such'" in capsys.readouterr().err
+
+
+def test_tune_keeps_the_best_value_that_broke_no_image():
+    table = small()
+    scores = {0.5: {"mean": 20.0}, 1.0: {"mean": 21.0}, 2.0: {"mean": None}, 4.0: {"mean": 21.0}}
+    assert best(table, scores) == 1.0
+    assert best(replace(table, objective="lpips"), scores) == 0.5
+    assert best(table, {1.0: {"mean": None}}) is None
+
+
+def test_trials_are_of_the_validation_images_and_apart():
+    table = small(validation=["table/validation"])
+    cells = [trial(table, "box", "DPS", v) for v in (0.5, 1.0)]
+    cells += [trial(table, "box", "DPS", 1.0, cmi) for cmi in (None, 0.1)]
+    cells += [trial(table, "box", "none", None, cmi) for cmi in (None, 0.1)]
+    assert cells[2] == cells[1]
+    assert len({cell.folder for cell in cells}) == 5
+    assert cells[3].step_sizes == {"dps": 1.0, "cmi": 0.1}
+    assert cells[5].step_sizes == {"cmi": 0.1}
+    assert "table/validation" in table.arguments(cells[0], 1)
+    assert "table/validation" not in table.arguments(table.cell("box", "DPS"), 1)
+
+
+# A whole table ------------------------------------------------------------------------------------
+
+FAST = ["--steps=4", "--images=3", "--round=2", "--only_tasks=[super_resolution]"]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Two methods on one task, three images in two rounds, CMI at every step."""
+    folder = tmp_path_factory.mktemp("smoke")
+    often = folder / "often.yaml"
+    text = (configs() / "table" / "cmi.yaml").read_text().replace("interval: 6", "interval: 1")
+    often.write_text(text.replace("krylov: 6", "krylov: 1"))
+    arguments = ["-c", "table/smoke", *FAST, f"--output={folder}", f"--cmi.configs=[{often}]"]
+    assert main(["table", *arguments]) == 0
+    return folder, arguments
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def test_results_are_the_means_of_the_records(smoke):
+    folder, _ = smoke
+    results = results_of(folder)
+    assert results["images"] == 3
+    assert len(results["cells"]) == 6
+    for cell in results["cells"]:
+        found = records(folder / cell["folder"])
+        values = [r["metrics"]["psnr"] for r in found]
+        assert cell["metrics"]["psnr"]["mean"] == pytest.approx(np.mean(values))
+        assert cell["passes"] == pytest.approx(passes(found))
+        assert cell["images"] == 3
+        assert cell["curves"]["residual"]["1"] == pytest.approx(
+            np.mean([r["curves"]["residual"]["1"] for r in found])
+        )
+
+
+def test_cells_share_measurements_and_truths(smoke):
+    folder, _ = smoke
+    cells = results_of(folder)["cells"]
+    seen = [
+        [(r["id"], r["input"], r["metrics"]["psnr_measurement"]) for r in records(folder / c)]
+        for c in (cell["folder"] for cell in cells)
+    ]
+    assert all(one == seen[0] for one in seen)
+
+
+def test_differences_are_paired(smoke):
+    folder, _ = smoke
+    results = results_of(folder)
+    for comparison in results["comparisons"]:
+        key = (comparison["task"], comparison["method"])
+        cells = {c["variant"]: c for c in results["cells"] if (c["task"], c["method"]) == key}
+        one, other = (
+            {r["id"]: r["metrics"]["psnr"] for r in records(folder / cells[v]["folder"])}
+            for v in (comparison["variant"], comparison["against"])
+        )
+        entry = comparison["metrics"]["psnr"]
+        assert entry["values"] == pytest.approx([one[n] - other[n] for n in one], abs=1e-4)
+        assert entry["difference"] == pytest.approx(np.mean(entry["values"]), abs=1e-4)
+        assert entry["low"] <= entry["difference"] <= entry["high"]
+        assert entry["improved"] == pytest.approx(np.mean([v > 0 for v in entry["values"]]))
+
+
+def test_equal_cost_is_equal(smoke):
+    folder, _ = smoke
+    cells = {(c["method"], c["variant"]): c for c in results_of(folder)["cells"]}
+    for method in ("DPS", "ΠGDM"):
+        cmi, equal = cells[method, "cmi"]["passes"], cells[method, "equal"]["passes"]
+        assert cmi > cells[method, "base"]["passes"]
+        assert abs(equal - cmi) <= cells[method, "base"]["passes"] / cells[method, "base"]["steps"]
+
+
+def test_report_and_tables_are_there_and_show_examples(smoke):
+    folder, _ = smoke
+    for name in ("report.html", "table.md", "table.csv", "table.tex"):
+        assert (folder / name).stat().st_size > 200
+    example = results_of(folder)["examples"]["super_resolution"][0]
+    assert (folder / example["truth"]).is_file()
+    assert (folder / example["restored"]["DPS"]["cmi"]).is_file()
+
+
+def test_a_table_goes_on_where_it_was_stopped(smoke):
+    folder, arguments = smoke
+    before = results_of(folder)
+    cell = folder / before["cells"][1]["folder"]
+    stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("records/*.json")}
+    lost = cell / "records" / f"{records(cell)[2]['id']}.json"
+    lost.unlink()
+    assert main(["table", *arguments]) == 0
+    after = results_of(folder)
+    assert [p for p, t in stamps.items() if p.stat().st_mtime_ns != t] == [lost]
+    for key in ("cells", "comparisons"):
+        for one, other in zip(before[key], after[key], strict=True):
+            assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_a_cell_of_other_options_is_refused(smoke, capsys):
+    _, arguments = smoke
+    assert main(["table", *arguments, "--steps=5"]) == 2
+    error = capsys.readouterr().err
+    assert "super_resolution, DPS" in error
+    assert "num_steps" in error
+
+
+def test_unfinished_tables_say_so(smoke):
+    _, arguments = smoke
+    table, _ = parse([*arguments, "--images=5"], "table")
+    results = aggregate(table)
+    assert any("not finished" in note for note in results["notes"])
+    assert at_equal_cost(table, table.cell("super_resolution", "DPS", "equal")).steps > 4
+
+
+# Tuning -------------------------------------------------------------------------------------------
+
+
+def test_tune_saves_its_study_and_an_overlay_that_the_table_takes(tmp_path):
+    arguments = ["-c", "table/smoke", "--steps=4", "--tune_images=2", f"--output={tmp_path}"]
+    arguments += ["--only_tasks=[super_resolution]", "--only_methods=[DPS]"]
+    assert main(["tune", *arguments]) == 0
+    found = json.loads((tmp_path / "tune" / "study.json").read_text())
+    rows = found["study"]["super_resolution"]
+    assert set(rows) == {"DPS", "CMI+DPS"}
+    trials = {float(v): t["mean"] for v, t in rows["DPS"]["trials"].items()}
+    assert set(trials) == {1.0, 4.0}
+    assert rows["DPS"]["chosen"] == max(trials, key=lambda v: trials[v])
+    chosen = rows["DPS"]["chosen"]
+    folder = tmp_path / "tune" / "super_resolution" / f"DPS@{chosen:g}"
+    psnr = [r["metrics"]["psnr"] for r in records(folder)]
+    assert len(psnr) == 2
+    assert trials[chosen] == pytest.approx(np.mean(psnr))
+    assert all(r["id"].startswith("58") for r in records(folder))  # held-back training images
+    assert rows["CMI+DPS"]["trials"]["0"]["mean"] == trials[chosen]  # no CMI is the base
+    assert rows["CMI+DPS"]["chosen"] == 0.03
+
+    overlay = tmp_path / "step_sizes.yaml"
+    table, _ = parse([*arguments, "-c", str(overlay)], "table")
+    assert table.step_sizes == {"super_resolution": {"DPS": chosen, "CMI+DPS": 0.03}}
