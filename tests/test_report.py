@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from synthetic_results import METHODS, METRICS, TASKS, synthetic_results
 
 from cmi_lightning.table.charts import (
@@ -541,3 +542,176 @@ def test_histogram_counts_every_value():
     assert drawn.mean == pytest.approx((sum(values) / len(values) + 1) / 2 * drawn.width, abs=0.1)
     assert reach([0.0, 0.0]) == 0.0
     assert reach([*[0.09] * 99, 7.0]) == pytest.approx(0.1)
+
+
+# Step sizes, errors, pairs, large images -----------------------------------------------------
+
+
+def plain(text: str) -> str:
+    """The page's text without its tags, style and scripts."""
+    text = re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.S)
+    return " ".join(re.sub(r"<[^>]*>", " ", text).split())
+
+
+def searched(text: str) -> list[list[str]]:
+    """The rows of the tables of step sizes, as the texts of their cells."""
+    body = re.search(r'<details id="study">.*?</details>', text, re.S)
+    assert body
+    return [
+        [plain(cell) for cell in re.findall(r"<t[hd]\b.*?</t[hd]>", row, re.S)]
+        for row in re.findall(r"<tr>(.*?)</tr>", body[0], re.S)
+        if "<td" in row
+    ]
+
+
+def test_step_sizes_are_told(results, folder):
+    for rows in results["study"].values():
+        for entry in rows.values():
+            for score in entry["trials"].values():
+                score["standard_error"] = score["mean"] and 0.65
+    text = render(results, folder)
+    found = searched(text)
+    assert len(found) == 2 * 4
+    assert found[:4] == [
+        [
+            *("DPS", "0.5 18.00 ± 0.65", "1 18.32 ± 0.65", "2 18.42 ± 0.65"),
+            *("4 (chosen) 18.59 ± 0.65", "4", "4", "at the edge of the values tried"),
+        ],
+        [
+            *("ΠGDM", "0.25 13.74 ± 0.65", "0.5 16.53 ± 0.65", "1 (chosen) 17.62 ± 0.65"),
+            *("2 broke an image", "1", "1", "broke an image at 2"),
+        ],
+        [
+            *("CMI alone", "0 9.72 ± 0.65", "0.01 9.73 ± 0.65", "0.03 (chosen) 9.86 ± 0.65"),
+            *("0.1 9.66 ± 0.65", "0.03", "0.03", ""),
+        ],
+        [
+            *("CMI+DPS", "0 18.59 ± 0.65", "0.01 18.51 ± 0.65", "0.03 (chosen) 18.52 ± 0.65"),
+            *("0.1 18.50 ± 0.65", "0", "0.03", "zero was better"),
+        ],
+    ]
+    said = plain(text)
+    assert "The values were searched on other images than those shown (12 of them)." in said
+    assert "Under each value stands its PSNR, mean ± standard error" in said
+
+
+def test_zero_is_remarkable_of_cmi_alone(results, folder):
+    results["study"]["inpaint_random"]["DPS"]["winner"] = 0.0
+    results["study"]["inpaint_random"]["CMI+none"] |= {"winner": None, "chosen": None}
+    found = searched(render(results, folder))
+    assert found[0][-3:] == ["0", "4", "at the edge of the values tried"]
+    assert found[2][-3:] == ["–", "–", ""]
+
+
+def test_step_sizes_are_in_order_and_may_be_fewer(results, folder):
+    rows = results["study"]["inpaint_random"]
+    rows["DPS"]["trials"] = dict(reversed(rows["DPS"]["trials"].items()))
+    rows["ΠGDM"]["trials"] = {"1e-05": {"mean": 3.0, "standard_error": None, "images": 11}}
+    results["study"]["inpaint_box"] = {}
+    del results["objective"]
+    text = render(results, folder)
+    page = Page(text)
+    assert not page.open
+    found = searched(text)
+    assert [cell.split()[0] for cell in found[0][1:5]] == ["0.5", "1", "2", "4"]
+    assert found[1] == ["ΠGDM", "1e-05 3.00", "", "1", "1", ""]
+    assert "of them)" not in plain(text)  # not all were tried on as many
+    assert "the mean ± standard error of the metric searched by" in plain(text)
+
+
+@pytest.mark.parametrize("study", ["absent", None, {}, {"inpaint_random": {}}])
+def test_without_a_search_no_step_sizes_are_told(small, folder, study):
+    if study == "absent":
+        del small["study"]
+    else:
+        small["study"] = study
+    text = render(small, folder)
+    assert 'id="study"' not in text
+    assert "The values were searched" not in plain(text)
+
+
+def test_posterior_has_standard_errors(results, folder):
+    body = re.search(r'id="posterior".*?<tbody>(.*?)</tbody>', render(results, folder), re.S)
+    assert body
+    line = "DPS random inpainting, 90 % 41.0 ± 1.3 % 80.0 ± 2.1 % 0.800 ± 0.051 1.020 ± 0.004"
+    assert plain(body[1]).startswith(line)
+    results["posterior"][0]["errors"] = {"50": None, "spread_skill": None}
+    del results["posterior"][1]["errors"]
+    body = re.search(r'id="posterior".*?<tbody>(.*?)</tbody>', render(results, folder), re.S)
+    assert body
+    assert plain(body[1]).count("random inpainting, 90 % 41 % 80 % 0.80 1.02 16 × 16") == 2
+
+
+def test_summary_says_what_is_corrected_and_whose_step_sizes(results, folder):
+    text = plain(render(results, folder))
+    said = (
+        "The counts pool the metrics; each metric and each kind of comparison has Holm’s "
+        "correction for itself."
+    )
+    assert f"are undecided. {said} Against the method given as many network passes as CMI" in text
+    assert "takes, with the step sizes found for the shorter run, it is significantly" in text
+    assert text.count(said) == 1
+    results["metrics"] = results["metrics"][:1]
+    text = plain(render(results, folder))
+    assert "pool the metrics" not in text
+    assert "Each kind of comparison has Holm’s correction for itself." in text
+
+
+def test_number_of_pairs_is_told_where_images_are_missing(results, folder):
+    assert "n = " not in plain(render(results, folder))
+    assert "n is given" not in plain(render(results, folder))
+    assert ", n = " not in markdown(results)
+    comparison = next(
+        c
+        for c in results["comparisons"]
+        if (c["method"], c["variant"], c["against"]) == ("DPS", "cmi", "base")
+    )
+    entry = comparison["metrics"]["ssim"]
+    entry["values"] = entry["values"][:37]
+    text = render(results, folder)
+    at = next(row for row in rows(text) if row[0] == "CMI+DPS")
+    judged = judge(entry, "higher")
+    first, _, interval = judged.text(3).partition(" ")
+    assert f"{first}, n = 37 {interval}" in at[2]
+    assert "n = " not in "".join([*at[:2], *at[3:]])
+    assert "n is given where the difference is over fewer images" in plain(text)
+    histograms = re.search(r'<section id="histograms">.*?</section>', text, re.S)
+    assert histograms
+    assert plain(histograms[0]).count("n = 37") == 1
+    line = next(line for line in markdown(results).splitlines() if "| CMI+DPS" in line)
+    assert f"({judged.symbol} {judged.text(3)}, n = 37)" in line.split("|")[4]
+    read = list(csv_module.DictReader(io.StringIO(csv(results))))
+    pairs = {(r["task"], r["metric"]): r["pairs_base"] for r in read if r["label"] == "CMI+DPS"}
+    assert pairs["inpaint_random", "ssim"] == "37"
+    assert pairs["inpaint_random", "psnr"] == pairs["inpaint_box", "ssim"] == "40"
+    assert pairs["inpaint_random", "frechet"] == ""
+
+
+def test_figure_says_which_images_it_shows(results, folder):
+    text = plain(render(results, folder))
+    assert "Shown are the first images that every cell has;" in text
+    assert "first by id" not in text
+
+
+@pytest.mark.parametrize(("size", "shown"), [(96, 2), (97, 1)])
+def test_of_large_images_one_best_and_one_worst_are_embedded(results, tmp_path, size, shown):
+    for i, name in enumerate(("a", "b", "broken")):
+        Image.new("L", (size, size // 2), 40 * i).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes(b"")
+
+    def image(name: str) -> dict[str, Any]:
+        path = f"{name}.png"
+        entry = {"id": name, "difference": 1.0, "truth": None, "measurement": None}
+        return entry | {"base": path, "cmi": path}
+
+    images = [image("broken"), image("a"), image("b")]
+    results["extremes"] = [
+        {"task": "inpaint_box", "method": "DPS", "metric": "psnr", "best": images}
+        | {"worst": images[::-1]}
+    ]
+    results["examples"] = {}
+    text = render(results, tmp_path)
+    for name, there in (("best", ["a", "b"][:shown]), ("worst", ["b", "a"][:shown])):
+        side = re.search(rf'data-side="{name}">(.*?)</div>\n      </div>', text, re.S)
+        assert side
+        assert re.findall(r"<small>(\w+)</small>", side[1]) == there

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +21,8 @@ import yaml
 from cmi_lightning.cli import configs, main
 from cmi_lightning.errors import InputError
 from cmi_lightning.table.command import parse, rounds
-from cmi_lightning.table.results import aggregate
-from cmi_lightning.table.run import at_equal_cost, records
+from cmi_lightning.table.results import SET_RESAMPLES, aggregate
+from cmi_lightning.table.run import Job, at_equal_cost, records, run
 from cmi_lightning.table.spec import Method, Posterior, Table, Task, passes
 from cmi_lightning.table.statistics import (
     bootstrap_interval,
@@ -26,6 +33,7 @@ from cmi_lightning.table.statistics import (
     sign_flip_p,
 )
 from cmi_lightning.table.tune import best, trial
+from cmi_lightning.table.tune import check as check_tuning
 
 
 def small(**options) -> Table:
@@ -199,6 +207,134 @@ def test_trials_are_of_the_validation_images_and_apart():
     assert "table/validation" not in table.arguments(table.cell("box", "DPS"), 1)
 
 
+# Results of records -------------------------------------------------------------------------------
+
+
+def write_records(cell, psnr, failed=()):
+    """Write the records of a run, as `predict` leaves them, with ids 1, 2, …, 12."""
+    for i, value in enumerate(psnr, start=1):
+        path = cell.folder / "records" / f"{i}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "id": str(i),
+            "input": str(i),
+            "failed": "diverged" if i in failed else None,
+            "steps": 100,
+            "forwards": 150 if cell.variant == "cmi" else 100,
+            "vjps": 150 if cell.variant == "cmi" else 100,
+            "metrics": {"psnr": value, "psnr_measurement": 5.0},
+            "curves": {"residual": {"1": float(i), "2": 2.0 * i}},
+        }
+        path.write_text(json.dumps(record))
+
+
+def test_images_are_taken_in_the_order_of_the_loader(tmp_path):
+    cell = small(output=str(tmp_path)).cell("box", "DPS")
+    write_records(cell, range(12))
+    assert [r["id"] for r in records(cell.folder)] == [str(i) for i in range(1, 13)]
+    assert [r["id"] for r in records(cell.folder, 3)] == ["1", "2", "3"]
+
+
+def test_an_image_that_failed_is_in_no_mean_and_not_improved(tmp_path):
+    table = small(output=str(tmp_path), images=12, only_methods=["DPS"])
+    write_records(table.cell("box", "DPS"), [20.0] * 12)
+    write_records(table.cell("box", "DPS", "cmi"), [21.0] * 10 + [19.0, 99.0], failed=[12])
+    results = aggregate(table)
+    cells = {c["variant"]: c for c in results["cells"]}
+    assert cells["cmi"]["failed"] == 1
+    assert cells["cmi"]["metrics"]["psnr"]["mean"] == pytest.approx((210 + 19) / 11)
+    (comparison,) = results["comparisons"]
+    entry = comparison["metrics"]["psnr"]
+    assert entry["difference"] == pytest.approx(9 / 11)
+    assert len(entry["values"]) == 11
+    assert entry["improved"] == pytest.approx(10 / 12)
+    assert any("1 images failed" in note for note in results["notes"])
+    assert cells["base"]["curves"]["residual"] == {"1": 6.5, "2": 13.0}
+
+
+def test_steps_of_equal_cost_follow_from_the_passes(tmp_path):
+    table = small(output=str(tmp_path))
+    write_records(table.cell("box", "DPS"), [20.0])
+    write_records(table.cell("box", "DPS", "cmi"), [20.0])
+    cell = table.cell("box", "DPS", "equal")
+    assert at_equal_cost(table, cell).steps == 150
+    write_records(cell, [20.0])  # it keeps the steps it has been run with
+    assert at_equal_cost(replace(table, steps=50), cell).steps == 100
+
+
+def test_many_cells_can_be_told_apart_by_distances_of_sets():
+    p = interval_and_p(5.0, np.random.default_rng(0).normal(5.0, 0.1, SET_RESAMPLES))[2]
+    assert all(holm([p] * 30))
+
+
+def test_the_study_is_told_where_the_table_uses_it(tmp_path):
+    table = small(output=str(tmp_path))
+    write_records(table.cell("box", "DPS"), [20.0] * 2)
+    entry = {"trials": {"0": {"mean": 21.0}}, "winner": 0.0, "chosen": 0.1, "at_edge": True}
+    other = {"trials": {}, "winner": 1.0, "chosen": 1.0, "at_edge": False}  # the table has 2.0
+    path = tmp_path / "tune" / "study.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"study": {"box": {"CMI+DPS": entry, "DPS": other}}}))
+    results = aggregate(table)
+    assert results["study"] == {"box": {"CMI+DPS": entry}}
+    assert any(
+        "In 1 of 1 cells" in note and "preferred no CMI" in note for note in results["notes"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "validation: name a configuration"),
+        ({"validation": ["v"], "cmi": Method([], None, [0.0, 1.0])}, "cmi.option"),
+        ({"validation": ["v"], "cmi": Method([], "cmi", [0.0, 1.0, 2.0])}, "the same number"),
+        ({"validation": ["v"], "cmi": Method([], "cmi", [0.1, 1.0])}, "cmi.space: give 0"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_before_work(options, words):
+    with pytest.raises(InputError, match=words):
+        check_tuning(small(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--cmi.configs=[nope]"], "No configuration 'nope'"),
+        (["--cmi.option=cmy", "--step_sizes={}"], None),
+        (["--cmi.option=cmy"], "box inpainting|'cmy'"),
+    ],
+)
+def test_bad_cells_are_found_before_work(tmp_path, options, words, monkeypatch, capsys):
+    monkeypatch.setattr("cmi_lightning.table.command.run", lambda *_: None)
+    code = main(["table", "-c", "table/smoke", f"--output={tmp_path}", *options])
+    assert code == (2 if words else 0)
+    assert words is None or re.search(words, capsys.readouterr().err)
+    assert bool(words) != (tmp_path / "report.html").is_file()
+
+
+def test_two_commands_do_not_share_a_folder(tmp_path, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["table", "-c", "table/smoke", f"--output={tmp_path}"]) == 2
+    assert "Another command is at work" in capsys.readouterr().err
+
+
+def test_one_bad_cell_keeps_no_other_from_running(monkeypatch):
+    table, ran = small(), []
+
+    def run_job(table, job):
+        if job.images == 2:
+            raise InputError("box, DPS: no")
+        ran.append(job.images)
+        return iter(())
+
+    monkeypatch.setattr("cmi_lightning.table.run.run_job", run_job)
+    with pytest.raises(InputError, match="box, DPS: no"):
+        run(table, [Job((), n) for n in (1, 2, 3)], print)
+    assert ran == [1, 3]
+
+
 # A whole table ------------------------------------------------------------------------------------
 
 FAST = ["--steps=4", "--images=3", "--round=2", "--only_tasks=[super_resolution]"]
@@ -212,6 +348,7 @@ def smoke(tmp_path_factory):
     text = (configs() / "table" / "cmi.yaml").read_text().replace("interval: 6", "interval: 1")
     often.write_text(text.replace("krylov: 6", "krylov: 1"))
     arguments = ["-c", "table/smoke", *FAST, f"--output={folder}", f"--cmi.configs=[{often}]"]
+    arguments += ["--posterior={images: 2, draws: 2, methods: [DPS]}"]
     assert main(["table", *arguments]) == 0
     return folder, arguments
 
@@ -270,6 +407,19 @@ def test_equal_cost_is_equal(smoke):
         cmi, equal = cells[method, "cmi"]["passes"], cells[method, "equal"]["passes"]
         assert cmi > cells[method, "base"]["passes"]
         assert abs(equal - cmi) <= cells[method, "base"]["passes"] / cells[method, "base"]["steps"]
+
+
+def test_draws_are_judged_without_and_with_cmi(smoke):
+    folder, _ = smoke
+    rows = results_of(folder)["posterior"]
+    assert [(row["label"], row["images"], row["draws"]) for row in rows] == [
+        ("DPS", 2, 2),
+        ("CMI+DPS", 2, 2),
+    ]
+    for row in rows:
+        assert 0 <= row["coverage"]["50"] <= row["coverage"]["90"] <= 1
+        assert row["residual"] > 0
+        assert (folder / row["folder"] / "std").is_dir()
 
 
 def test_report_and_tables_are_there_and_show_examples(smoke):
@@ -337,3 +487,53 @@ def test_tune_saves_its_study_and_an_overlay_that_the_table_takes(tmp_path):
     overlay = tmp_path / "step_sizes.yaml"
     table, _ = parse([*arguments, "-c", str(overlay)], "table")
     assert table.step_sizes == {"super_resolution": {"DPS": chosen, "CMI+DPS": 0.03}}
+
+
+# The packaged smoke table -------------------------------------------------------------------------
+
+
+def test_the_smoke_table_runs_as_it_is_packaged(tmp_path):
+    assert main(["table", "-c", "table/smoke", f"--output={tmp_path}"]) == 0
+    results = results_of(tmp_path)
+    assert len(results["cells"]) == 2 * 2 * 3
+    for cell in results["cells"]:
+        assert cell["images"] == 8
+        assert cell["failed"] == 0
+        measured = results["measured"][cell["task"]]["metrics"]["psnr"]["mean"]
+        assert cell["metrics"]["psnr"]["mean"] > measured - 3  # 20 steps are few
+    assert {m["key"] for m in results["metrics"]} == {
+        *("psnr", "ssim", "perceptual", "frechet", "kernel")
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_table_loses_one_batch_at_most(tmp_path):
+    """Two processes, killed with all they started; then the rest, and nothing a second time."""
+    options = [*FAST, "--round=1", "--images=4", "--processes=2"]
+
+    def start(name: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "cmi_lightning", "table", "-c", "table/smoke", *options]
+        return subprocess.Popen([*command, f"--output={tmp_path / name}"], start_new_session=True)
+
+    def done(name: str) -> dict[Path, int]:
+        found = (tmp_path / name).rglob("records/*.json")
+        return {p.relative_to(tmp_path / name): p.stat().st_mtime_ns for p in found}
+
+    assert start("whole").wait() == 0
+    for count in (2, 9):
+        killed = start("cut")
+        while len(done("cut")) < count and killed.poll() is None:
+            time.sleep(0.05)
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+        before = done("cut")
+        time.sleep(3)  # workers end with the process that started them
+        assert done("cut") == before
+    assert start("cut").wait() == 0
+    after = done("cut")
+    assert set(after) == set(done("whole"))
+    assert {p: t for p, t in after.items() if p in before} == before
+    whole, cut = results_of(tmp_path / "whole"), results_of(tmp_path / "cut")
+    for one, other in zip(whole["cells"], cut["cells"], strict=True):
+        assert one["metrics"] == other["metrics"]
+    assert whole["comparisons"] == cut["comparisons"]

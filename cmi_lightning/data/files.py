@@ -80,10 +80,11 @@ def find_images(folder: Path, option: str) -> dict[str, Path]:
             f"{option}: the folder '{printable(folder)}' holds no image ({', '.join(SUFFIXES)}); "
             "give a folder that does."
         )
-    return {name: found[name] for name in sorted(found, key=_natural)}
+    return {name: found[name] for name in sorted(found, key=natural)}
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Return a key that sorts names with numbers as people do: 2 before 10."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]
 

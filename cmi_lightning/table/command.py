@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import shlex
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from cmi_lightning.cli import one_sentence, resolved
 from cmi_lightning.errors import InputError
@@ -14,8 +18,10 @@ from cmi_lightning.runs import write_json
 from cmi_lightning.table.report import write_report
 from cmi_lightning.table.results import aggregate
 from cmi_lightning.table.run import Done, Job, run
-from cmi_lightning.table.spec import Table
+from cmi_lightning.table.spec import Cell, Table
 from cmi_lightning.table.tables import write_tables
+from cmi_lightning.table.tune import check as check_tuning
+from cmi_lightning.table.tune import trial
 from cmi_lightning.table.tune import tune as search
 
 
@@ -49,6 +55,8 @@ class Teller:
 
     def __call__(self, done: Done) -> None:
         """Print one cell."""
+        if not _is_first():
+            return
         self.count += 1
         spent = time.monotonic() - self.started
         left = spent / self.count * (self.total - self.count)
@@ -62,12 +70,19 @@ class Teller:
 
 def tune(args: Sequence[str]) -> int:
     """Choose step sizes on the validation images of a table's configuration."""
-    table, _ = parse(args, "tune")
-    rows = table.rows()
-    trials = sum(len(table.methods[m].space) for _, m in rows) + len(rows) * len(table.cmi.space)
-    search(table, Teller(trials))
-    print(f"study: {table.folder / 'tune' / 'study.json'}")
-    print(f"winners: {table.folder / 'step_sizes.yaml'}; use it as a further -c of the table")
+    spec, _ = parse(args, "tune")
+    check_tuning(spec)
+    rows = spec.rows()
+    probes = [trial(spec, task, method, 1.0) for task, method in rows]
+    probes += [trial(spec, task, method, 1.0, 1.0) for task, method in rows]
+    check(spec, probes)
+    trials = sum(len(spec.methods[m].space) for _, m in rows) + len(rows) * len(spec.cmi.space)
+    with _alone(spec), _stopping(spec):
+        search(spec, Teller(trials))
+    if not _is_first():
+        return 0
+    print(f"study: {spec.folder / 'tune' / 'study.json'}")
+    print(f"winners: {spec.folder / 'step_sizes.yaml'}; give it to `table` as a further -c")
     return 0
 
 
@@ -83,23 +98,63 @@ def rounds(table: Table) -> list[list[Job]]:
     return found
 
 
+def check(table: Table, cells: Sequence[Cell]) -> None:
+    """Check, before any work, that cells' configurations are there and read the step sizes.
+
+    Raises:
+        InputError: naming the configuration or the option.
+    """
+    for cell in cells:
+        arguments = resolved(table.arguments(cell, 1))
+        files = [value for flag, value in itertools.pairwise(arguments) if flag == "-c"]
+        text = "".join(Path(file).read_text(encoding="utf-8") for file in files)
+        for name in cell.step_sizes:
+            if f"step_sizes.{name}" not in text:
+                raise InputError(
+                    f"{cell.task}, {cell.label}: none of its configurations reads the step size "
+                    f"'{name}' (${{oc.select:step_sizes.{name},1.0}}); mend its method's option."
+                )
+
+
 def table(args: Sequence[str]) -> int:
     """Run a table in rounds, and write its report after each."""
     spec, text = parse(args, "table")
     command = shlex.join(["cmi-lightning", "table", *args])
-    work = [] if spec.report_only else rounds(spec)
-    cells = list(spec.posterior_cells())
-    if cells and spec.posterior is not None and not spec.report_only:
-        work.append([Job((cell,), spec.posterior.images) for cell in cells])
+    first = _is_first()
+    posterior = list(spec.posterior_cells())
+    work = rounds(spec)
+    check(spec, [cell for job in work[0] for cell in job.cells] + posterior)
+    if first and not spec.step_sizes and (spec.folder / "step_sizes.yaml").is_file():
+        print(f"The step sizes that were found are not used: add -c {spec.folder}/step_sizes.yaml")
+    if posterior and spec.posterior is not None:
+        work.append([Job((cell,), spec.posterior.images) for cell in posterior])
+    if spec.report_only:
+        work = []
     teller = Teller(sum(len(job.cells) for part in work for job in part))
-    for part in work:
-        run(spec, part, teller)
-        publish(spec, text, command)
-    if not work:
-        publish(spec, text, command)
+    with _alone(spec), _stopping(spec):
+        for part in work:
+            try:
+                run(spec, part, teller)
+            finally:  # what is done is shown, whatever became of the rest
+                if first:
+                    publish(spec, text, command)
+        if not work:
+            publish(spec, text, command)
+    if not first:
+        return 0  # Lightning takes any other code of a further process for a crash
     print(f"report: {spec.folder / 'report.html'}; numbers: {spec.folder / 'table.csv'}")
-    failed = json.loads((spec.folder / "results.json").read_text(encoding="utf-8"))["cells"]
-    return 3 if any(cell["failed"] for cell in failed) else 0
+    results = json.loads((spec.folder / "results.json").read_text(encoding="utf-8"))
+    return 3 if any(cell["failed"] for cell in results["cells"]) else 0
+
+
+def _is_first() -> bool:
+    """Whether this is the first of several processes, or the only one.
+
+    Lightning starts further ranks with the command itself: each goes over all cells.
+    """
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return not getattr(rank_zero_only, "rank", 0)
 
 
 def publish(table: Table, config: str, command: str) -> None:
@@ -108,3 +163,44 @@ def publish(table: Table, config: str, command: str) -> None:
     write_json(table.folder / "results.json", results)
     write_report(results, table.folder)
     write_tables(results, table.folder)
+
+
+@contextlib.contextmanager
+def _alone(table: Table) -> Iterator[None]:
+    """Keep a second command out of the folder.
+
+    Raises:
+        InputError: if one is at work there.
+    """
+    if not _is_first():
+        yield
+        return
+    table.folder.mkdir(parents=True, exist_ok=True)
+    with (table.folder / ".lock").open("w") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError as error:
+            raise InputError(
+                f"Another command is at work in '{table.folder}': wait for it, or set another "
+                "output."
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def _stopping(table: Table) -> Iterator[None]:
+    """Say how to go on after Ctrl-C or SIGTERM, which end a cell with their exit codes."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = stop.code if isinstance(stop, SystemExit) else 130
+        print(
+            f"cmi-lightning: stopped; what is done is in '{table.folder}'. Run the same command "
+            "again to go on.",
+            file=sys.stderr,
+        )
+        raise SystemExit(code) from None

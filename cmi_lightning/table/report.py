@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from cmi_lightning.table.charts import (
     reach,
     round_up,
 )
+from cmi_lightning.table.spec import CMI
 from cmi_lightning.table.tables import MEASURED, csv, latex, markdown, write_tables
 from cmi_lightning.table.verdicts import (
     AGAINST,
@@ -44,6 +46,7 @@ __all__ = ["csv", "latex", "markdown", "render", "write_report", "write_tables"]
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = 128  # pixels: images up to this size are enlarged without smoothing
+LARGE = 96  # pixels: of images above this size only one best and one worst are embedded
 MAPS = 4  # images of an uncertainty map per row
 APART = 8.0  # ratio of spreads from which histograms have an axis each
 COLOURS = 8  # of lines
@@ -164,7 +167,9 @@ class View:
 
     def context(self) -> dict[str, Any]:
         """Return the template's variables."""
-        gallery = self.gallery()
+        gallery, groups = self.gallery(), self.groups()
+        entries = [entry for group in groups for row in group["rows"] for entry in row["entries"]]
+        verdicts = [verdict for entry in entries for verdict in entry["verdicts"].values()]
         store = [[p.uri, p.width, p.height] for p in self.pictures.store]  # only the gallery's
         return {
             "title": self.results.get("title") or "Results",
@@ -175,7 +180,8 @@ class View:
             "sentences": self.sentences(),
             "cost": self.cost(),
             "notes": list(self.results.get("notes") or ()),
-            "groups": self.groups(),
+            "groups": groups,
+            "fewer_pairs": any(verdict["pairs"] is not None for verdict in verdicts),
             "against_equal": any(self.known.verdicts(m, "equal") for m in self.known.metrics),
             "gallery": gallery,
             "gallery_variants": self.gallery_variants(gallery),
@@ -187,6 +193,9 @@ class View:
             "extremes": self.extremes(),
             "posterior": self.posterior(),
             "chosen": self.chosen(),
+            "study": self.study(),
+            "study_images": self.study_images(),
+            "objective": self.objective(),
             "protocol": self.protocol(),
             "environment": dict(self.results.get("environment") or {}),
             "config": self.results.get("config"),
@@ -242,14 +251,18 @@ class View:
                 f"Over {_count(len(self.known.metrics), 'metric')} and {_count(cells, 'cell')}, "
                 "CMI is significantly better than the same method without it"
                 if against == "base"
-                else "Against the method given as many network passes as CMI takes, it is "
-                "significantly better"
+                else "Against the method given as many network passes as CMI takes, with the step "
+                "sizes found for the shorter run, it is significantly better"
             )
             untested = f"; {counts['untested']} are not tested" if counts["untested"] else ""
             said.append(
                 f"{first} in {counts['better']} of {_count(counts['all'], 'comparison')}, worse in "
                 f"{counts['worse']}, and {counts['undecided']} are undecided{untested}."
             )
+        if said:
+            several = len(self.known.metrics) > 1
+            pooled = "The counts pool the metrics; each metric and each" if several else "Each"
+            said[0] += f" {pooled} kind of comparison has Holm’s correction for itself."
         return said
 
     @staticmethod
@@ -329,6 +342,7 @@ class View:
                         "words": verdict.words,
                         "text": verdict.text(digits).partition(" ")[::2],
                         "p": _p(verdict.p),
+                        "pairs": verdict.fewer(cell),
                     }
             entries.append(
                 {
@@ -439,8 +453,7 @@ class View:
             names = self._names(str(raw["method"]))
             sides = {}
             for side in ("best", "worst"):
-                images = [self._extreme(e, metric) for e in raw.get(side) or ()]
-                sides[side] = [e for e in images if e["base"] and e["cmi"]]
+                sides[side] = self._side(raw.get(side) or (), metric)
             if any(sides.values()):
                 by_task.setdefault(str(raw["task"]), []).append(
                     {
@@ -455,6 +468,21 @@ class View:
             for task in _ordered_keys(by_task, self.known.tasks)
         ]
 
+    def _side(
+        self, entries: Sequence[Mapping[str, Any]], metric: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return the images of one side that are there: of large ones, the first alone."""
+        found: list[dict[str, Any]] = []
+        for raw in entries:
+            entry = self._extreme(raw, metric)
+            base, cmi = entry["base"], entry["cmi"]
+            if not base or not cmi:
+                continue
+            found.append(entry)
+            if max(base.width, base.height, cmi.width, cmi.height) > LARGE:
+                break
+        return found
+
     def _extreme(self, raw: Mapping[str, Any], metric: Mapping[str, Any]) -> dict[str, Any]:
         unit = f" {metric['unit']}" if metric["unit"] else ""
         found = {n: self.pictures.get(raw.get(n)) for n in ("truth", "measurement", "base", "cmi")}
@@ -467,6 +495,7 @@ class View:
         levels: list[str] = []
         for raw in self.results.get("posterior") or ():
             coverage, expected = raw.get("coverage") or {}, raw.get("expected") or {}
+            errors = raw.get("errors") or {}
             levels += [level for level in coverage if level not in levels]
             plain = {"method": str(raw["method"]), "variant": raw.get("variant", "base")}
             cell = self.known.cell(str(raw["task"]), plain["method"], plain["variant"]) or plain
@@ -476,10 +505,12 @@ class View:
                     "label": cell_label(cell),
                     "images": short(raw.get("images")),
                     "draws": short(raw.get("draws")),
-                    "coverage": {n: _percent(v) for n, v in coverage.items()},
+                    "coverage": {n: _percent(v, errors.get(n)) for n, v in coverage.items()},
                     "expected": {n: _percent(v) for n, v in expected.items()},
-                    "spread_skill": fixed(raw.get("spread_skill"), 2),
-                    "residual": fixed(raw.get("residual"), 2),
+                    "spread_skill": _with_error(
+                        raw.get("spread_skill"), errors.get("spread_skill")
+                    ),
+                    "residual": _with_error(raw.get("residual"), errors.get("residual")),
                     "maps": self._maps(raw.get("folder"), str(raw["task"])),
                 }
             )
@@ -589,6 +620,7 @@ class View:
                         "text": verdict.text(metric["digits"]).partition(" ")[::2],
                         "improved": _percent(verdict.improved),
                         "count": len(verdict.values),
+                        "pairs": verdict.fewer(self.known.cell(task, method, "cmi") or {}),
                     }
                 )
             rows = [{"label": self.known.task_label(t), "entries": e} for t, e in tasks.items()]
@@ -612,6 +644,64 @@ class View:
             for cell in self.known.cells(task)
         ]
 
+    def study(self) -> list[dict[str, Any]]:
+        """Return, by task, which step sizes were tried for each method, and what came of them."""
+        found = []
+        study = {str(task): rows for task, rows in (self.results.get("study") or {}).items()}
+        for task in _ordered_keys(study, self.known.tasks):
+            rows = [self._searched(str(name), entry) for name, entry in (study[task] or {}).items()]
+            columns = max((len(row["trials"]) for row in rows), default=0)
+            if columns:
+                entry = {"key": task, "label": self.known.task_label(task)}
+                found.append(entry | {"rows": rows, "columns": columns})
+        return found
+
+    def _searched(self, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+        plus, method = f"{CMI}+", name.removeprefix(f"{CMI}+")
+        with_cmi = name.startswith(plus) and name not in self.known.methods
+        trials = {float(v): s or {} for v, s in (entry.get("trials") or {}).items()}
+        winner, chosen = number(entry.get("winner")), number(entry.get("chosen"))
+        errors = [e for s in trials.values() if (e := number(s.get("standard_error")))]
+        digits = max(2, min(4, 1 - math.floor(math.log10(min(errors))))) if errors else 2
+        broken = [v for v, s in sorted(trials.items()) if number(s.get("mean")) is None]
+        return {
+            "label": self._names(method)["cmi"] if with_cmi else name,
+            "trials": [
+                {
+                    "value": _size(value),
+                    "text": "broke an image"
+                    if value in broken
+                    else mean_text({"mean": s.get("mean"), "se": s.get("standard_error")}, digits),
+                    "chosen": value == chosen,
+                }
+                for value, s in sorted(trials.items())
+            ],
+            "winner": _size(winner),
+            "chosen": _size(chosen),
+            "flags": [
+                *(["at the edge of the values tried"] if entry.get("at_edge") else []),
+                *(["zero was better"] if with_cmi and winner == 0 else []),
+                *([f"broke an image at {', '.join(map(_size, broken))}"] if broken else []),
+            ],
+        }
+
+    def study_images(self) -> int | None:
+        """Return on how many images every step size was tried, if on equally many."""
+        counts = {
+            score.get("images")
+            for rows in (self.results.get("study") or {}).values()
+            for entry in (rows or {}).values()
+            for score in (entry.get("trials") or {}).values()
+            if score and number(score.get("mean")) is not None
+        }
+        return counts.pop() if len(counts) == 1 else None
+
+    def objective(self) -> str:
+        """Return how the metric is called by which step sizes were chosen, if it is known."""
+        labels = {m["key"]: m["label"] for m in self.known.metrics}
+        key = self.results.get("objective") or ""
+        return labels.get(key, key)
+
     def protocol(self) -> list[tuple[str, str]]:
         """Return how each metric is measured."""
         labels = {m["key"]: m["label"] for m in self.known.metrics}
@@ -628,9 +718,22 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _percent(value: Any) -> str:
-    finite = number(value)
-    return "–" if finite is None else f"{100 * finite:.0f} %"
+def _percent(value: Any, error: Any = None) -> str:
+    """Return "41 %" or "41.2 ± 1.3 %"."""
+    finite, se = number(value), number(error)
+    if finite is None:
+        return "–"
+    return f"{100 * finite:.0f} %" if se is None else f"{100 * finite:.1f} ± {100 * se:.1f} %"
+
+
+def _with_error(value: Any, error: Any) -> str:
+    """Return "0.80", or "0.803 ± 0.021" where there is an error."""
+    return mean_text({"mean": value, "se": error}, 2 if number(error) is None else 3)
+
+
+def _size(value: float | None) -> str:
+    """Return a step size as it is written in a configuration."""
+    return "–" if value is None else f"{value:g}"
 
 
 def _p(value: float | None) -> str:

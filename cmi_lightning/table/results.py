@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cmi_lightning.paths import inside
 from cmi_lightning.table.run import at_equal_cost, records
-from cmi_lightning.table.spec import VARIANTS, Cell, Table, Variant, passes
+from cmi_lightning.table.spec import CMI, VARIANTS, Cell, Table, Variant, passes
 from cmi_lightning.table.statistics import (
     LEVEL,
     bootstrap_interval,
@@ -33,19 +33,20 @@ from cmi_lightning.table.statistics import (
 
 Record = Mapping[str, Any]
 RESTORED, MEASURED = 1, 2  # rows of FeatureMetrics' embeddings
-SET_RESAMPLES = 1000  # a Fréchet distance takes a millisecond, a mean takes nothing
+# A Fréchet distance takes a millisecond, a mean nothing; fewer could not tell 30 cells apart.
+SET_RESAMPLES = 2000
 EXTREMES = 3  # best and worst images shown of a cell
 # key: label, unit, better, digits; those with an embedding are of sets of images
 PER_IMAGE = {
     "psnr": ("PSNR", "dB", "higher", 2),
     "ssim": ("SSIM", "", "higher", 4),
     "lpips": ("LPIPS", "", "lower", 4),
-    "perceptual": ("perceptual distance (classifier)", "", "lower", 4),
+    "perceptual": ("perceptual distance", "", "lower", 4),
 }
 OF_SETS = {
     "fid": ("FID", "", "lower", 2),
-    "frechet": ("Fréchet distance (classifier)", "", "lower", 3),
-    "kernel": ("kernel distance (classifier)", "", "lower", 4),
+    "frechet": ("Fréchet distance", "", "lower", 3),
+    "kernel": ("kernel distance", "", "lower", 4),
 }
 COMPARISONS: tuple[tuple[Variant, Variant], ...] = (
     ("cmi", "base"),
@@ -59,17 +60,35 @@ class CellResults:
 
     Attributes:
         cell: the cell.
-        records: by id, in the order of ids; without those that failed.
+        all: the records, in the order in which the images are restored.
+        records: by id; without those that failed.
         failed: how many failed.
+        curves: the mean of every quantity at every step.
     """
 
     def __init__(self, cell: Cell, images: int) -> None:
-        found = records(cell.folder)[:images]
         self.cell = cell
-        self.all = found
-        self.records = {r["id"]: r for r in found if not r["failed"]}
-        self.failed = len(found) - len(self.records)
+        self.all = records(cell.folder, images)
+        self.records = {r["id"]: r for r in self.all if not r["failed"]}
+        self.failed = len(self.all) - len(self.records)
+        self.curves = _means([record.pop("curves", {}) for record in self.all])
         self._embeddings: dict[str, Tensor] = {}
+        self._draws: dict[tuple[str, tuple[str, ...]], Tensor] = {}
+
+    def distances(self, metric: str, ids: Sequence[str]) -> Tensor | None:
+        """Return a distance of sets of some images, and of resamples of them; None without."""
+        from cmi_lightning.callbacks.feature_metrics import frechet_many, kernel_many
+
+        key = (metric, tuple(ids))
+        if key not in self._draws:
+            both = self.embeddings(ids)
+            if both is None:
+                return None
+            once = np.ones((1, len(ids)), dtype=int)
+            counts = np.concatenate([once, resamples_of(len(ids), SET_RESAMPLES)])
+            distance = {"frechet": frechet_many, "kernel": kernel_many}[metric]
+            self._draws[key] = distance(*both, torch.from_numpy(counts))
+        return self._draws[key]
 
     def values(self, metric: str, suffix: str = "") -> dict[str, float]:
         """Return a metric of every image that has it, by id."""
@@ -94,21 +113,6 @@ class CellResults:
         both = torch.stack([self._embeddings[name] for name in ids])
         return both[:, 0], both[:, of]
 
-    def curves(self) -> dict[str, dict[str, float]]:
-        """Return the mean of every quantity at every step."""
-        values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for record in self.records.values():
-            for quantity, curve in record.get("curves", {}).items():
-                for step, value in curve.items():
-                    values[quantity][step].append(float(value))
-        return {
-            quantity: {
-                step: math.fsum(v) / len(v)
-                for step, v in sorted(curve.items(), key=lambda item: int(item[0]))
-            }
-            for quantity, curve in values.items()
-        }
-
     def seconds(self) -> float | None:
         """Return the sampling time per image."""
         took = []
@@ -124,6 +128,19 @@ class CellResults:
             text = (self.cell.folder / "summary.json").read_text(encoding="utf-8")
             return float(json.loads(text)["metrics"]["fid"]["mean"])
         return None
+
+
+def _means(every: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Return the mean of every quantity at every step over the images that have it."""
+    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for curves in every:
+        for quantity, curve in curves.items():
+            for step, value in curve.items():
+                values[quantity][int(step)].append(float(value))
+    return {
+        quantity: {str(step): math.fsum(v) / len(v) for step, v in sorted(curve.items())}
+        for quantity, curve in values.items()
+    }
 
 
 def gather(table: Table) -> dict[tuple[str, str, Variant], CellResults]:
@@ -157,6 +174,7 @@ def aggregate(table: Table, config: str = "", command: str = "") -> dict[str, An
     ]
     _correct(comparisons)
     posterior, spread_notes = _posterior(table)
+    study = _study(table)
     return {
         "title": table.title,
         "command": command,
@@ -166,7 +184,9 @@ def aggregate(table: Table, config: str = "", command: str = "") -> dict[str, An
         "environment": _environment(),
         "images": max((len(c.all) for c in cells.values()), default=0),
         "steps": table.steps,
-        "notes": [*_notes(table, cells, comparisons), *spread_notes],
+        "notes": [*_notes(table, cells, comparisons, study), *spread_notes],
+        "study": study,
+        "objective": table.objective,
         "protocol": _protocol(cells),
         "metrics": [
             {"key": key, "label": label, "unit": unit, "better": better, "digits": digits}
@@ -191,6 +211,13 @@ def _metrics(cells: Mapping[Any, CellResults]) -> dict[str, tuple[str, str, str,
         found["fid"] = OF_SETS["fid"]
     if any(c.embeddings(list(c.records)[:1]) for c in cells.values() if c.records):
         found |= {k: OF_SETS[k] for k in ("frechet", "kernel")}
+    for results in cells.values():  # the network's name belongs to the metrics'
+        path = results.cell.folder / "features.json"
+        if path.is_file():
+            for key, label in json.loads(path.read_text(encoding="utf-8"))["labels"].items():
+                if key in found:
+                    found[key] = (label, *found[key][1:])
+            break
     return found
 
 
@@ -237,7 +264,7 @@ def _cell(
         "passes": passes(results.all),
         "seconds": results.seconds(),
         "folder": results.cell.folder.relative_to(table.folder).as_posix(),
-        "curves": results.curves(),
+        "curves": results.curves,
     }
 
 
@@ -249,11 +276,15 @@ def _compare(
     against: Variant,
     metrics: Mapping[str, Any],
 ) -> dict[str, Any] | None:
-    """Return the paired differences of two cells over the images that both have."""
+    """Return the paired differences of two cells over the images that both have.
+
+    An image that failed in the first cell alone is in no mean, but counts as not improved.
+    """
     one, other = cells.get((task, method, variant)), cells.get((task, method, against))
     if one is None or other is None:
         return None
     found: dict[str, Any] = {}
+    failed = [record["id"] for record in one.all if record["failed"]]
     for metric in metrics:
         if metric in PER_IMAGE:
             mine, theirs = one.values(metric), other.values(metric)
@@ -261,6 +292,7 @@ def _compare(
             if len(ids) < 2:
                 continue
             values = [mine[name] - theirs[name] for name in ids]
+            lost = sum(name in theirs for name in failed)
             sign = 1 if metrics[metric][2] == "higher" else -1
             low, high = bootstrap_interval(values)
             found[metric] = {
@@ -268,7 +300,7 @@ def _compare(
                 "low": low,
                 "high": high,
                 "p": sign_flip_p(values),
-                "improved": sum(sign * v > 0 for v in values) / len(values),
+                "improved": sum(sign * v > 0 for v in values) / (len(values) + lost),
                 "values": [float(f"{v:.6g}") for v in values],
             }
         elif metric in ("frechet", "kernel"):
@@ -287,15 +319,12 @@ def _compare(
 def _compare_sets(
     one: CellResults, other: CellResults, ids: list[str], metric: str
 ) -> dict[str, Any] | None:
-    from cmi_lightning.callbacks.feature_metrics import frechet_many, kernel_many
-
-    mine, theirs = one.embeddings(ids), other.embeddings(ids)
-    if mine is None or theirs is None or len(ids) < 3:
+    if len(ids) < 3:
         return None
-    distance = {"frechet": frechet_many, "kernel": kernel_many}[metric]
-    once = np.ones((1, len(ids)), dtype=int)
-    counts = torch.from_numpy(np.concatenate([once, resamples_of(len(ids), SET_RESAMPLES)]))
-    whole, *draws = (distance(*mine, counts) - distance(*theirs, counts)).tolist()
+    mine, theirs = one.distances(metric, ids), other.distances(metric, ids)
+    if mine is None or theirs is None:
+        return None
+    whole, *draws = (mine - theirs).tolist()
     low, high, p = interval_and_p(whole, np.asarray(draws))
     return {"difference": whole, "low": low, "high": high, "p": p}
 
@@ -334,7 +363,10 @@ def _posterior(table: Table) -> tuple[list[dict[str, Any]], list[str]]:
         if not path.is_file():
             continue
         summary = json.loads(path.read_text(encoding="utf-8"))
-        notes += summary.get("notes", [])
+        name = f"{cell.task}, {cell.label}"
+        for note in summary["notes"]:
+            of_one = bool(summary["failed"]) and "failed" in note
+            notes.append(f"{name}: {note}" if of_one else note)
         found.append(
             {
                 "task": cell.task,
@@ -347,6 +379,12 @@ def _posterior(table: Table) -> tuple[list[dict[str, Any]], list[str]]:
                 "expected": {p: c["expected"] for p, c in summary["coverage"].items()},
                 "spread_skill": summary["spread_skill"]["value"],
                 "residual": summary["residual"]["value"],
+                "errors": {
+                    "50": summary["coverage"]["50"]["standard_error"],
+                    "90": summary["coverage"]["90"]["standard_error"],
+                    "spread_skill": summary["spread_skill"]["standard_error"],
+                    "residual": summary["residual"]["standard_error"],
+                },
                 "folder": cell.folder.relative_to(table.folder).as_posix(),
             }
         )
@@ -439,6 +477,7 @@ def _notes(
     table: Table,
     cells: Mapping[tuple[str, str, Variant], CellResults],
     comparisons: Sequence[Mapping[str, Any]],
+    study: Mapping[str, Any],
 ) -> list[str]:
     notes = []
     counts = {len(c.all) for c in cells.values()}
@@ -446,13 +485,13 @@ def _notes(
         return ["No cell has finished an image yet."]
     if len(counts) > 1 or max(counts) < table.images:
         notes.append(
-            f"The run is not finished: the cells have {min(counts)} to {max(counts)} of "
-            f"{table.images} images. Every comparison is over the images that both cells have."
+            f"The run is not finished (or there are no more images): the cells have {min(counts)} "
+            f"to {max(counts)} of {table.images} images. Every comparison is over the images that "
+            "both cells have."
         )
-    if missing := len(table.rows()) * 3 - len(cells):
-        wanted = sum(len(table.variants(m)) for _, m in table.rows())
-        if missing > len(table.rows()) * 3 - wanted:
-            notes.append(f"{wanted - len(cells)} of {wanted} cells have not been started.")
+    wanted = sum(len(table.variants(m)) for _, m in table.rows())
+    if missing := wanted - len(cells):
+        notes.append(f"{missing} of {wanted} cells have not been started.")
     for results in cells.values():
         if results.failed:
             notes.append(
@@ -463,10 +502,40 @@ def _notes(
     if family:
         notes.append(
             f"{family} comparisons are made of each metric. A difference counts as significant "
-            f"after Holm's correction over them (family-wise {LEVEL:.0%}); the 95 % intervals are "
-            "of one comparison each: of twenty without any effect, one leaves out zero."
+            f"after Holm's correction over them (family-wise {100 * LEVEL:g} %), each metric and "
+            "each kind of comparison for itself; the 95 % intervals are of one comparison each: of "
+            "twenty without any effect, one leaves out zero."
+        )
+    if any(key[2] == "equal" for key in cells):
+        notes.append(
+            "The rows of equal cost have the step sizes that were chosen for "
+            f"{table.steps} steps; nothing was searched for their longer runs."
+        )
+    rows = [s for task in study.values() for name, s in task.items() if name.startswith(CMI)]
+    if rows:
+        zero = sum(s["winner"] == 0 for s in rows)
+        notes.append(
+            f"In {zero} of {len(rows)} cells the search on validation images preferred no CMI to "
+            "every scale of it; the table shows the best scale other than zero."
         )
     return notes
+
+
+def _study(table: Table) -> dict[str, Any]:
+    """Return what ``tune`` tried for the table's rows and chose, where the table uses it."""
+    try:
+        text = (table.folder / "tune" / "study.json").read_text(encoding="utf-8")
+        found = json.loads(text)["study"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return {}
+    return {
+        task: {
+            name: entry
+            for name, entry in found.get(task, {}).items()
+            if table.step_sizes.get(task, {}).get(name) == entry["chosen"]
+        }
+        for task in dict.fromkeys(task for task, _ in table.rows())
+    }
 
 
 def _protocol(cells: Mapping[Any, CellResults]) -> dict[str, str]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import multiprocessing
 import os
+import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.data.files import natural
+from cmi_lightning.errors import InputError, first_line
 from cmi_lightning.table.spec import Cell, Table, passes
 
 LOG = "log.txt"
@@ -45,31 +48,54 @@ class Done:
 def run(table: Table, jobs: Sequence[Job], tell: Callable[[Done], None]) -> None:
     """Run jobs, and tell of every finished cell.
 
+    A job that cannot be run keeps no other from it.
+
     Raises:
-        InputError: naming the first cell that could not be run; others that are under way end.
+        InputError: after all others, of the first job that could not be run; it names the cell.
     """
-    if table.processes == 1:
+    errors: list[InputError] = []
+    if table.processes == 1 or len(jobs) < 2:
         for job in jobs:
-            for done in _run_job(table, job):
-                tell(done)
-        return
-    context = multiprocessing.get_context("spawn")
+            try:
+                for done in run_job(table, job):
+                    tell(done)
+            except InputError as error:
+                errors.append(error)
+    else:
+        with _pool(table) as pool:
+            futures = [pool.submit(_run_whole_job, table, job) for job in jobs]
+            try:
+                for future in as_completed(futures):
+                    done_or_error = future.result()
+                    if isinstance(done_or_error, InputError):
+                        errors.append(done_or_error)
+                    else:
+                        for done in done_or_error:
+                            tell(done)
+            except BrokenProcessPool as error:
+                raise InputError(
+                    "A process was killed from outside (is memory short?): set lower processes or "
+                    "batch_size and run the same command again; what was finished is kept."
+                ) from error
+            except BaseException:  # Ctrl-C: nothing is lost by ending at once
+                _stop(futures)
+                raise
+    if errors:
+        raise errors[0]
+
+
+@contextlib.contextmanager
+def _pool(table: Table) -> Iterator[ProcessPoolExecutor]:
+    """Return processes that share the CPU's cores."""
     threads = max(1, (os.cpu_count() or 1) // table.processes)
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read when a process starts
+    context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(
             table.processes, context, initializer=_start, initargs=(threads,)
         ) as pool:
-            futures = [pool.submit(_run_whole_job, table, job) for job in jobs]
-            try:
-                for future in as_completed(futures):
-                    for done in future.result():
-                        tell(done)
-            except BaseException:
-                for future in futures:
-                    future.cancel()
-                raise
+            yield pool
     finally:
         if before is None:
             os.environ.pop("OMP_NUM_THREADS", None)
@@ -81,6 +107,7 @@ def _start(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
@@ -91,11 +118,26 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _run_whole_job(table: Table, job: Job) -> list[Done]:
-    return list(_run_job(table, job))
+def _stop(futures: Sequence[Future[Any]]) -> None:
+    for future in futures:
+        future.cancel()
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
-def _run_job(table: Table, job: Job) -> Iterator[Done]:
+def _run_whole_job(table: Table, job: Job) -> list[Done] | InputError:
+    try:
+        return list(run_job(table, job))
+    except InputError as error:
+        return InputError(str(error))
+
+
+def run_job(table: Table, job: Job) -> Iterator[Done]:
+    """Run a job's cells in this process.
+
+    Raises:
+        InputError: naming the cell that could not be run.
+    """
     for cell in job.cells:
         started = time.monotonic()
         cell = at_equal_cost(table, cell)
@@ -106,11 +148,13 @@ def _run_job(table: Table, job: Job) -> Iterator[Done]:
 def at_equal_cost(table: Table, cell: Cell) -> Cell:
     """Return a cell of equal cost with its number of steps, or any other cell as it is.
 
-    The steps are those whose network passes come nearest to what the cell with CMI costs. Where
-    that has no record yet, the steps stay.
+    The steps are those whose network passes come nearest to what the cell with CMI costs, or those
+    that the cell has been run with.
     """
     if cell.variant != "equal":
         return cell
+    if own := records(cell.folder, 1):
+        return replace(cell, steps=own[0]["steps"])
     base = passes(records(table.cell(cell.task, cell.method).folder, 1))
     cmi = passes(records(table.cell(cell.task, cell.method, "cmi").folder, 1))
     if not base or not cmi:
@@ -126,27 +170,35 @@ def restore(arguments: list[str], cell: Cell) -> None:
     Raises:
         InputError: naming the cell, if it could not be run.
     """
+    import lightning.pytorch  # noqa: F401  # before the redirection: its log handler keeps stderr
+
     from cmi_lightning.cli import predict, resolved
 
     cell.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    try:
-        with (
-            (cell.folder / LOG).open("a", encoding="utf-8") as log,
-            contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log),
-        ):
-            predict(resolved(arguments))
-    except InputError as error:
-        raise InputError(f"{cell.task}, {cell.label}: {error}") from error
+    name = f"{cell.task}, {cell.label}"
+    with (cell.folder / LOG).open("a", encoding="utf-8") as log:
+        try:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                predict(resolved(arguments))
+        except InputError as error:
+            told = str(error)
+            if "trainer.default_root_dir" in told:  # predict's remedy is not this command's
+                told = told.partition("Set another")[0] + "Set another output, or delete it."
+            raise InputError(f"{name}: {told}") from error
+        except Exception as error:
+            traceback.print_exc(file=log)
+            raise InputError(
+                f"{name}: {type(error).__name__}: {first_line(error)} (see '{cell.folder / LOG}')."
+            ) from error
 
 
-def records(folder: Path, limit: float = math.inf) -> list[dict[str, Any]]:
-    """Return the records of a run's folder, in the order of ids."""
+def records(folder: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Return the records of a run's folder, in the order in which it restores its images."""
     found: list[dict[str, Any]] = []
-    for path in sorted((folder / "records").rglob("*.json")):
-        if len(found) >= limit:
-            break
+    root = folder / "records"
+    names = {p: natural(p.relative_to(root).as_posix()) for p in root.rglob("*.json")}
+    for path in sorted(names, key=lambda p: names[p])[:limit]:
         with contextlib.suppress(ValueError):  # a crash of the machine may have cut it short
             found.append(json.loads(path.read_text(encoding="utf-8")))
     return found

@@ -14,6 +14,7 @@ from cmi_lightning.errors import InputError
 CMI = "CMI"  # the row of the added guidance in `step_sizes`: "CMI+DPS"
 Variant = Literal["base", "cmi", "equal"]
 VARIANTS: tuple[Variant, ...] = ("base", "cmi", "equal")
+SUFFIXES: dict[Variant, str] = {"base": "", "cmi": "-cmi", "equal": "-equal"}
 
 
 @dataclass
@@ -82,13 +83,14 @@ class Table:
         steps: reverse steps.
         seed: seed of all noise.
         processes: cells at a time, each in a process of its own with its share of the CPU's cores.
-            On GPUs leave it 1 and set ``trainer.devices`` in a configuration of ``common``.
-        equal_cost: also run each base with as many steps as CMI's network passes would pay for.
+            For CPUs: on GPUs leave it 1.
+        equal_cost: also run each base (but one without a step size, which is no guidance) with as
+            many steps as CMI's network passes would pay for, at the same step size.
         only_tasks: run these tasks alone.
         only_methods: run these methods alone.
         step_sizes: by key of the task, then name of the method ("CMI+DPS" for CMI on DPS); what is
             missing is as the configurations have it. ``cmi-lightning tune`` finds them.
-        validation: configurations that select the images for ``tune``, on top of ``common``.
+        validation: configurations that select other images, for ``tune``, on top of ``common``.
         tune_images: how many of these are used.
         objective: the metric by which ``tune`` chooses.
         posterior: cells of which several samples are drawn per image; None for none.
@@ -133,6 +135,18 @@ class Table:
                 raise InputError(
                     f"tasks: '{key}' names a folder; use letters, digits, '-' and '_', and a label."
                 )
+        for rows, option in ((self.tasks, "tasks"), (self.methods, "methods")):
+            if not rows:
+                raise InputError(f"{option}: name at least one.")
+        folders: dict[str, str] = {}
+        for name in self.methods:
+            for suffix in SUFFIXES.values():
+                folder = f"{safe(name)}{suffix}"
+                if folder in folders or folder.startswith("."):
+                    raise InputError(
+                        f"methods: '{name}' would have '{folder}', another one's folder; rename it."
+                    )
+                folders[folder] = name
         posterior = self.posterior or Posterior()
         if posterior.draws < 2 or posterior.images < 1:
             raise InputError("posterior needs draws of at least 2 and images of at least 1.")
@@ -145,6 +159,8 @@ class Table:
         ):
             if unknown := set(chosen or []) - set(names):
                 raise InputError(f"{option}: there is no '{min(unknown)}'; use {', '.join(names)}.")
+        if not self.rows():
+            raise InputError("only_tasks and only_methods leave nothing to do: name one of each.")
         both = [*self.methods, *(f"{CMI}+{name}" for name in self.methods)]
         for key, sizes in self.step_sizes.items():
             if unknown := set(sizes) - set(both):
@@ -164,7 +180,7 @@ class Table:
         return list(itertools.product(tasks, methods))
 
     def variants(self, method: str) -> tuple[Variant, ...]:
-        """Return what is run of a base; one without a guidance has no measure of equal cost."""
+        """Return what is run of a base: draws from the prior alone get no nearer by more steps."""
         equal = self.equal_cost and self.methods[method].option is not None
         return VARIANTS if equal else VARIANTS[:2]
 
@@ -177,8 +193,7 @@ class Table:
                 chosen[part.option] = sizes[name]
         if variant != "cmi" and self.cmi.option is not None:
             chosen.pop(self.cmi.option, None)
-        suffix = {"base": "", "cmi": "-cmi", "equal": "-equal"}[variant]
-        folder = self.folder / "cells" / task / f"{safe(method)}{suffix}"
+        folder = self.folder / "cells" / task / f"{safe(method)}{SUFFIXES[variant]}"
         return Cell(task, method, variant, chosen, self.steps, folder)
 
     def posterior_cells(self) -> Iterator[Cell]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -57,10 +58,13 @@ def sign_flip_p(differences: Sequence[float], resamples: int = RESAMPLES, seed: 
     return float((1 + beyond.sum()) / (1 + resamples))
 
 
+@functools.lru_cache(maxsize=8)  # every comparison of a table takes the same draws
 def resamples_of(count: int, resamples: int = RESAMPLES, seed: int = 0) -> Array:
     """Return (resamples, count): how often each image is drawn, with replacement."""
     rng = np.random.default_rng(seed)
-    return rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    counts = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    counts.setflags(write=False)
+    return counts
 
 
 def interval_and_p(value: float, draws: Array) -> tuple[float, float, float]:

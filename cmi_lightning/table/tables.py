@@ -28,7 +28,7 @@ COLUMNS = (
     *(
         f"{name}_{against}"
         for against in AGAINST
-        for name in ("difference", "low", "high", "p", "significant", "improved")
+        for name in ("difference", "low", "high", "p", "significant", "improved", "pairs")
     ),
 )
 COLOURS = {
@@ -81,8 +81,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"# {_markdown(results.get('title') or 'Results')}",
         "",
         "Mean ± standard error. Beside CMI's values the paired difference from its base, with its "
-        "95 % interval: ▲ better and ▼ worse after Holm's correction, △ and ▽ where the difference "
-        "is not significant. Passes and seconds are per image.",
+        "95 % interval, and n where it is over fewer images than the cell has: ▲ better and ▼ "
+        "worse after Holm's correction, each metric for itself, △ and ▽ where the difference is "
+        "not significant. Passes and seconds are per image.",
         "",
         _row([_markdown(h) for h in head]),
         _row(["---", "---", *["---:"] * (len(head) - 2)]),
@@ -98,7 +99,9 @@ def markdown(results: Mapping[str, Any]) -> str:
                 text = mean_text((cell.get("metrics") or {}).get(metric["key"]), metric["digits"])
                 verdict = _of(known, cell, metric)
                 if verdict and verdict.difference is not None and cell["variant"] == "cmi":
-                    text += f" ({verdict.symbol} {verdict.text(metric['digits'])})"
+                    pairs = verdict.fewer(cell)
+                    only = f", n = {pairs}" if pairs is not None else ""
+                    text += f" ({verdict.symbol} {verdict.text(metric['digits'])}{only})"
                 texts.append(text)
             cost = [short(cell.get("passes")), short(cell.get("seconds"))]
             lines.append(_row([_markdown(label), _markdown(cell_label(cell)), *texts, *cost]))
@@ -120,7 +123,8 @@ def _row(texts: list[str]) -> str:
 def csv(results: Mapping[str, Any]) -> str:
     """Return a row per cell and metric, numbers in full; ``…_base`` are differences from the base.
 
-    ``…_equal`` are those from the base with as many passes. Text that a spreadsheet would take for
+    ``…_equal`` are those from the base with as many passes; ``pairs_…`` is how many images were
+    compared, of metrics that are per image. Text that a spreadsheet would take for
     a formula starts with an apostrophe.
     """
     known = Results(results)
@@ -154,6 +158,7 @@ def csv(results: Mapping[str, Any]) -> str:
                         row[f"significant_{against}"] = (
                             None if significant is None else str(significant).lower()
                         )
+                        row[f"pairs_{against}"] = len(verdict.values) or None
                 writer.writerow({name: _harmless(value) for name, value in row.items()})
     return file.getvalue()
 
@@ -179,7 +184,8 @@ def latex(results: Mapping[str, Any]) -> str:
         f"% {' '.join(str(results.get('title') or 'Results').split())}",
         r"% \usepackage{booktabs, amssymb} \usepackage[table]{xcolor}",
         "% Green: CMI better than its base, red: worse; pale and with an open triangle: not",
-        "% significant after Holm's correction. Mean and standard error; passes per image.",
+        "% significant after Holm's correction, each metric for itself. Mean and standard error;",
+        "% passes per image.",
         *(f"\\definecolor{{cmi-{name}}}{{HTML}}{{{code}}}" for name, code in COLOURS.items()),
         f"\\begin{{tabular}}{{l{'r' * (columns - 1)}}}",
         r"\toprule",

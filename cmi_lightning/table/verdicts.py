@@ -110,6 +110,11 @@ class Verdict:
         low, high = (fixed(v, digits + 1) for v in (self.low, self.high))
         return f"{first} [{low}, {high}]"
 
+    def fewer(self, cell: Mapping[str, Any]) -> int | None:
+        """Return the number of pairs where the cell has more images than were compared."""
+        pairs, images = len(self.values), number(cell.get("images"))
+        return pairs if pairs and images is not None and pairs < images else None
+
 
 def judge(entry: Mapping[str, Any], better: str) -> Verdict:
     """Return the verdict on a comparison's entry of a metric whose ``better`` values are such."""
