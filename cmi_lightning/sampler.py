@@ -18,9 +18,9 @@ from cmi_lightning.schedule import Schedule
 from cmi_lightning.solvers.base import Solver
 from cmi_lightning.step import Cost, Record, Step
 
-# A residual this many times the first one, or ‖y‖ if that is larger, each as it would be without
-# noise: it is that of x̂₀, in which an error of x_t is √(α² + σ²)/α times as large, a hundredfold at
-# the first steps. DPS with long steps makes and mends such errors there.
+# A residual this many times the first one, or ‖y‖ if that is larger; and more where it is noisy: it
+# is that of x̂₀, in which an error of x_t is √(α² + σ²)/α times as large, a hundredfold at the first
+# steps. DPS with long steps makes and mends such errors there.
 DIVERGED = 1e3
 
 
@@ -109,9 +109,9 @@ class Sampler:
     def iterate(self, problem: Problem, noise: SampleNoise, like: Tensor) -> Iterator[Record]:
         """Yield a record after every step; the last one's ``x`` is the restored batch.
 
-        A sample whose x_s is not finite, or whose residual ‖y − A x̂₀‖, over √(α² + σ²)/α, has grown
-        to ``DIVERGED`` times its first value (or ‖y‖), stops: it keeps its last state. The others
-        go on as if nothing had happened, bit for bit.
+        A sample whose x_s is not finite, or whose residual ‖y − A x̂₀‖ is ``DIVERGED``·√(α² + σ²)/α
+        times its first value (or ‖y‖), stops: it keeps its last state. The others go on as if
+        nothing had happened, bit for bit.
 
         Args:
             problem: the batch's measurement, operator and noise level.
@@ -133,7 +133,7 @@ class Sampler:
             number, residual = len(self.schedule) - index, log["residual"]
             magnified = math.sqrt(now.alpha**2 + now.sigma**2) / now.alpha
             if limit is None:
-                limit = DIVERGED * norm(problem.y).maximum(residual / magnified)
+                limit = DIVERGED * norm(problem.y).maximum(residual)
             far = residual > limit * magnified
             stopped = torch.where((stopped == 0) & far, -number, stopped)
             lost = ~(torch.isfinite(proposed).flatten(1).all(1) & torch.isfinite(residual))

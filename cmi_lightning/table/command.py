@@ -7,10 +7,13 @@ import itertools
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from cmi_lightning.cli import one_sentence, resolved
 from cmi_lightning.errors import InputError
@@ -124,7 +127,7 @@ def table(args: Sequence[str]) -> int:
     posterior = list(spec.posterior_cells())
     work = rounds(spec)
     check(spec, [cell for job in work[0] for cell in job.cells] + posterior)
-    if first and not spec.step_sizes and (spec.folder / "step_sizes.yaml").is_file():
+    if first and _found_other_sizes(spec):
         print(f"The step sizes that were found are not used: add -c {spec.folder}/step_sizes.yaml")
     if posterior and spec.posterior is not None:
         work.append([Job((cell,), spec.posterior.images) for cell in posterior])
@@ -145,6 +148,21 @@ def table(args: Sequence[str]) -> int:
     print(f"report: {spec.folder / 'report.html'}; numbers: {spec.folder / 'table.csv'}")
     results = json.loads((spec.folder / "results.json").read_text(encoding="utf-8"))
     return 3 if any(cell["failed"] for cell in results["cells"]) else 0
+
+
+def _found_other_sizes(table: Table) -> bool:
+    """Whether ``tune`` has found step sizes in the table's folder that the table does not use."""
+    import yaml
+
+    path = table.folder / "step_sizes.yaml"
+    if not path.is_file():
+        return False
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))["step_sizes"]
+    return any(
+        table.step_sizes.get(task, {}).get(name) != size
+        for task in dict.fromkeys(task for task, _ in table.rows())
+        for name, size in found.get(task, {}).items()
+    )
 
 
 def _is_first() -> bool:
@@ -172,7 +190,7 @@ def _alone(table: Table) -> Iterator[None]:
     Raises:
         InputError: if one is at work there.
     """
-    if not _is_first():
+    if table.report_only or not _is_first():  # files are written whole: a look does no harm
         yield
         return
     table.folder.mkdir(parents=True, exist_ok=True)
@@ -194,6 +212,12 @@ def _alone(table: Table) -> Iterator[None]:
 @contextlib.contextmanager
 def _stopping(table: Table) -> Iterator[None]:
     """Say how to go on after Ctrl-C or SIGTERM, which end a cell with their exit codes."""
+
+    def terminate(signum: int, frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:

@@ -501,10 +501,11 @@ def _notes(
     family = sum((c["variant"], c["against"]) == ("cmi", "base") for c in comparisons)
     if family:
         notes.append(
-            f"{family} comparisons are made of each metric. A difference counts as significant "
-            f"after Holm's correction over them (family-wise {100 * LEVEL:g} %), each metric and "
-            "each kind of comparison for itself; the 95 % intervals are of one comparison each: of "
-            "twenty without any effect, one leaves out zero."
+            f"{family} comparisons with the base are made of each metric. A difference is "
+            f"significant after Holm's correction over all of its kind (family-wise "
+            f"{100 * LEVEL:g} %), each metric and each kind of comparison for itself; the 95 % "
+            "intervals are of one comparison each: of twenty without any effect, one leaves out "
+            "zero."
         )
     if any(key[2] == "equal" for key in cells):
         notes.append(

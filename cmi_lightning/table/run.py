@@ -63,8 +63,9 @@ def run(table: Table, jobs: Sequence[Job], tell: Callable[[Done], None]) -> None
                 errors.append(error)
     else:
         with _pool(table) as pool:
-            futures = [pool.submit(_run_whole_job, table, job) for job in jobs]
+            futures: list[Future[list[Done] | InputError]] = []
             try:
+                futures += [pool.submit(_run_whole_job, table, job) for job in jobs]
                 for future in as_completed(futures):
                     done_or_error = future.result()
                     if isinstance(done_or_error, InputError):

@@ -67,7 +67,8 @@ class Table:
     """Bases with and without CMI on tasks, from one YAML file.
 
     Every cell is a run of ``cmi-lightning predict``, in a folder of its own, with that run's
-    records, so a table goes on where it was stopped. All cells see the same measurements and noise.
+    records, so a table goes on where it was stopped. All cells see the same measurements, and at
+    equal steps the same noise.
 
     Attributes:
         title: heading of the report.

@@ -65,7 +65,8 @@ def check(table: Table) -> None:
     """Check that a table can be tuned.
 
     Raises:
-        InputError: if the reported images would be used, or methods would get unequal trials.
+        InputError: if no other images than the reported ones are named, or methods would get
+            unequal trials.
     """
     if not table.validation:
         raise InputError(
@@ -176,6 +177,10 @@ def _save(table: Table, study: dict[str, Any]) -> None:
     with contextlib.suppress(FileNotFoundError, ValueError):
         before = json.loads(path.read_text(encoding="utf-8"))
     kept = before["study"] if setting.items() <= before.items() else {}
+    for task, rows in study.items():  # what was found on top of another step size is void
+        for name, entry in rows.items():
+            if kept.get(task, {}).get(name, entry)["chosen"] != entry["chosen"]:
+                kept[task].pop(f"{CMI}+{name}", None)
     merged = {task: {**kept.get(task, {}), **study.get(task, {})} for task in {**kept, **study}}
     write_json(path, {**setting, "study": merged})
     sizes = {
