@@ -436,7 +436,7 @@ class View:
 
     def _names(self, method: str) -> dict[str, str]:
         """Return how a method's variants are called."""
-        names = {}
+        names: dict[str, str] = {}
         for variant in VARIANTS:
             cells = (self.known.cell(task, method, variant) for task in self.known.tasks)
             cell = next((c for c in cells if c), {"method": method, "variant": variant})

@@ -31,7 +31,6 @@ from cmi_lightning.table.statistics import (
     sign_flip_p,
 )
 
-Record = Mapping[str, Any]
 RESTORED, MEASURED = 1, 2  # rows of FeatureMetrics' embeddings
 # A Fréchet distance takes a millisecond, a mean nothing; fewer could not tell 30 cells apart.
 SET_RESAMPLES = 2000

@@ -38,7 +38,8 @@ def score(table: Table, cell: Cell) -> dict[str, float | int | None]:
         InputError: if the cells do not report the objective.
     """
     values = []
-    for record in records(cell.folder, table.tune_images):
+    found = records(cell.folder, table.tune_images)
+    for record in found:
         parts = {**record.get("metrics", {}), **record.get("perceptual", {})}
         if record["failed"]:
             continue
@@ -49,9 +50,9 @@ def score(table: Table, cell: Cell) -> dict[str, float | int | None]:
             )
         values.append(float(parts[table.objective]))
     values = [v for v in values if math.isfinite(v)]
-    whole = len(values) == len(records(cell.folder, table.tune_images)) > 0
-    found = mean_and_error(values) if whole else {"mean": None, "se": None}
-    return {"mean": found["mean"], "standard_error": found["se"], "images": len(values)}
+    whole = len(values) == len(found) > 0
+    mean = mean_and_error(values) if whole else {"mean": None, "se": None}
+    return {"mean": mean["mean"], "standard_error": mean["se"], "images": len(values)}
 
 
 def best(table: Table, scores: dict[float, dict[str, Any]]) -> float | None:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-VARIANTS = ("base", "cmi", "equal")
+from cmi_lightning.table.spec import VARIANTS
+
 AGAINST = ("base", "equal")
 MINUS = "−"
 
