@@ -113,37 +113,61 @@ def kernel(real: Tensor, fake: Tensor) -> float:
         return float(metric.compute()[0])
 
 
-def frechet_many(real: Tensor, fake: Tensor, counts: Tensor) -> Tensor:
-    """Return :func:`frechet` (R,) of R resamples, for a bootstrap over images.
+class FrechetBootstrap:
+    """:func:`frechet` of resamples of images, from the same resamples of their truths.
+
+    What depends on the truths alone is computed once, for all the cells of a table. With
+    X, Y (n, D) the centred features, weighted by √count,
+
+        tr (Σ Σ')^½ = tr (Σ^½ Σ' Σ^½)^½ = ‖X Yᵀ‖_* / (n − 1),
+
+    the sum of singular values; the last form is cheaper for fewer images than features.
 
     Args:
-        real: features (N, D).
-        fake: features (N, D) of the same images.
+        real: features (N, D) of the truths.
         counts: (R, N), how often each image is in a resample; at least 2 images in each.
     """
-    x, y, w = real.double(), fake.double(), counts.double()
-    distances = []
-    for row in w.split(64):  # covariances of that many resamples at a time
-        (mean, cov), (other_mean, other_cov) = _moments(x, row), _moments(y, row)
-        values, vectors = torch.linalg.eigh(cov)
-        root = vectors * values.clamp(min=0).sqrt()[:, None]  # cov = root rootᵀ
-        shared = torch.linalg.eigvalsh(root.mT @ other_cov @ root).clamp(min=0).sqrt().sum(1)
-        traces = (cov + other_cov).diagonal(dim1=1, dim2=2).sum(1)
-        distances.append((mean - other_mean).square().sum(1) + traces - 2 * shared)
-    return torch.cat(distances)
+
+    def __init__(self, real: Tensor, counts: Tensor) -> None:
+        self.real, self.counts = real.double(), counts.double()
+        self.few = real.shape[0] < real.shape[1]
+        self.roots = [] if self.few else [self._root(w) for w in self._parts()]
+
+    def __call__(self, fake: Tensor) -> Tensor:
+        """Return the distances (R,) of features (N, D) of the restorations."""
+        fake, found = fake.double(), []
+        for i, w in enumerate(self._parts()):
+            x, y = _centred(self.real, w), _centred(fake, w)
+            free = w.sum(1) - 1
+            if self.few:
+                shared = torch.linalg.svdvals(x @ y.mT).sum(1) / free
+            else:
+                product = y @ self.roots[i]
+                squares = torch.linalg.eigvalsh(product.mT @ product).clamp(min=0)
+                shared = squares.sqrt().sum(1) / free.sqrt()
+            traces = (x.square().sum((1, 2)) + y.square().sum((1, 2))) / free
+            shift = (w @ self.real - w @ fake) / w.sum(1, keepdim=True)
+            found.append(shift.square().sum(1) + traces - 2 * shared)
+        return torch.cat(found)
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.counts.split(64)  # that many (n, D) at a time
+
+    def _root(self, counts: Tensor) -> Tensor:
+        """Return Σ^½ (R, D, D) of resamples."""
+        x = _centred(self.real, counts)
+        values, vectors = torch.linalg.eigh(x.mT @ x / (counts.sum(1) - 1)[:, None, None])
+        return vectors * values.clamp(min=0).sqrt()[:, None] @ vectors.mT
 
 
-def _moments(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return means (R, D) and unbiased covariances (R, D, D) of resamples of x (N, D)."""
-    total = counts.sum(1)
-    mean = counts @ x / total[:, None]
-    second = torch.stack([(x * w[:, None]).mT @ x for w in counts])
-    outer = total[:, None, None] * mean[:, :, None] * mean[:, None]
-    return mean, (second - outer) / (total - 1)[:, None, None]
+def _centred(x: Tensor, counts: Tensor) -> Tensor:
+    """Return √count (x − mean) (R, N, D) of resamples of x (N, D)."""
+    mean = counts @ x / counts.sum(1, keepdim=True)
+    return (x - mean[:, None]) * counts.sqrt()[:, :, None]
 
 
 def kernel_many(real: Tensor, fake: Tensor, counts: Tensor) -> Tensor:
-    """Return :func:`kernel` (R,) of R resamples; see :func:`frechet_many`.
+    """Return :func:`kernel` (R,) of R resamples, as :class:`FrechetBootstrap` takes them.
 
     An image that is in a resample n times counts as n images, as it would for torchmetrics.
     """

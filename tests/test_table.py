@@ -167,9 +167,10 @@ def test_bad_tables_are_refused_in_a_sentence(options, words):
         small(**options)
 
 
-@pytest.mark.parametrize("name", ["fashion", "ffhq", "imagenet", "smoke"])
+@pytest.mark.parametrize("name", ["fashion", "fashion thousand", "ffhq", "imagenet", "smoke"])
 def test_packaged_tables_make_cells_that_predict_understands(name):
-    table, text = parse(["-c", f"table/{name}"], "table")
+    overlays = [part for overlay in name.split() for part in ("-c", f"table/{overlay}")]
+    table, text = parse(overlays, "table")
     assert yaml.safe_load(text)["title"] == table.title
     for task, method in table.rows():
         for variant in table.variants(method):
@@ -250,6 +251,19 @@ def test_an_image_that_failed_is_in_no_mean_and_not_improved(tmp_path):
     assert entry["improved"] == pytest.approx(10 / 12)
     assert any("1 images failed" in note for note in results["notes"])
     assert cells["base"]["curves"]["residual"] == {"1": 6.5, "2": 13.0}
+
+
+def test_cells_of_an_unfinished_row_are_compared_over_the_same_images(tmp_path):
+    table = small(output=str(tmp_path), images=12, only_methods=["none", "DPS"])
+    write_records(table.cell("box", "DPS"), [20.0] * 4 + [30.0] * 4)
+    write_records(table.cell("box", "DPS", "cmi"), [21.0] * 4)
+    write_records(table.cell("box", "none"), [10.0] * 8)  # another row: nothing to be paired with
+    results = aggregate(table)
+    cells = {(c["method"], c["variant"]): c for c in results["cells"]}
+    assert cells["DPS", "base"]["images"] == cells["DPS", "cmi"]["images"] == 4
+    assert cells["DPS", "base"]["metrics"]["psnr"]["mean"] == 20.0
+    assert cells["none", "base"]["images"] == 8
+    assert any("4 to 8 of 12 images" in note for note in results["notes"])
 
 
 def test_steps_of_equal_cost_follow_from_the_passes(tmp_path):

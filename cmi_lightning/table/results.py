@@ -12,12 +12,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cmi_lightning.identity import digest
 from cmi_lightning.paths import inside
 from cmi_lightning.table.run import at_equal_cost, records
 from cmi_lightning.table.spec import CMI, VARIANTS, Cell, Table, Variant, passes
@@ -30,6 +31,9 @@ from cmi_lightning.table.statistics import (
     resamples_of,
     sign_flip_p,
 )
+
+if TYPE_CHECKING:
+    from cmi_lightning.callbacks.feature_metrics import FrechetBootstrap
 
 RESTORED, MEASURED = 1, 2  # rows of FeatureMetrics' embeddings
 # A Fréchet distance takes a millisecond, a mean nothing; fewer could not tell 30 cells apart.
@@ -55,28 +59,35 @@ COMPARISONS: tuple[tuple[Variant, Variant], ...] = (
 
 
 class CellResults:
-    """The finished images of a cell.
+    """The images of a cell that are looked at.
 
     Attributes:
         cell: the cell.
-        all: the records, in the order in which the images are restored.
+        all: their records, in the order in which the images are restored.
+        whole: whether these are all that the cell has finished.
         records: by id; without those that failed.
         failed: how many failed.
         curves: the mean of every quantity at every step.
     """
 
-    def __init__(self, cell: Cell, images: int) -> None:
-        self.cell = cell
-        self.all = records(cell.folder, images)
+    def __init__(
+        self,
+        cell: Cell,
+        found: list[dict[str, Any]],
+        whole: bool,
+        bootstraps: dict[str, FrechetBootstrap],
+    ) -> None:
+        self.cell, self.all, self.whole = cell, found, whole
         self.records = {r["id"]: r for r in self.all if not r["failed"]}
         self.failed = len(self.all) - len(self.records)
         self.curves = _means([record.pop("curves", {}) for record in self.all])
         self._embeddings: dict[str, Tensor] = {}
         self._draws: dict[tuple[str, tuple[str, ...]], Tensor] = {}
+        self._bootstraps = bootstraps
 
     def distances(self, metric: str, ids: Sequence[str]) -> Tensor | None:
         """Return a distance of sets of some images, and of resamples of them; None without."""
-        from cmi_lightning.callbacks.feature_metrics import frechet_many, kernel_many
+        from cmi_lightning.callbacks.feature_metrics import kernel_many
 
         key = (metric, tuple(ids))
         if key not in self._draws:
@@ -84,10 +95,22 @@ class CellResults:
             if both is None:
                 return None
             once = np.ones((1, len(ids)), dtype=int)
-            counts = np.concatenate([once, resamples_of(len(ids), SET_RESAMPLES)])
-            distance = {"frechet": frechet_many, "kernel": kernel_many}[metric]
-            self._draws[key] = distance(*both, torch.from_numpy(counts))
+            counts = torch.from_numpy(np.concatenate([once, resamples_of(len(ids), SET_RESAMPLES)]))
+            if metric == "frechet":
+                self._draws[key] = self._bootstrap(both[0], counts)(both[1])
+            else:
+                self._draws[key] = kernel_many(*both, counts)
         return self._draws[key]
+
+    def _bootstrap(self, real: Tensor, counts: Tensor) -> FrechetBootstrap:
+        """Return the bootstrap of some truths, which cells of the same images share."""
+        from cmi_lightning.callbacks.feature_metrics import FrechetBootstrap
+
+        key = digest(real, counts)
+        if key not in self._bootstraps:
+            self._bootstraps.clear()  # one takes tens of megabytes, and rows come in order
+            self._bootstraps[key] = FrechetBootstrap(real, counts)
+        return self._bootstraps[key]
 
     def values(self, metric: str, suffix: str = "") -> dict[str, float]:
         """Return a metric of every image that has it, by id."""
@@ -122,7 +145,9 @@ class CellResults:
         return sum(took) / len(took) if took else None
 
     def fid(self) -> float | None:
-        """Return the run's FID, where its network was at hand."""
+        """Return the run's FID, where its network was at hand; it is of all the run's images."""
+        if not self.whole:
+            return None
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
             text = (self.cell.folder / "summary.json").read_text(encoding="utf-8")
             return float(json.loads(text)["metrics"]["fid"]["mean"])
@@ -143,14 +168,23 @@ def _means(every: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[s
 
 
 def gather(table: Table) -> dict[tuple[str, str, Variant], CellResults]:
-    """Return the cells that have finished images, in the table's order."""
+    """Return the cells that have been started, in the table's order.
+
+    Of a base's cells those images are looked at that all of them have finished, so that their
+    means can be compared while a run is under way.
+    """
     found = {}
+    bootstraps: dict[str, FrechetBootstrap] = {}
     for task, method in table.rows():
+        row = {}
         for variant in VARIANTS:
             cell = at_equal_cost(table, table.cell(task, method, variant))
-            results = CellResults(cell, table.images)
-            if results.all:
-                found[task, method, variant] = results
+            if finished := records(cell.folder, table.images):
+                row[variant] = cell, finished
+        common = min((len(finished) for _, finished in row.values()), default=0)
+        for variant, (cell, finished) in row.items():
+            whole = sum(1 for _ in (cell.folder / "records").rglob("*.json")) == common
+            found[task, method, variant] = CellResults(cell, finished[:common], whole, bootstraps)
     return found
 
 
@@ -484,9 +518,8 @@ def _notes(
         return ["No cell has finished an image yet."]
     if len(counts) > 1 or max(counts) < table.images:
         notes.append(
-            f"The run is not finished (or there are no more images): the cells have {min(counts)} "
-            f"to {max(counts)} of {table.images} images. Every comparison is over the images that "
-            "both cells have."
+            f"The run is not finished (or there are no more images): the rows have {min(counts)} "
+            f"to {max(counts)} of {table.images} images, each those that all its cells have."
         )
     wanted = sum(len(table.variants(m)) for _, m in table.rows())
     if missing := wanted - len(cells):
