@@ -29,7 +29,8 @@ from cmi_lightning.table.charts import (
     step_ticks,
     ticks,
 )
-from cmi_lightning.table.report import csv, latex, markdown, render, write_report, write_tables
+from cmi_lightning.table.report import render, write_report
+from cmi_lightning.table.tables import csv, latex, markdown, write_tables
 from cmi_lightning.table.verdicts import Results, fixed, judge, median, short
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}

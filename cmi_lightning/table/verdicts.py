@@ -174,6 +174,15 @@ class Results:
         keys = ((task, method, variant) for method in self.methods for variant in VARIANTS)
         return [self._cells[key] for key in keys if key in self._cells]
 
+    def variant_labels(self, method: str) -> dict[str, str]:
+        """Return how a method's variants are called: as in the first task that has them."""
+        labels: dict[str, str] = {}
+        for variant in VARIANTS:
+            cells = (self.cell(task, method, variant) for task in self.tasks)
+            cell = next((c for c in cells if c), {"method": method, "variant": variant})
+            labels[variant] = cell_label(cell)
+        return labels
+
     def pairs(self) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
         """Return CMI's cells, each with its base's."""
         return [
@@ -227,6 +236,12 @@ def median(values: Sequence[float]) -> float:
     """Return the median of at least one number."""
     ordered, half = sorted(values), len(values) // 2
     return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def in_order(found: Mapping[str, Any] | None, order: Sequence[str]) -> list[str]:
+    """Return the keys in an order, those that it does not name last."""
+    keys = found or {}
+    return [k for k in order if k in keys] + [k for k in keys if k not in order]
 
 
 def _complete(metric: Mapping[str, Any]) -> dict[str, Any]:
