@@ -1,22 +1,19 @@
 """The README's pictures.
 
-    python benchmarks/figures.py
-
-docs/demo.png: test garments, their measurements and CMI+DPS restorations on three tasks, with the
-step sizes of step_sizes.yaml. docs/samples.png: unconditional samples, DDIM with 100 steps.
+python benchmarks/figures.py demo       docs/demo.png, from cells of `table -c table/fashion`
+python benchmarks/figures.py samples    docs/samples.png: the prior alone, DDIM with 100 steps
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
-import yaml
-from restoration import STEP_SIZES, TASKS, Bench, base, test_images
+from PIL import Image
 
 from cmi_lightning.callbacks.drawing import save_png, tile, to_tile
 from cmi_lightning.denoisers import shipped_prior
-from cmi_lightning.guidance import CMI
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity
 from cmi_lightning.problem import Problem
@@ -24,19 +21,20 @@ from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDIM
 
 DOCS = Path(__file__).parent.parent / "docs"
-SHOWN = ["box inpainting 14×14", "super-resolution ×4", "random inpainting 90 %"]
+CELLS = Path("runs/table/fashion/cells")
+SHOWN = ["inpaint_box", "super_resolution", "inpaint_random"]
 
 
 def demo(count: int = 12) -> None:
-    images, ids = test_images()
-    bench = Bench(images[:count], ids[:count])
-    sizes = yaml.safe_load(STEP_SIZES.read_text())
-    rows = [images[:count]]
-    for task in SHOWN:
-        assert task in TASKS
-        restored, _, _ = bench.restore(task, [*base(task, "DPS", sizes), CMI()])
-        rows += [bench.measurement(task), restored]
-    save_png(tile([[to_tile(x) for x in row] for row in rows]), DOCS / "demo.png")
+    """The table's first images: truth, then measurement and CMI+DPS of each task."""
+
+    def row(task: str, kind: str) -> list[Image.Image]:
+        paths = sorted((CELLS / task / "DPS-cmi" / kind).glob("*.png"))[:count]
+        return [Image.open(path).convert("L") for path in paths]
+
+    rows = [row(SHOWN[0], "truth")]
+    rows += [row(task, kind) for task in SHOWN for kind in ("measurement", "restored")]
+    save_png(tile(rows), DOCS / "demo.png")
 
 
 def samples(count: int = 48, columns: int = 16) -> None:
@@ -50,5 +48,6 @@ def samples(count: int = 48, columns: int = 16) -> None:
 
 
 if __name__ == "__main__":
-    demo()
-    samples()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("picture", choices=["demo", "samples"])
+    {"demo": demo, "samples": samples}[parser.parse_args().picture]()

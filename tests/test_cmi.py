@@ -228,6 +228,27 @@ def test_gaussian_prior_has_no_gradient(dense):
     assert float(information.value.min()) > 0
 
 
+@pytest.mark.parametrize("index", [30, 300, 600])
+def test_chain_rule_what_x_t_tells_and_what_it_leaves_to_be_told_add_up(dense, index):
+    """I(x₀; y) = I(x_t; y) + I(x₀; y | x_t), the first two from joint covariances."""
+    prior = power_law_prior(list(SHAPE)).double()
+    step = make_step(prior, dense, index)
+    step.noise = AllSigns(step.noise)
+    given = Lanczos(probes=4, krylov=3)(step).value
+    C, A, eye = prior.covariance(), dense.matrix, torch.eye(6, dtype=torch.float64)
+    alpha, sigma = step.now.alpha, step.now.sigma
+
+    def information(u: Tensor, v: Tensor, across: Tensor) -> float:
+        joint = torch.cat([torch.cat([u, across], 1), torch.cat([across.T, v], 1)])
+        return float(torch.logdet(u) + torch.logdet(v) - torch.logdet(joint)) / 2
+
+    y = A @ C @ A.T + 0.1**2 * eye[:3, :3]
+    x_t = alpha**2 * C + sigma**2 * eye
+    total, told = information(C, y, C @ A.T), information(x_t, y, alpha * C @ A.T)
+    assert told > 1e-3
+    torch.testing.assert_close(given, torch.full_like(given, total - told), rtol=1e-8, atol=0)
+
+
 def test_value_vanishes_without_measurement_and_falls_with_noise(mixture, dense):
     nothing = Dense(torch.zeros_like(dense.matrix), SHAPE)
     assert float(Lanczos()(make_step(mixture, nothing)).value.abs().max()) < 1e-12
@@ -291,6 +312,8 @@ def test_step_obeys_its_schedule_and_limit(mixture, dense):
     lengths = norm(fixed.mean - proposal.mean)
     torch.testing.assert_close(lengths, torch.full_like(lengths, 0.003 * noise_length))
     assert set(step.log) >= {"cmi/value", "cmi/gradient", "cmi/residual"}
+    descent = CMI(scale=-0.003, step_size="noise").guide_transition(step, proposal)
+    torch.testing.assert_close(proposal.mean - descent.mean, fixed.mean - proposal.mean)
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,9 @@ def test_bad_tables_are_refused_in_a_sentence(options, words):
         small(**options)
 
 
-@pytest.mark.parametrize("name", ["fashion", "fashion thousand", "ffhq", "imagenet", "smoke"])
+@pytest.mark.parametrize(
+    "name", ["fashion", "fashion descent", "fashion thousand", "ffhq", "imagenet", "smoke"]
+)
 def test_packaged_tables_make_cells_that_predict_understands(name):
     overlays = [part for overlay in name.split() for part in ("-c", f"table/{overlay}")]
     table, text = parse(overlays, "table")
