@@ -335,23 +335,28 @@ def bases(measured: int) -> dict[str, dict[str, Guidance]]:
     }
 
 
+def estimator(measured: int) -> Lanczos:
+    """Return CMI's estimator; its space ends at m."""
+    return Lanczos(krylov=min(3, measured))
+
+
+def unlimited(c: float, measured: int) -> list[Guidance]:
+    """Return CMI with steps of c·β_t at every level, however long; c < 0 descends."""
+    return [CMI(c, "beta", math.inf, 0.0, 1.0, estimator=estimator(measured))]
+
+
 def cmis(measured: int) -> dict[str, list[Guidance]]:
-    """Return CMI's settings by label: none, the library's defaults, and multiples c of β_t.
+    """Return the settings of CMI that are tried, by label.
 
-    The defaults limit CMI to short steps and to a range of levels, for images; the others do not.
+    They are none, the library's defaults, and multiples c of β_t. The defaults limit CMI to short
+    steps and to a range of levels, for images; the others do not.
     """
-    # The space ends at m.
-    estimator = Lanczos(krylov=min(3, measured))
-
-    def free(c: float) -> list[Guidance]:
-        return [CMI(c, "beta", math.inf, 0.0, 1.0, estimator=estimator)]
-
-    defaults: list[Guidance] = [CMI(estimator=estimator)]
-    return {"off": [], "defaults": defaults} | {f"c={c:g}": free(c) for c in (0.1, 0.3, 1.0, 3.0)}
+    tried: dict[str, list[Guidance]] = {"off": [], "defaults": [CMI(estimator=estimator(measured))]}
+    return tried | {f"c={c:g}": unlimited(c, measured) for c in (0.1, 0.3, 1.0, 3.0)}
 
 
 RULE = "DPS, scale=0.2"  # MCGdiff's: 0.1/‖r‖ ∇‖r‖²
-FIXED = "c=1"
+FIXED = {"c=1": 1.0, "c=-1": -1.0}  # not tuned: ascent, and descent, which tuning never tries
 
 
 class Scores(NamedTuple):
@@ -458,16 +463,19 @@ class Bench:
         """Yield (name, guidances, name of a variant before it that is the same)."""
         tuned = self.tuned(cell)
         yield RULE, [DPS(0.2)], None
-        if cell.steps == 20:
-            yield f"CMI+{RULE}, {FIXED}", [DPS(0.2), *cmis(cell.measured)[FIXED]], None
+        fixed = {
+            label: unlimited(c, cell.measured) for label, c in FIXED.items() if cell.steps == 20
+        }
+        for label, added in fixed.items():
+            yield f"CMI+{RULE}, {label}", [DPS(0.2), *added], None
         for method, grid in bases(cell.measured).items():
             base, cmi = grid[tuned[method]["best"]], tuned[f"CMI+{method}"]["best"]
             yield method, [base], RULE if base == DPS(0.2) else None
-            added = cmis(cell.measured)
-            yield f"CMI+{method}", [base, *added[cmi]], method if cmi == "off" else None
-            if cell.steps == 20:
-                same = f"CMI+{method}" if cmi == FIXED else None
-                yield f"CMI+{method}, {FIXED}", [base, *added[FIXED]], same
+            best = [base, *cmis(cell.measured)[cmi]]
+            yield f"CMI+{method}", best, method if cmi == "off" else None
+            for label, added in fixed.items():
+                same = f"CMI+{method}" if cmi == label else None
+                yield f"CMI+{method}, {label}", [base, *added], same
 
     def run(self) -> None:
         """Score every variant on every problem that is not done yet."""
@@ -569,7 +577,7 @@ class Report:
         return markdown(["d", "m", "steps", "exact (floor)", RULE, *self.methods], rows)
 
     def cmi_table(self, suffix: str = "") -> str:
-        """Return what CMI changes in each cell: as tuned, or with a setting ", c=1" for all."""
+        """Return what CMI changes in each cell: as tuned, or as fixed, e.g. ", c=1"."""
         methods = [RULE, *self.methods] if suffix else self.methods
         rows = []
         for c in self.cells:
@@ -611,21 +619,23 @@ class Report:
     def ratio_table(self) -> str:
         """Return what CMI changes on average, and what five times as many levels do."""
         by_steps = {n: [c for c in self.cells if c.steps == n] for n in (20, 100)}
+        methods = [RULE, *self.methods]
         rows: list[list[object]] = []
         for steps, label, suffix in (
             (20, "CMI, tuned", ""),
             (100, "CMI, tuned", ""),
-            (20, f"CMI, {FIXED}", f", {FIXED}"),
+            *((20, f"CMI, {fixed}", f", {fixed}") for fixed in FIXED),
         ):
             if cells := by_steps[steps]:
-                names = [(f"CMI+{m}{suffix}", m) for m in self.methods]
                 rows.append([steps, label])
-                rows[-1] += [self.ratio([(c, new, c, old) for c in cells]) for new, old in names]
+                for m in methods:
+                    pairs = [(c, f"CMI+{m}{suffix}", c, m) for c in cells]
+                    rows[-1].append(self.ratio(pairs) if suffix or m != RULE else "not tuned")
         twice = [(c, c._replace(steps=20)) for c in by_steps[100]]
         if twice and all(b in self.cells for _, b in twice):
             rows.append(["20 → 100", "no CMI"])
-            rows[-1] += [self.ratio([(a, m, b, m) for a, b in twice]) for m in self.methods]
-        return markdown(["steps", "change", *self.methods], rows)
+            rows[-1] += [self.ratio([(a, m, b, m) for a, b in twice]) for m in methods]
+        return markdown(["steps", "change", *methods], rows)
 
     def coverage_table(self, field: str) -> str:
         """Return mean shares in the intervals, over the m and problems of a d and step count.
@@ -648,6 +658,26 @@ class Report:
             pairs = [f"{shares(m)} → {shares(f'CMI+{m}')}" for m in self.methods]
             rows.append([d, steps, shares("exact"), *pairs])
         return markdown(["d", "steps", "exact", *self.methods], rows)
+
+    def coverage_change_table(self) -> str:
+        """Return what fixed CMI changes in the coverage of exact draws, in points, paired."""
+        cells = [c for c in self.cells if c.steps == 20]
+        methods = [RULE, *self.methods]
+
+        def shares(name: str, which: int) -> np.ndarray:
+            return np.array([100 * s.inside[which] for c in cells for s in self.scores[c][name]])
+
+        rows: list[list[object]] = []
+        for which, level in enumerate(CENTRAL):
+            interval = f"{100 * level:.0f} %"
+            rows.append([interval, "no CMI"])
+            rows[-1] += [f"{shares(m, which).mean():.1f}" for m in methods]
+            for label in FIXED:
+                rows.append([interval, f"CMI, {label}"])
+                for m in methods:
+                    e = estimate(shares(f"CMI+{m}, {label}", which) - shares(m, which))
+                    rows[-1].append(f"{e.mean:+.1f} ± {e.half:.1f}")
+        return markdown(["interval", "share, change", *methods], rows)
 
     def counts(self) -> str:
         """Return in how many cells tuned CMI helps and hurts, and how many draws diverged."""
@@ -683,11 +713,12 @@ class Report:
             "Settings": self.settings_table(),
             "Distance": self.main_table(),
             "Change by CMI, tuned": self.cmi_table(),
-            f"Change by CMI, {FIXED}": self.cmi_table(f", {FIXED}"),
+            **{f"Change by CMI, {label}": self.cmi_table(f", {label}") for label in FIXED},
             "Mean ratio": self.ratio_table(),
             "Counts": self.counts(),
             "Coverage of exact draws, 50 % / 90 %": self.coverage_table("inside"),
             "Coverage of the truth, 50 % / 90 %": self.coverage_table("truth"),
+            "Change of coverage of exact draws, 20 levels": self.coverage_change_table(),
         }
         return "\n\n".join(f"### {title}\n\n{body}" for title, body in parts.items())
 

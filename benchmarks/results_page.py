@@ -74,7 +74,7 @@ class TablePage:
         self.bases = [m for m in self.results["methods"] if m in methods and m != "none"]
         self.rows = [(task, base) for task, _ in self.tasks for base in self.bases]
         self.images = min(c["images"] for c in self.results["cells"])
-        self.commit = self.results["commit"].removesuffix("-dirty")
+        self.commit = (self.results["commit"] or "unknown").removesuffix("-dirty")
 
     def by_task(self, show: Callable[[str, str], str], corner: str = "task") -> str:
         rows = ((label, [show(task, m) for m in self.bases]) for task, label in self.tasks)
@@ -220,28 +220,35 @@ class TablePage:
 
 
 class Why:
-    """What `benchmarks/why.py` has found."""
+    """What `benchmarks/why.py` has found.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: its results.
+        labels: of tasks, by key.
+    """
+
+    def __init__(self, path: Path, labels: Json) -> None:
         self.found = load(path)
         self.cells = list(dict.fromkeys(c for row in self.found.values() for c in row))
+        parts = (cell.split(", ") for cell in self.cells)
+        self.heads = [f"{labels[task]}, {method}" for task, method in parts]
 
     def images(self) -> int:
         return min(e["psnr"]["n"] for row in self.found.values() for e in row.values())
 
-    def table(self, metric: str, digits: int, names: Sequence[str]) -> str:
-        def show(entry: Json | None) -> str:
-            return interval(entry[metric], digits, "mean") if entry else "–"
+    def table(self, names: Sequence[str], show: Callable[[Json], str]) -> str:
+        rows = (
+            (name, [show(row[c]) if c in row else "–" for c in self.cells])
+            for name in names
+            if (row := self.found.get(name))
+        )
+        return grid("variant", self.heads, rows)
 
-        rows = ((n, [show(self.found[n].get(c)) for c in self.cells]) for n in names)
-        return grid("variant", self.cells, (r for r in rows if r[0] in self.found))
+    def difference(self, metric: str, digits: int, names: Sequence[str]) -> str:
+        return self.table(names, lambda entry: interval(entry[metric], digits, "mean"))
 
     def information(self, names: Sequence[str]) -> str:
-        def show(entry: Json | None) -> str:
-            return f"{entry['information']:.1f}" if entry and entry["information"] else "–"
-
-        rows = ((n, [show(self.found[n].get(c)) for c in self.cells]) for n in names)
-        return grid("variant", self.cells, rows)
+        return self.table(names, lambda entry: f"{entry['information']:.1f}")
 
 
 def main() -> None:
@@ -267,7 +274,7 @@ def main() -> None:
         page=page,
         descent=pages.get("descent"),
         thousand=pages.get("thousand"),
-        why=Why(options.runs / "why" / "why.json"),
+        why=Why(options.runs / "why" / "why.json", dict(page.tasks)),
         signed=signed,
         median=statistics.median,
     )

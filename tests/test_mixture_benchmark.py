@@ -188,6 +188,32 @@ def test_grids_are_of_one_size_and_hold_no_cmi(bench):
         assert len(settings) == 6
         assert settings["off"] == []
         assert all(isinstance(g, CMI) for s in settings.values() for g in s)
+        assert all(g.scale > 0 for s in settings.values() for g in s)  # descent is not tuned
+        assert bench.unlimited(bench.FIXED["c=1"], m) == settings["c=1"]
+
+
+def test_fixed_settings_are_ascent_and_descent(bench):
+    """c = −1 moves the mean as far as c = 1, the other way; I rises with 1 and falls with −1."""
+    task = bench.instance(bench.Cell(8, 2, 20), "test", 0, 4)
+    levels = task.prior.schedule
+    # At the reference's clean draws I is flat to rounding; between two components it is not.
+    noise = torch.randn(4, 8, generator=bench.generator("between"), dtype=torch.float64)
+    x = levels[9].alpha * bench.means(8)[12:14].mean(0) + levels[9].sigma * noise
+    step = bench.Step(
+        9, x, levels[9], levels[8], task.problem, task.prior, bench.BatchNoise(0, ["batch"])
+    )
+    start = bench.Transition(x, 0.1, torch.zeros_like(x))
+    shifts = {}
+    for label, c in bench.FIXED.items():
+        (cmi,) = bench.unlimited(c, 2)
+        shifts[label] = cmi.guide_transition(step, start).mean - start.mean
+    assert float(shifts["c=1"].norm(dim=1).min()) > 0
+    torch.testing.assert_close(shifts["c=-1"], -shifts["c=1"])
+    value = cmi.estimate(step).value
+    for label, sign in {"c=1": 1, "c=-1": -1}.items():
+        small = 1e-3 * shifts[label] / shifts[label].norm(dim=1, keepdim=True)
+        moved = cmi.estimate(replace(step, x=step.x + small)).value
+        assert bool((sign * (moved - value) > 0).all())
 
 
 def test_short_krylov_space_is_the_default_for_few_measurements(bench):
@@ -227,11 +253,33 @@ def test_run_can_be_interrupted(bench, tmp_path, monkeypatch):
         bench.Bench(replace(size, problems=problems), parts).run()
     assert full.read_text() == parts.read_text()
     scores = json.loads(full.read_text())["scores"][str(cell)]
-    assert len(scores) == 9
+    assert len(scores) == 12
     assert all(len(entries) == 2 for entries in scores.values())
     text = bench.Report(json.loads(full.read_text()), size).text()
-    changes = [a[0] - b[0] for a, b in zip(scores["CMI+DPS, c=1"], scores["DPS"], strict=True)]
-    assert f"| {np.mean(changes):+.3f} ± " in text.replace("**", "")
+    for label in bench.FIXED:
+        pairs = list(zip(scores[f"CMI+DPS, {label}"], scores["DPS"], strict=True))
+        assert f"| {np.mean([a[0] - b[0] for a, b in pairs]):+.3f} ± " in text.replace("**", "")
+        points = np.mean([100 * (a[1][1] - b[1][1]) for a, b in pairs])
+        rows = [line for line in text.splitlines() if line.startswith(f"| 90 % | CMI, {label}")]
+        assert len(rows) == 1
+        assert f"| {points:+.1f} ± " in rows[0]
+
+
+def test_run_adds_only_what_is_missing(bench, tmp_path, monkeypatch):
+    """Lists that are there stay, whatever they hold; deleted ones come back the same."""
+    grids = bench.bases
+    monkeypatch.setattr(bench, "bases", lambda m: {"DPS": {"scale=2": grids(m)["DPS"]["scale=2"]}})
+    cell, path = bench.Cell(8, 1, 20), tmp_path / "results.json"
+    size = bench.Size([cell], 1, 20, 2, {8: 20})
+    bench.Bench(size, path).run()
+    results = json.loads(path.read_text())
+    lists = results["scores"][str(cell)]
+    removed = {name: lists.pop(name) for name in list(lists) if name.endswith("c=-1")}
+    assert len(removed) == 2
+    lists["DPS"] = [[7.0, *entry[1:]] for entry in lists["DPS"]]
+    path.write_text(json.dumps(results))
+    bench.Bench(size, path).run()
+    assert json.loads(path.read_text())["scores"][str(cell)] == lists | removed
 
 
 def test_document_holds_the_tables(bench):

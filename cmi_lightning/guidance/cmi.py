@@ -17,24 +17,22 @@ from cmi_lightning.step import Step, Transition
 
 @dataclass(frozen=True)
 class CMI(Guidance):
-    """x_s ← x_s + η ∇_{x_t} I(x₀; y | x_t): stay where y tells most about the image.
+    """x_s ← x_s + η ∇_{x_t} I(x₀; y | x_t): move to where y would tell more about the image.
 
     I = ½ log det(1 + Σ_n^{-1/2} A Σ Aᵀ Σ_n^{-1/2}) with Σ = (σ_t²/α_t) ∂x̂₀/∂x_t; the estimators of
     I and of its gradient, with their cost, bias and variance, are those of
     :mod:`cmi_lightning.information`. Logged per acting step: the value in nats ("cmi/value"),
     ‖∇I‖ ("cmi/gradient") and the relative residual of the estimator's solve ("cmi/residual").
 
-    The defaults are cautious. With ``Lanczos(krylov=3)`` on the shipped prior, 16 training images
-    held back from it, 100 DDPM steps and tuned bases, they change PSNR, paired, by −0.05 ± 0.01 dB
-    (DPS), −0.06 ± 0.01 (ΠGDM), −0.05 ± 0.01 (MCG) and +0.01 ± 0.04 (DSG) on super-resolution ×4,
-    and by −0.02 ± 0.02 (DPS) on box inpainting, where the bases' own standard errors are 0.5 to
-    1.2 dB. So no base gets worse than its standard error, and none gains. Scales of 0.1 and 1 on
-    the box were no better (−0.04 ± 0.03, −0.05 ± 0.04). On mixtures, where everything is exact,
-    CMI changes the distance to the posterior by a few percent in either direction
-    (docs/mixture.md). Other priors may differ: search ``scale``, zero included.
+    The paper ascends; a negative ``scale`` descends. Which is better has to be found out: on the
+    shipped prior ascent helps on no task and descent raises PSNR on most (docs/results.md); on
+    mixtures, where everything is exact, ascent changes the distance to the posterior by a few
+    percent in either direction, and descent makes it larger (docs/mixture.md). The defaults are the
+    paper's sign, and cautious. Search ``scale``, zero and both signs included.
 
     Args:
-        scale: η as a share, see ``step_size``; 0 switches the guidance off, at no cost.
+        scale: η as a share, see ``step_size``; negative to descend; 0 switches the guidance off, at
+            no cost.
         step_size: "beta": η = scale·β_t of the respaced chain, so that the total drift does not
             depend on the number of steps while ``max_step`` is not reached; "noise": the step has
             the length scale·√n·std of the ancestral sampler's noise, whatever ‖∇I‖.
