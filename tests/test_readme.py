@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 import sys
@@ -124,3 +125,19 @@ def test_nothing_is_left_to_fill_in():
         assert not re.search(r"@\w+@|<!--|TODO", text)
     for image in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (root / image).is_file()
+
+
+def test_measured_numbers_are_those_of_the_results():
+    """The README quotes docs/results.md, and that what the table's run has left."""
+    docs = Path(__file__).parent.parent / "docs"
+    page = (docs / "results.md").read_text(encoding="utf-8")
+    quoted = [line for line in README.splitlines() if "±" in line and line.startswith("| ")]
+    assert len(quoted) == 6
+    assert all(line in page for line in quoted)
+    with (docs / "results" / "table.csv").open(encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["metric"] == "psnr"]
+    bases = [r for r in rows if r["variant"] in ("base", "measured") and r["method"] != "none"]
+    assert len(bases) == 6 * 5
+    for row in bases:
+        mean = f"{float(row['mean']):.2f} ± {float(row['se']):.2f}"
+        assert any(mean in line for line in quoted), row

@@ -517,9 +517,10 @@ def _notes(
     if not counts:
         return ["No cell has finished an image yet."]
     if len(counts) > 1 or max(counts) < table.images:
+        have = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
         notes.append(
-            f"The run is not finished (or there are no more images): the rows have {min(counts)} "
-            f"to {max(counts)} of {table.images} images, each those that all its cells have."
+            f"The run is not finished (or there are no more images): the rows have {have} of "
+            f"{table.images} images, each those that all its cells have."
         )
     wanted = sum(len(table.variants(m)) for _, m in table.rows())
     if missing := wanted - len(cells):
