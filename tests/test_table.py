@@ -195,6 +195,7 @@ def test_tune_keeps_the_best_value_that_broke_no_image():
     assert best(table, scores) == 1.0
     assert best(replace(table, objective="lpips"), scores) == 0.5
     assert best(table, {1.0: {"mean": None}}) is None
+    assert best(table, {-1.0: {"mean": 20.0}, 0.0: {"mean": 20.0}, -0.1: {"mean": 19.0}}) == 0
 
 
 def test_trials_are_of_the_validation_images_and_apart():

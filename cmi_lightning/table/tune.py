@@ -56,10 +56,10 @@ def score(table: Table, cell: Cell) -> dict[str, float | int | None]:
 
 
 def best(table: Table, scores: dict[float, dict[str, Any]]) -> float | None:
-    """Return the value with the best mean, the smallest of equals; None if all broke."""
+    """Return the value with the best mean, of equals the nearest to 0; None if all broke."""
     sign = -1 if table.objective in LOWER else 1
     finite = {v: s["mean"] for v, s in scores.items() if s["mean"] is not None}
-    return max(sorted(finite), key=lambda v: sign * finite[v]) if finite else None
+    return max(sorted(finite, key=abs), key=lambda v: sign * finite[v]) if finite else None
 
 
 def check(table: Table) -> None:
