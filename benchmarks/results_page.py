@@ -22,6 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cmi_lightning.table.run import records
 from cmi_lightning.table.spec import CMI, safe
+from cmi_lightning.table.statistics import bootstrap_interval
 
 NAMES = {
     "psnr": "PSNR",
@@ -217,6 +218,26 @@ class TablePage:
             shown = [f"{v:.3f} ± {e:.3f}" for v, e in zip(values, errors, strict=True)]
             rows.append((f"{labels[entry['task']]}, {entry['label']}", shown))
         return grid("cell", heads, rows)
+
+    def draws(self, task: str, method: str) -> str:
+        """Return what CMI changes, paired, of single draws and of the mean of all of an image."""
+        base, other = (
+            {r["id"]: {**r["metrics"], **r.get("perceptual", {})} for r in records(folder)}
+            for name in (safe(method), f"{safe(method)}-cmi")
+            if (folder := self.folder / "posterior" / task / name)
+        )
+        rows = []
+        for metric, digits in (("psnr", 2), ("ssim", 3), ("perceptual", 3)):
+            cells = []
+            for key in (f"{metric}_draws", metric):
+                values = [other[i][key] - base[i][key] for i in base]
+                low, high = bootstrap_interval(values)
+                entry = {"difference": statistics.fmean(values), "low": low, "high": high}
+                before = statistics.fmean(row[key] for row in base.values())
+                cells += [f"{before:.{digits}f}", interval(entry, digits)]
+            rows.append((NAMES[metric], cells))
+        heads = ["one draw, without", "change", "mean of all draws, without", "change"]
+        return grid("metric", heads, rows)
 
 
 class Why:
