@@ -48,6 +48,8 @@ def samples(count: int = 48, columns: int = 16) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("picture", choices=["demo", "samples"])
     {"demo": demo, "samples": samples}[parser.parse_args().picture]()

@@ -74,8 +74,11 @@ class TablePage:
         self.tasks = [(t["key"], t["label"]) for t in self.results["tasks"] if t["key"] in tasks]
         self.bases = [m for m in self.results["methods"] if m in methods and m != "none"]
         self.rows = [(task, base) for task, _ in self.tasks for base in self.bases]
-        self.images = min(c["images"] for c in self.results["cells"])
-        self.commit = (self.results["commit"] or "unknown").removesuffix("-dirty")
+        counts = sorted({c["images"] for c in self.results["cells"]})
+        if counts[0] != counts[-1]:
+            raise SystemExit(f"'{folder}': rows have {counts} images; set --images to cut them.")
+        self.images = counts[0]
+        self.commit = self.results["commit"] or "a copy outside git"
 
     def by_task(self, show: Callable[[str, str], str], corner: str = "task") -> str:
         rows = ((label, [show(task, m) for m in self.bases]) for task, label in self.tasks)
@@ -283,6 +286,8 @@ def main() -> None:
         for name in ("fashion", "descent", "thousand")
         if (tables / name / "results.json").is_file()
     }
+    if "fashion" not in pages:
+        parser.error(f"'{tables / 'fashion'}' holds no results: run `cmi-lightning table` first")
     page = pages["fashion"]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

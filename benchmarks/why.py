@@ -134,14 +134,16 @@ def by_id(folder: Path, name: str) -> dict[str, float]:
 
 
 def tuned(spec: Table, row: tuple[str, str]) -> float | None:
-    """Return the best step size of what was tried at another number of steps; None before."""
+    """Return the best step size of what was tried at another number of steps, if any is good."""
     scores = {}
     for size in spec.methods[row[1]].space:
-        values = by_id(cell(spec, row, None, size).folder, "psnr")
-        if not values:
-            return None
-        scores[size] = sum(values.values()) / len(values)
-    return max(scores, key=lambda s: scores[s])
+        folder = cell(spec, row, None, size).folder
+        values = by_id(folder, "psnr")
+        if values and len(values) == len(
+            records(folder)
+        ):  # a size that breaks an image is no choice
+            scores[size] = sum(values.values()) / len(values)
+    return max(scores, key=lambda s: scores[s]) if scores else None
 
 
 def compute(images: int, names: Sequence[str], tune_images: int = 12) -> None:
@@ -191,7 +193,7 @@ def report(images: int) -> dict[str, Any]:
                 continue
             entry: dict[str, Any] = {
                 "size": size if size is not None else next(iter(base.step_sizes.values())),
-                "base": sum(by_id(base.folder, "psnr").values()) / len(records(base.folder)),
+                "base": mean_and_error(list(by_id(base.folder, "psnr").values()))["mean"],
                 "information": information(other.folder),
                 "passes": records(other.folder)[0]["forwards"] + records(other.folder)[0]["vjps"],
             }
@@ -228,6 +230,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if not options.report_only:
         compute(options.images, options.variants)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / "why.json"
-    path.write_text(json.dumps(report(options.images), indent=1, ensure_ascii=False))
+    if found := report(options.images):
+        text = json.dumps(found, indent=1, ensure_ascii=False)
+        (FOLDER / "why.json").write_text(text, encoding="utf-8")

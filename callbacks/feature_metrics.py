@@ -26,6 +26,7 @@ from cmi_lightning.paths import inside
 from cmi_lightning.runs import write, write_json
 
 FEW = 10  # images per feature below which a covariance is poorly known
+MOST_KEPT = 2**28  # bytes of the truths' roots that a bootstrap keeps for the next cell
 SUBSETS = 100  # of the larger set, where two sets differ in size
 KINDS = ("", "_measurement", "_draws")  # of the restoration, of A⁺y, of the single draws
 
@@ -131,7 +132,8 @@ class FrechetBootstrap:
     def __init__(self, real: Tensor, counts: Tensor) -> None:
         self.real, self.counts = real.double(), counts.double()
         self.few = real.shape[0] < real.shape[1]
-        self.roots = [] if self.few else [self._root(w) for w in self._parts()]
+        self.roots: dict[int, Tensor] = {}
+        self.kept = 8 * len(counts) * real.shape[1] ** 2 <= MOST_KEPT
 
     def __call__(self, fake: Tensor) -> Tensor:
         """Return the distances (R,) of features (N, D) of the restorations."""
@@ -142,7 +144,12 @@ class FrechetBootstrap:
             if self.few:
                 shared = torch.linalg.svdvals(x @ y.mT).sum(1) / free
             else:
-                product = y @ self.roots[i]
+                root = self.roots.get(i)
+                if root is None:
+                    root = self._root(x, free)
+                    if self.kept:
+                        self.roots[i] = root
+                product = y @ root
                 squares = torch.linalg.eigvalsh(product.mT @ product).clamp(min=0)
                 shared = squares.sqrt().sum(1) / free.sqrt()
             traces = (x.square().sum((1, 2)) + y.square().sum((1, 2))) / free
@@ -153,10 +160,10 @@ class FrechetBootstrap:
     def _parts(self) -> tuple[Tensor, ...]:
         return self.counts.split(64)  # that many (n, D) at a time
 
-    def _root(self, counts: Tensor) -> Tensor:
-        """Return Σ^½ (R, D, D) of resamples."""
-        x = _centred(self.real, counts)
-        values, vectors = torch.linalg.eigh(x.mT @ x / (counts.sum(1) - 1)[:, None, None])
+    @staticmethod
+    def _root(x: Tensor, free: Tensor) -> Tensor:
+        """Return Σ^½ (R, D, D) of centred features."""
+        values, vectors = torch.linalg.eigh(x.mT @ x / free[:, None, None])
         return vectors * values.clamp(min=0).sqrt()[:, None] @ vectors.mT
 
 

@@ -259,12 +259,16 @@ def test_kernel_of_unequal_sets_is_the_same_twice_and_leaves_the_generator():
 
 
 @pytest.mark.parametrize("features", [8, 40])  # more images than features, and fewer
-def test_resampled_distances_are_torchmetrics_of_repeated_rows(features):
+def test_resampled_distances_are_torchmetrics_of_repeated_rows(features, monkeypatch):
     x, y = clouds(30, features)
     g = torch.Generator().manual_seed(3)
     rows = torch.randint(30, (70, 30), generator=g)  # more than one chunk of them
     counts = torch.stack([torch.bincount(r, minlength=30) for r in rows])
-    many, kernels = FrechetBootstrap(x, counts)(y), kernel_many(x, y, counts)
+    bootstrap, kernels = FrechetBootstrap(x, counts), kernel_many(x, y, counts)
+    many = bootstrap(y)
+    assert torch.equal(bootstrap(y), many)  # from what it has kept
+    monkeypatch.setattr("cmi_lightning.callbacks.feature_metrics.MOST_KEPT", 0)
+    assert torch.equal(FrechetBootstrap(x, counts)(y), many)
     for i in (0, 1, 63, 64, 69):
         assert float(many[i]) == pytest.approx(frechet(x[rows[i]], y[rows[i]]), rel=1e-5)
         assert float(kernels[i]) == pytest.approx(kernel(x[rows[i]], y[rows[i]]), rel=1e-6)

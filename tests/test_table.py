@@ -269,6 +269,17 @@ def test_cells_of_an_unfinished_row_are_compared_over_the_same_images(tmp_path):
     assert any("4 to 8 of 12 images" in note for note in results["notes"])
 
 
+def test_cells_that_lack_different_images_are_compared_over_those_they_share(tmp_path):
+    table = small(output=str(tmp_path), images=6, only_methods=["DPS"])
+    for variant in ("base", "cmi"):
+        write_records(table.cell("box", "DPS", variant), [20.0, 21.0, 22.0, 23.0, 24.0, 25.0])
+    (table.cell("box", "DPS", "cmi").folder / "records" / "3.json").write_text("{")  # cut short
+    results = aggregate(table)
+    assert [c["images"] for c in results["cells"]] == [5, 5]
+    assert {c["metrics"]["psnr"]["mean"] for c in results["cells"]} == {22.6}
+    assert len(results["comparisons"][0]["metrics"]["psnr"]["values"]) == 5
+
+
 def test_steps_of_equal_cost_follow_from_the_passes(tmp_path):
     table = small(output=str(tmp_path))
     write_records(table.cell("box", "DPS"), [20.0])

@@ -181,10 +181,13 @@ def gather(table: Table) -> dict[tuple[str, str, Variant], CellResults]:
             cell = at_equal_cost(table, table.cell(task, method, variant))
             if finished := records(cell.folder, table.images):
                 row[variant] = cell, finished
-        common = min((len(finished) for _, finished in row.values()), default=0)
+        ids = [{record["id"] for record in finished} for _, finished in row.values()]
+        common = set.intersection(*ids) if ids else set()
         for variant, (cell, finished) in row.items():
-            whole = sum(1 for _ in (cell.folder / "records").rglob("*.json")) == common
-            found[task, method, variant] = CellResults(cell, finished[:common], whole, bootstraps)
+            whole = sum(1 for _ in (cell.folder / "records").rglob("*.json")) == len(common)
+            shared = [record for record in finished if record["id"] in common]
+            if shared:
+                found[task, method, variant] = CellResults(cell, shared, whole, bootstraps)
     return found
 
 
