@@ -78,7 +78,7 @@ class TablePage:
         if counts[0] != counts[-1]:
             raise SystemExit(f"'{folder}': rows have {counts} images; set --images to cut them.")
         self.images = counts[0]
-        self.commit = self.results["commit"] or "a copy outside git"
+        self.commit = (self.results["commit"] or "a copy outside git").removesuffix("-dirty")
 
     def by_task(self, show: Callable[[str, str], str], corner: str = "task") -> str:
         rows = ((label, [show(task, m) for m in self.bases]) for task, label in self.tasks)

@@ -221,6 +221,14 @@ def test_a_sample_that_measures_nothing_has_no_gradient(derivative):
     assert float(information.value[1]) == 0
 
 
+def test_no_gradient_is_no_step_however_long(dense):
+    prior = GaussianMixture(torch.zeros(1, *SHAPE), 0.3)
+    step = make_step(prior, Dense(torch.zeros_like(dense.matrix), SHAPE), 300)
+    proposal = DDPM().transition(step, lambda s: s.x0.detach())
+    moved = CMI(scale=1e6, step_size="noise", max_step=math.inf).guide_transition(step, proposal)
+    assert torch.equal(moved.mean, proposal.mean)
+
+
 def test_gaussian_prior_has_no_gradient(dense):
     prior = GaussianMixture(torch.zeros(1, *SHAPE, dtype=torch.float64), 0.3)
     information = Lanczos(krylov=3)(make_step(prior, dense, 300))

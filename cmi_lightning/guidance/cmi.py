@@ -36,7 +36,8 @@ class CMI(Guidance):
             no cost.
         step_size: "beta": η = scale·β_t of the respaced chain, so that the total drift does not
             depend on the number of steps while ``max_step`` is not reached; "noise": the step has
-            the length scale·√n·std of the ancestral sampler's noise, whatever ‖∇I‖.
+            the length scale·√n·std of the ancestral sampler's noise, however small ‖∇I‖ ≠ 0 is (on
+            an exact prior that may be rounding).
         max_step: longest step, as a share of √n·std of the ancestral sampler's noise.
         min_signal: act where α²/(α² + σ²), which is ᾱ_t on a DDPM chain, is at least this.
         max_signal: act where it is at most this.
@@ -104,7 +105,7 @@ class CMI(Guidance):
         else:
             size = torch.full_like(length, self.scale * noise_length)
         limit = self.max_step * noise_length
-        factor = size.clamp(-limit, limit) / length.clamp_min(torch.finfo(length.dtype).tiny)
+        factor = torch.where(length > 0, size.clamp(-limit, limit) / length, 0.0)
         step.log |= {"cmi/value": information.value, "cmi/gradient": length}
         if information.residual is not None:
             step.log["cmi/residual"] = information.residual
