@@ -93,6 +93,15 @@ class TablePage:
 
         return self.by_task(show)
 
+    def row(self, task: str, method: str) -> str:
+        """Return every metric of a base and what CMI changes of it."""
+        rows = []
+        for key, entry in self.compared[task, method, "cmi", "base"].items():
+            digits = self.metrics[key]["digits"]
+            mean = self.cells[task, method, "base"]["metrics"][key]["mean"]
+            rows.append((NAMES[key], [f"{mean:.{digits}f}", interval(entry, digits)]))
+        return grid("metric", [method, f"change by {CMI}"], rows)
+
     def counts(self, variant: str, against: str, metric: str) -> Counter[str]:
         """Count the cells of the bases by verdict."""
         found: Counter[str] = Counter()
@@ -129,6 +138,11 @@ class TablePage:
             if (*row, "cmi") in self.cells
         )
 
+    def mean_over(self, task: str, method: str, images: int) -> float:
+        """Return the base's PSNR over the first images."""
+        found = records(self.folder / "cells" / task / safe(method), images)
+        return statistics.fmean(record["metrics"]["psnr"] for record in found)
+
     def means(self, metric: str = "psnr", digits: int = 2) -> str:
         """Return the bases' own means ± standard errors, and those of A⁺y."""
 
@@ -148,6 +162,11 @@ class TablePage:
     def scales(self) -> list[str]:
         trials = next(iter(self.study.values()))[f"{CMI}+{self.bases[0]}"]["trials"]
         return [scale for scale in trials if float(scale) != 0]
+
+    def passes(self, task: str, method: str) -> float:
+        return (
+            self.cells[task, method, "cmi"]["passes"] / self.cells[task, method, "base"]["passes"]
+        )
 
     def response(self) -> str:
         """Return the change of the objective by each scale of CMI, on validation images."""
