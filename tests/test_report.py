@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from cmi_lightning.table.charts import (
 )
 from cmi_lightning.table.report import render, write_report
 from cmi_lightning.table.tables import csv, latex, markdown, write_tables
+from cmi_lightning.table.uncertainty import posterior
 from cmi_lightning.table.verdicts import Results, fixed, judge, median, short
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -716,3 +718,17 @@ def test_of_large_images_one_best_and_one_worst_are_embedded(results, tmp_path, 
         side = re.search(rf'data-side="{name}">(.*?)</div>\n      </div>', text, re.S)
         assert side
         assert re.findall(r"<small>(\w+)</small>", side[1]) == there
+
+
+def test_maps_beyond_the_examples_have_a_truth_of_their_own(results, folder, tmp_path):
+    folder = shutil.copytree(folder, tmp_path / "copy")
+    row = results["posterior"][0]
+    results["examples"][row["task"]] = results["examples"][row["task"]][:1]
+    shown = posterior(Results(results), folder)["rows"][0]["maps"]
+    assert [m["truth"] is not None for m in shown] == [True, False, False][: len(shown)]
+    stem = shown[1]["id"]
+    truth = folder / row["folder"] / "truth" / f"{stem}.png"
+    truth.parent.mkdir(parents=True)
+    truth.write_bytes((folder / row["folder"] / "restored" / f"{stem}.png").read_bytes())
+    shown = posterior(Results(results), folder)["rows"][0]["maps"]
+    assert shown[1]["truth"] == shown[1]["mean"]

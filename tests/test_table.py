@@ -457,6 +457,7 @@ def test_report_and_tables_are_there_and_show_examples(smoke):
     example = results_of(folder)["examples"]["super_resolution"][0]
     assert (folder / example["truth"]).is_file()
     assert (folder / example["restored"]["DPS"]["cmi"]).is_file()
+    assert results_of(folder)["command"].startswith("cmi-lightning table -c table/smoke ")
 
 
 def test_a_table_goes_on_where_it_was_stopped(smoke):

@@ -60,7 +60,8 @@ def _maps(known: Results, folder: Path, draws: Any, task: str) -> list[dict[str,
     for path, name in list(paths.items())[:MAPS]:
         if spread := read_picture(folder, f"{draws}/std/{path.as_posix()}"):
             mean = read_picture(folder, f"{draws}/restored/{path.as_posix()}")
-            truth = read_picture(folder, truths.get(name))
+            own = f"{draws}/truth/{path.as_posix()}"
+            truth = read_picture(folder, truths.get(name)) or read_picture(folder, own)
             maps.append({"id": name, "truth": truth, "mean": mean, "std": spread})
     return maps
 
