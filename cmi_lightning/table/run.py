@@ -79,7 +79,7 @@ def run(table: Table, jobs: Sequence[Job], tell: Callable[[Done], None]) -> None
                     "batch_size and run the same command again; what was finished is kept."
                 ) from error
             except BaseException:  # Ctrl-C: nothing is lost by ending at once
-                _stop(futures)
+                _stop()
                 raise
     if errors:
         raise errors[0]
@@ -119,9 +119,8 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _stop(futures: Sequence[Future[Any]]) -> None:
-    for future in futures:
-        future.cancel()
+def _stop() -> None:
+    """End all processes; their pool then gives up what is left, which needs no cancelling."""
     for process in multiprocessing.active_children():
         process.kill()
 
