@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import yaml
+from results_page import grid, interval
 
 from cmi_lightning.information import Estimator, Information
 from cmi_lightning.step import Step
@@ -137,12 +139,11 @@ def tuned(spec: Table, row: tuple[str, str]) -> float | None:
     """Return the best step size of what was tried at another number of steps, if any is good."""
     scores = {}
     for size in spec.methods[row[1]].space:
-        folder = cell(spec, row, None, size).folder
-        values = by_id(folder, "psnr")
-        if values and len(values) == len(
-            records(folder)
+        found = records(cell(spec, row, None, size).folder)
+        if found and not any(
+            r["failed"] for r in found
         ):  # a size that breaks an image is no choice
-            scores[size] = sum(values.values()) / len(values)
+            scores[size] = sum(metric(r, "psnr") for r in found) / len(found)
     return max(scores, key=lambda s: scores[s]) if scores else None
 
 
@@ -150,7 +151,7 @@ def compute(images: int, names: Sequence[str], tune_images: int = 12) -> None:
     for steps in sorted({VARIANTS[name].steps for name in names}, reverse=True):
         spec = table(images, steps)
         found = {row: None for row in ROWS}
-        if steps != spec_of_fashion_steps():
+        if steps != usual_steps():
             trials = [cell(spec, row, None, s) for row in ROWS for s in spec.methods[row[1]].space]
             run(spec, [Job((c,), tune_images) for c in trials], Teller(len(trials)))
             found = {row: tuned(spec, row) for row in ROWS}
@@ -163,7 +164,9 @@ def compute(images: int, names: Sequence[str], tune_images: int = 12) -> None:
             print(f"{name}: done", flush=True)
 
 
-def spec_of_fashion_steps() -> int:
+@functools.cache
+def usual_steps() -> int:
+    """Return the steps for which `table/fashion` has step sizes."""
     return parse(["-c", "table/fashion"], "table")[0].steps
 
 
@@ -187,7 +190,7 @@ def report(images: int) -> dict[str, Any]:
     for name, variant in VARIANTS.items():
         spec = table(images, variant.steps)
         for row in ROWS:
-            size = None if variant.steps == spec_of_fashion_steps() else tuned(spec, row)
+            size = None if variant.steps == usual_steps() else tuned(spec, row)
             base, other = cell(spec, row, None, size), cell(spec, row, name, size)
             if not records(other.folder) or not records(base.folder):
                 continue
@@ -202,23 +205,16 @@ def report(images: int) -> dict[str, Any]:
             results.setdefault(name, {})[f"{row[0]}, {row[1]}"] = entry
     heads = [f"{task}, {method}" for task, method in ROWS]
     for title, show in (
-        ("ΔPSNR, dB", lambda e: text(e["psnr"], 3)),
-        ("Δ perceptual distance", lambda e: text(e["perceptual"], 4)),
-        (
-            "mean of I, nats",
-            lambda e: "" if e["information"] is None else f"{e['information']:.1f}",
-        ),
+        ("ΔPSNR, dB", lambda e: interval(e["psnr"], 3, "mean")),
+        ("Δ perceptual distance", lambda e: interval(e["perceptual"], 4, "mean")),
+        ("mean of I, nats", lambda e: f"{e['information']:.1f}" if e["information"] else ""),
     ):
-        print(f"\n| {title} | " + " | ".join(heads) + " |\n|---|" + "---:|" * len(heads))
-        for name, cells in results.items():
-            shown = [show(cells[h]) if h in cells else "" for h in heads]
-            print(f"| {name} | " + " | ".join(shown) + " |")
+        rows = [
+            (name, [show(cells[h]) if h in cells else "" for h in heads])
+            for name, cells in results.items()
+        ]
+        print(f"\n{grid(title, heads, rows)}")
     return results
-
-
-def text(entry: dict[str, float], digits: int) -> str:
-    mean, low, high = (f"{entry[k]:+.{digits}f}".replace("-", "−") for k in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
 
 
 if __name__ == "__main__":
