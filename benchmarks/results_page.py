@@ -3,13 +3,16 @@
     python benchmarks/results_page.py
 
 It reads runs/table/{fashion,descent,thousand} (`cmi-lightning tune` and `table`) and
-runs/why/why.json (`benchmarks/why.py`). The prose is in results_page.md.j2 beside it; every table,
-and every number that a run gives, is put in from here.
+runs/why/why.json (`benchmarks/why.py`). Not all of these need be there, as each takes hours: the
+tables of a run are copied to docs/results, from where the pages are made, and a page that needs
+more of a run that is gone stays as it was. The prose is in results_templates/ beside this script;
+every table, and every number that a run gives, is put in from here.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import shutil
 import statistics
@@ -20,8 +23,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from cmi_lightning.table.command import parse
+from cmi_lightning.table.results import OF_SETS, PER_IMAGE
 from cmi_lightning.table.run import records
-from cmi_lightning.table.spec import CMI, safe
+from cmi_lightning.table.spec import CMI, Table, safe
 from cmi_lightning.table.statistics import bootstrap_interval
 
 NAMES = {
@@ -31,6 +36,8 @@ NAMES = {
     "frechet": "Fréchet distance",
     "kernel": "kernel distance",
 }
+METRICS = PER_IMAGE | OF_SETS
+TABLES = ("fashion", "descent", "thousand")
 UNCHANGED = 1e-9
 Json = dict[str, Any]
 
@@ -54,41 +61,65 @@ def grid(corner: str, heads: Sequence[str], rows: Iterable[tuple[str, Sequence[s
     return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows)])
 
 
-class TablePage:
-    """What one table's results and study say."""
+def table_file(name: str, suffix: str) -> str:
+    """Return the name in docs/results of a run's table."""
+    return f"table{suffix}" if name == "fashion" else f"{name}-table{suffix}"
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.results = load(folder / "results.json")
-        study = folder / "tune" / "study.json"
-        self.whole_study = load(study) if study.is_file() else {"study": {}}
-        self.study = self.whole_study["study"]
-        self.metrics = {m["key"]: m for m in self.results["metrics"]}
-        self.cells = {(c["task"], c["method"], c["variant"]): c for c in self.results["cells"]}
-        self.compared = {
-            (c["task"], c["method"], c["variant"], c["against"]): c["metrics"]
-            for c in self.results["comparisons"]
-        }
-        tasks = {c["task"] for c in self.results["cells"]}
-        methods = {c["method"] for c in self.results["cells"]}
-        self.tasks = [(t["key"], t["label"]) for t in self.results["tasks"] if t["key"] in tasks]
-        self.bases = [m for m in self.results["methods"] if m in methods and m != "none"]
-        self.rows = [(task, base) for task, _ in self.tasks for base in self.bases]
-        counts = sorted({c["images"] for c in self.results["cells"]})
-        if counts[0] != counts[-1]:
-            raise SystemExit(f"'{folder}': rows have {counts} images; set --images to cut them.")
-        self.images = counts[0]
-        self.commit = (self.results["commit"] or "a copy outside git").removesuffix("-dirty")
+
+class ByTask:
+    """Grids of tasks and bases; ``rows`` are those that there are."""
+
+    def __init__(self, spec: Table, rows: Sequence[tuple[str, str]]) -> None:
+        self.rows = rows
+        self.tasks = {t: spec.tasks[t].label for t in dict.fromkeys(task for task, _ in rows)}
+        self.bases = list(dict.fromkeys(method for _, method in rows))
 
     def by_task(self, show: Callable[[str, str], str], corner: str = "task") -> str:
-        rows = ((label, [show(task, m) for m in self.bases]) for task, label in self.tasks)
+        rows = ((label, [show(task, m) for m in self.bases]) for task, label in self.tasks.items())
         return grid(corner, self.bases, rows)
+
+
+class TablePage(ByTask):
+    """What a table's ``table.csv`` says.
+
+    Args:
+        path: the file.
+        spec: tasks and methods, in their order.
+    """
+
+    def __init__(self, path: Path, spec: Table) -> None:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        self.metrics = list(dict.fromkeys(row["metric"] for row in rows))
+        self.cells = {(r["task"], r["method"], r["variant"], r["metric"]): r for r in rows}
+        both = [(t, m) for t, m in spec.rows() if (t, m, "cmi", "psnr") in self.cells]
+        super().__init__(spec, [row for row in both if row[1] != "none"])
+        self.images, self.equal_images = (self._images(v) for v in (("base", "cmi"), ("equal",)))
+
+    def _images(self, variants: Sequence[str]) -> int | None:
+        found = {r["images"] for key, r in self.cells.items() if key[2] in variants}
+        if len(found) > 1:
+            raise SystemExit(
+                f"Rows have {', '.join(sorted(found))} images; cut them with --images."
+            )
+        return int(found.pop()) if found else None
+
+    def value(self, task: str, method: str, variant: str, metric: str, column: str) -> float:
+        return float(self.cells[task, method, variant, metric][column])
+
+    def compared(self, task: str, method: str, variant: str, against: str, metric: str) -> Json:
+        """Return a paired difference; empty where the table has none."""
+        row = self.cells.get((task, method, variant, metric), {})
+        if not row.get(f"difference_{against}"):
+            return {}
+        entry: Json = {k: float(row[f"{k}_{against}"]) for k in ("difference", "low", "high")}
+        return entry | {"significant": row[f"significant_{against}"] == "true"}
 
     def difference(self, variant: str, against: str, metric: str, digits: int) -> str:
         """Return a metric's paired differences, task by base."""
 
         def show(task: str, method: str) -> str:
-            entry = self.compared.get((task, method, variant, against), {}).get(metric)
+            entry = self.compared(task, method, variant, against, metric)
             return interval(entry, digits) if entry else "–"
 
         return self.by_task(show)
@@ -96,19 +127,20 @@ class TablePage:
     def row(self, task: str, method: str) -> str:
         """Return every metric of a base and what CMI changes of it."""
         rows = []
-        for key, entry in self.compared[task, method, "cmi", "base"].items():
-            digits = self.metrics[key]["digits"]
-            mean = self.cells[task, method, "base"]["metrics"][key]["mean"]
-            rows.append((NAMES[key], [f"{mean:.{digits}f}", interval(entry, digits)]))
+        for metric in self.metrics:
+            digits = METRICS[metric][3]
+            mean = signed(self.value(task, method, "base", metric, "mean"), digits).lstrip("+")
+            entry = self.compared(task, method, "cmi", "base", metric)
+            rows.append((NAMES[metric], [mean, interval(entry, digits)]))
         return grid("metric", [method, f"change by {CMI}"], rows)
 
     def counts(self, variant: str, against: str, metric: str) -> Counter[str]:
         """Count the cells of the bases by verdict."""
         found: Counter[str] = Counter()
-        sign = 1 if self.metrics[metric]["better"] == "higher" else -1
+        sign = 1 if METRICS[metric][2] == "higher" else -1
         for row in self.rows:
-            entry = self.compared.get((*row, variant, against), {}).get(metric)
-            if entry is None:
+            entry = self.compared(*row, variant, against, metric)
+            if not entry:
                 continue
             gain = sign * entry["difference"]
             if abs(gain) < UNCHANGED:
@@ -127,46 +159,48 @@ class TablePage:
         )
 
     def changes(self, variant: str, against: str, metric: str) -> list[float]:
-        entries = (self.compared.get((*row, variant, against), {}) for row in self.rows)
-        return sorted(e[metric]["difference"] for e in entries if metric in e)
+        found = (self.compared(*row, variant, against, metric) for row in self.rows)
+        return sorted(entry["difference"] for entry in found if entry)
 
-    def ratio(self, what: str) -> float:
-        """Return the median cost of CMI against its base."""
-        return statistics.median(
-            self.cells[*row, "cmi"][what] / self.cells[*row, "base"][what]
-            for row in self.rows
-            if (*row, "cmi") in self.cells
-        )
+    def passes(self, task: str, method: str) -> float:
+        """Return the cost of CMI against its base, in network passes."""
+        one, other = (self.value(task, method, v, "psnr", "passes") for v in ("cmi", "base"))
+        return one / other
 
-    def mean_over(self, task: str, method: str, images: int) -> float:
-        """Return the base's PSNR over the first images."""
-        found = records(self.folder / "cells" / task / safe(method), images)
-        return statistics.fmean(record["metrics"]["psnr"] for record in found)
+    def ratio(self) -> float:
+        """Return the median cost of CMI against its base, in network passes."""
+        return statistics.median(self.passes(*row) for row in self.rows)
 
     def means(self, metric: str = "psnr", digits: int = 2) -> str:
         """Return the bases' own means ± standard errors, and those of A⁺y."""
 
-        def text(entry: Json) -> str:
-            return f"{entry['mean']:.{digits}f} ± {entry['se']:.{digits}f}"
+        def text(task: str, method: str, variant: str) -> str:
+            mean, error = (self.value(task, method, variant, metric, c) for c in ("mean", "se"))
+            return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
-        def rows() -> Iterable[tuple[str, list[str]]]:
-            for task, label in self.tasks:
-                measured = self.results["measured"][task]["metrics"][metric]
-                own = [self.cells[task, m, "base"]["metrics"][metric] for m in self.bases]
-                yield label, [text(entry) for entry in (measured, *own)]
+        rows = (
+            (label, [text(task, "", "measured"), *(text(task, m, "base") for m in self.bases)])
+            for task, label in self.tasks.items()
+        )
+        return grid("task", ["A⁺y", *self.bases], rows)
 
-        return grid("task", ["A⁺y", *self.bases], rows())
 
-    # The search for step sizes
+class Search(ByTask):
+    """What ``cmi-lightning tune`` has found: its study.json.
+
+    Args:
+        study: the file.
+        spec: tasks and methods, in their order.
+    """
+
+    def __init__(self, study: Path, spec: Table) -> None:
+        self.study = load(study)["study"]
+        rows = [(t, m) for t, m in spec.rows() if m != "none" and m in self.study.get(t, {})]
+        super().__init__(spec, rows)
 
     def scales(self) -> list[str]:
         trials = next(iter(self.study.values()))[f"{CMI}+{self.bases[0]}"]["trials"]
         return [scale for scale in trials if float(scale) != 0]
-
-    def passes(self, task: str, method: str) -> float:
-        return (
-            self.cells[task, method, "cmi"]["passes"] / self.cells[task, method, "base"]["passes"]
-        )
 
     def response(self) -> str:
         """Return the change of the objective by each scale of CMI, on validation images."""
@@ -190,13 +224,13 @@ class TablePage:
             not e["winner"] and len({s["mean"] for s in e["trials"].values()}) > 1 for e in entries
         )
 
-    def information(self, scales: Sequence[str]) -> str:
+    def information(self, folder: Path, scales: Sequence[str]) -> str:
         """Return the mean of I over validation images and steps, by scale."""
 
         def mean(task: str, method: str, scale: str) -> float:
             size = self.study[task][method]["chosen"]
-            folder = self.folder / "tune" / task / f"{CMI}@{scale}+{safe(method)}@{size:g}"
-            curves = [r["curves"]["cmi/value"] for r in records(folder)]
+            trial = folder / task / f"{CMI}@{scale}+{safe(method)}@{size:g}"
+            curves = [r["curves"]["cmi/value"] for r in records(trial)]
             return statistics.fmean(float(v) for curve in curves for v in curve.values())
 
         return self.by_task(
@@ -219,29 +253,40 @@ class TablePage:
                 label,
                 [show(t, m) for m in self.bases] + [" / ".join(scale(t, m) for m in self.bases)],
             )
-            for t, label in self.tasks
+            for t, label in self.tasks.items()
         )
         return grid("task", heads, rows)
 
-    def posterior(self) -> str:
-        """Return the quality of several draws, a row per cell; a calibrated sampler's first."""
-        found = self.results["posterior"]
-        if not found:
-            return ""
-        labels = dict(self.tasks)
+
+class Draws:
+    """What a table's cells with several draws per image say.
+
+    Args:
+        folder: of the table.
+        labels: of tasks, by key.
+    """
+
+    def __init__(self, folder: Path, labels: Json) -> None:
+        self.folder, self.labels = folder, labels
+        self.found = load(folder / "results.json")["posterior"]
+
+    def images(self) -> int:
+        return int(self.found[0]["images"])
+
+    def quality(self) -> str:
+        """Return coverage, spread and residual, a row per cell; a calibrated sampler's first."""
         heads = ["coverage of 50 %", "of 90 %", "spread / skill", "residual / σ√m"]
-        rows = [
-            ("calibrated", [f"{found[0]['expected'][p]:.2f}" for p in ("50", "90")] + ["1", "1"])
-        ]
-        for entry in found:
+        expected = [f"{self.found[0]['expected'][p]:.2f}" for p in ("50", "90")]
+        rows = [("calibrated", [*expected, "1", "1"])]
+        for entry in self.found:
             values = [entry["coverage"]["50"], entry["coverage"]["90"]]
             values += [entry["spread_skill"], entry["residual"]]
             errors = [entry["errors"][k] for k in ("50", "90", "spread_skill", "residual")]
             shown = [f"{v:.3f} ± {e:.3f}" for v, e in zip(values, errors, strict=True)]
-            rows.append((f"{labels[entry['task']]}, {entry['label']}", shown))
+            rows.append((f"{self.labels[entry['task']]}, {entry['label']}", shown))
         return grid("cell", heads, rows)
 
-    def draws(self, task: str, method: str) -> str:
+    def change(self, task: str, method: str) -> str:
         """Return what CMI changes, paired, of single draws and of the mean of all of an image."""
         base, other = (
             {r["id"]: {**r["metrics"], **r.get("perceptual", {})} for r in records(folder)}
@@ -294,44 +339,81 @@ class Why:
         return self.table(names, lambda entry: f"{entry['information']:.1f}")
 
 
+def mean_over(folder: Path, images: int) -> float:
+    """Return a cell's PSNR over its first images."""
+    return statistics.fmean(record["metrics"]["psnr"] for record in records(folder, images))
+
+
+def collect(tables: Path, docs: Path) -> None:
+    """Copy the runs' tables to docs/results, with the commits that made them."""
+    commits = load(docs / "commits.json") if (docs / "commits.json").is_file() else {}
+    for name in TABLES:
+        if not (tables / name / "results.json").is_file():
+            continue
+        for suffix in (".md", ".csv"):
+            shutil.copyfile(tables / name / f"table{suffix}", docs / table_file(name, suffix))
+        commit = load(tables / name / "results.json")["commit"] or "a copy outside git"
+        commits[name] = commit.removesuffix("-dirty")
+    (docs / "commits.json").write_text(json.dumps(commits, indent=1) + "\n", encoding="utf-8")
+    if (study := tables / "fashion" / "tune" / "study.json").is_file():
+        text = json.dumps(load(study), ensure_ascii=False, indent=1)
+        (docs / "study.json").write_text(text + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args()
-    tables = options.runs / "table"
-    pages = {
-        name: TablePage(tables / name)
-        for name in ("fashion", "descent", "thousand")
-        if (tables / name / "results.json").is_file()
+    tables, docs = options.runs / "table", options.docs / "results"
+    docs.mkdir(exist_ok=True)
+    collect(tables, docs)
+    spec, _ = parse(["-c", "table/fashion"], "table")
+    labels = {key: task.label for key, task in spec.tasks.items()}
+    pages = {n: TablePage(docs / table_file(n, ".csv"), spec) for n in TABLES}
+    values: Json = {
+        "ascent": pages["fashion"],
+        "descent": pages["descent"],
+        "thousand": pages["thousand"],
+        "search": Search(docs / "study.json", spec),
+        "commits": load(docs / "commits.json"),
+        "signed": signed,
+        "median": statistics.median,
     }
-    if "fashion" not in pages:
-        parser.error(f"'{tables / 'fashion'}' holds no results: run `cmi-lightning table` first")
-    page = pages["fashion"]
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(Path(__file__).parent / "results_templates"),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    text = environment.get_template("results_page.md.j2").render(
-        page=page,
-        descent=pages.get("descent"),
-        thousand=pages.get("thousand"),
-        why=Why(options.runs / "why" / "why.json", dict(page.tasks)),
-        signed=signed,
-        median=statistics.median,
+
+    def write(name: str, needs: Sequence[Path] = (), **more: Callable[[], Any]) -> None:
+        target = options.docs / name
+        if missing := [str(path) for path in needs if not path.exists()]:
+            print(f"{target}: as it was, without {', '.join(missing)}")
+            return
+        template = environment.get_template(f"{Path(name).stem}.md.j2")
+        text = template.render(**values, **{key: make() for key, make in more.items()})
+        target.write_text(text, encoding="utf-8")
+        print(target)
+
+    write("results.md")
+    write("results/descent.md")
+    why = options.runs / "why" / "why.json"
+    write("results/variants.md", [why], why=lambda: Why(why, labels))
+    drawn = tables / "descent" / "posterior"
+    write("results/draws.md", [drawn], draws=lambda: Draws(drawn.parent, labels))
+    long = tables / "thousand" / "tune" / "study.json"
+    usual = tables / "fashion" / "cells" / "super_resolution" / "DPS"
+    write(
+        "results/thousand.md",
+        [long, usual],
+        long=lambda: Search(long, spec),
+        usual=lambda: mean_over(usual, pages["thousand"].images or 0),
     )
-    (options.docs / "results.md").write_text(text, encoding="utf-8")
-    folder = options.docs / "results"
-    folder.mkdir(exist_ok=True)
-    for name, found in pages.items():
-        prefix = "" if name == "fashion" else f"{name}-"
-        for file in ("table.md", "table.csv"):
-            shutil.copyfile(found.folder / file, folder / f"{prefix}{file}")
-    study = json.dumps(page.whole_study, ensure_ascii=False, indent=1)
-    (folder / "study.json").write_text(study + "\n", encoding="utf-8")
+    trials = tables / "fashion" / "tune" / next(iter(labels))
+    write("results/search.md", [trials], trials=lambda: trials.parent)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,20 @@ def test_rounds_go_over_all_cells_before_any_does_more():
     assert names == [["none", "CMI"], ["DPS", "CMI+DPS", "DPS, 100 steps"]]
 
 
+def test_rows_of_equal_cost_may_have_fewer_images():
+    table = small(images=5, round=2, equal_images=3, only_methods=["DPS"])
+    work = [part[0] for part in rounds(table)]
+    assert [[c.variant for c in job.cells] for job in work] == [
+        ["base", "cmi", "equal"],
+        ["base", "cmi", "equal"],
+        ["base", "cmi"],
+    ]
+    limits = [[table.limit(c.variant, job.images) for c in job.cells] for job in work]
+    assert limits == [[2, 2, 2], [4, 4, 3], [5, 5]]
+    with pytest.raises(InputError, match="equal_cost to false"):
+        small(equal_images=0)
+
+
 def test_cells_carry_their_step_sizes_and_no_others():
     table = small()
     assert table.cell("box", "DPS").step_sizes == {"dps": 2.0}
@@ -266,7 +280,10 @@ def test_cells_of_an_unfinished_row_are_compared_over_the_same_images(tmp_path):
     assert cells["DPS", "base"]["images"] == cells["DPS", "cmi"]["images"] == 4
     assert cells["DPS", "base"]["metrics"]["psnr"]["mean"] == 20.0
     assert cells["none", "base"]["images"] == 8
-    assert any("4 to 8 of 12 images" in note for note in results["notes"])
+    assert any(
+        "3 of 3 rows have fewer images than wanted, the shortest 4" in note
+        for note in results["notes"]
+    )
 
 
 def test_cells_that_lack_different_images_are_compared_over_those_they_share(tmp_path):
@@ -488,6 +505,24 @@ def test_unfinished_tables_say_so(smoke):
     table, _ = parse([*arguments, "--images=5"], "table")
     results = aggregate(table)
     assert any("not finished" in note for note in results["notes"])
+    assert not any("not finished" in note for note in aggregate(replace(table, images=3))["notes"])
+
+
+def test_rows_of_equal_cost_with_fewer_images_cut_no_others(smoke):
+    _, arguments = smoke
+    table, _ = parse([*arguments, "--equal_images=2"], "table")
+    results = aggregate(table)
+    images = {(c["method"], c["variant"]): c["images"] for c in results["cells"]}
+    assert images["DPS", "base"] == images["DPS", "cmi"] == 3
+    assert images["DPS", "equal"] == 2
+    pairs = {
+        (c["variant"], c["against"]): len(c["metrics"]["psnr"]["values"])
+        for c in results["comparisons"]
+        if c["method"] == "DPS"
+    }
+    assert pairs == {("cmi", "base"): 3, ("equal", "base"): 2, ("cmi", "equal"): 2}
+    assert any("first 2 images" in note for note in results["notes"])
+    assert not any("not finished" in note for note in results["notes"])
     assert at_equal_cost(table, table.cell("super_resolution", "DPS", "equal")).steps > 4
 
 

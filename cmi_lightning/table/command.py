@@ -90,14 +90,19 @@ def tune(args: Sequence[str]) -> int:
 
 
 def rounds(table: Table) -> list[list[Job]]:
-    """Return the work of a table, in rounds that each go over all cells."""
+    """Return the work of a table, in rounds that each go over all cells that want more images."""
     found = []
-    for images in range(table.round, table.images + table.round, table.round):
+    for before in range(0, table.images, table.round):
         rows = [
-            tuple(table.cell(task, method, v) for v in table.variants(method))
+            tuple(
+                table.cell(task, method, variant)
+                for variant in table.variants(method)
+                if table.limit(variant, table.images) > before
+            )
             for task, method in table.rows()
         ]
-        found.append([Job(cells, min(images, table.images)) for cells in rows])
+        images = min(before + table.round, table.images)
+        found.append([Job(cells, images) for cells in rows])
     return found
 
 

@@ -170,8 +170,9 @@ def _means(every: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[s
 def gather(table: Table) -> dict[tuple[str, str, Variant], CellResults]:
     """Return the cells that have been started, in the table's order.
 
-    Of a base's cells those images are looked at that all of them have finished, so that their
-    means can be compared while a run is under way.
+    Of a base with and without CMI those images are looked at that both have finished, so that
+    their means can be compared while a run is under way; of its row of equal cost, which may be
+    wanted for fewer, those among them.
     """
     found = {}
     bootstraps: dict[str, FrechetBootstrap] = {}
@@ -179,13 +180,13 @@ def gather(table: Table) -> dict[tuple[str, str, Variant], CellResults]:
         row = {}
         for variant in VARIANTS:
             cell = at_equal_cost(table, table.cell(task, method, variant))
-            if finished := records(cell.folder, table.images):
+            if finished := records(cell.folder, table.limit(variant, table.images)):
                 row[variant] = cell, finished
-        ids = [{record["id"] for record in finished} for _, finished in row.values()]
-        common = set.intersection(*ids) if ids else set()
+        ids = [{r["id"] for r in row[variant][1]} for variant in VARIANTS if variant in row]
+        common = set.intersection(*ids[:2]) if ids else set()
         for variant, (cell, finished) in row.items():
-            whole = sum(1 for _ in (cell.folder / "records").rglob("*.json")) == len(common)
             shared = [record for record in finished if record["id"] in common]
+            whole = sum(1 for _ in (cell.folder / "records").rglob("*.json")) == len(shared)
             if shared:
                 found[task, method, variant] = CellResults(cell, shared, whole, bootstraps)
     return found
@@ -516,14 +517,18 @@ def _notes(
     study: Mapping[str, Any],
 ) -> list[str]:
     notes = []
-    counts = {len(c.all) for c in cells.values()}
-    if not counts:
+    if not cells:
         return ["No cell has finished an image yet."]
-    if len(counts) > 1 or max(counts) < table.images:
-        have = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
+    short = [
+        len(results.all)
+        for (_, _, variant), results in cells.items()
+        if len(results.all) < table.limit(variant, table.images)
+    ]
+    if short:
         notes.append(
-            f"The run is not finished (or there are no more images): the rows have {have} of "
-            f"{table.images} images, each those that all its cells have."
+            f"The run is not finished (or there are no more images): {len(short)} of {len(cells)} "
+            f"rows have fewer images than wanted, the shortest {min(short)}; with and without CMI "
+            "they are the same."
         )
     wanted = sum(len(table.variants(m)) for _, m in table.rows())
     if missing := wanted - len(cells):
@@ -544,6 +549,11 @@ def _notes(
             "zero."
         )
     if any(key[2] == "equal" for key in cells):
+        if table.limit("equal", table.images) < table.images:
+            notes.append(
+                f"The rows of equal cost have the first {table.equal_images} images; differences "
+                "are over the images that both sides have."
+            )
         notes.append(
             "The rows of equal cost have the step sizes that were chosen for "
             f"{table.steps} steps; nothing was searched for their longer runs."

@@ -141,8 +141,9 @@ def run_job(table: Table, job: Job) -> Iterator[Done]:
     for cell in job.cells:
         started = time.monotonic()
         cell = at_equal_cost(table, cell)
-        restore(table.arguments(cell, job.images), cell)
-        yield Done(cell, job.images, time.monotonic() - started)
+        images = table.limit(cell.variant, job.images)
+        restore(table.arguments(cell, images), cell)
+        yield Done(cell, images, time.monotonic() - started)
 
 
 def at_equal_cost(table: Table, cell: Cell) -> Cell:

@@ -87,6 +87,7 @@ class Table:
             For CPUs: on GPUs leave it 1.
         equal_cost: also run each base (but one without a step size, which is no guidance) with as
             many steps as CMI's network passes would pay for, at the same step size.
+        equal_images: how many images the rows of equal cost restore, the first ones. Default: all.
         only_tasks: run these tasks alone.
         only_methods: run these methods alone.
         step_sizes: by key of the task, then name of the method ("CMI+DPS" for CMI on DPS); what is
@@ -115,6 +116,7 @@ class Table:
     seed: int = 0
     processes: int = 1
     equal_cost: bool = True
+    equal_images: int | None = None
     only_tasks: list[str] | None = None
     only_methods: list[str] | None = None
     step_sizes: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -129,6 +131,11 @@ class Table:
         for name in ("images", "round", "steps", "processes", "tune_images"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.equal_images is not None and self.equal_images < 1:
+            raise InputError(
+                f"equal_images must be at least 1, got {self.equal_images}; to run no rows of "
+                "equal cost set equal_cost to false."
+            )
         if self.batch_size is not None and (self.batch_size < 1 or self.round % self.batch_size):
             raise InputError(f"round must be a multiple of batch_size, got {self.round}.")
         for key in self.tasks:
@@ -184,6 +191,10 @@ class Table:
         """Return what is run of a base: draws from the prior alone get no nearer by more steps."""
         equal = self.equal_cost and self.methods[method].option is not None
         return VARIANTS if equal else VARIANTS[:2]
+
+    def limit(self, variant: Variant, images: int) -> int:
+        """Return how many of the first ``images`` a variant restores."""
+        return min(images, self.equal_images or images) if variant == "equal" else images
 
     def cell(self, task: str, method: str, variant: Variant = "base") -> Cell:
         """Return a cell as it is reported."""
