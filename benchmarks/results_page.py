@@ -23,8 +23,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from cmi_lightning.table.cells import OF_SETS, PER_IMAGE
 from cmi_lightning.table.command import parse
-from cmi_lightning.table.results import OF_SETS, PER_IMAGE
 from cmi_lightning.table.run import records
 from cmi_lightning.table.spec import CMI, Table, safe
 from cmi_lightning.table.statistics import bootstrap_interval

@@ -84,7 +84,7 @@ def resolved(args: Sequence[str]) -> list[str]:
 
 
 def _lightning_cli(model: type, args: list[str], resumable: bool = False, **kwargs: Any) -> Any:
-    """Parse ``args`` and instantiate model, data and trainer; nothing is run.
+    """Parse ``args`` as typed and instantiate model, data and trainer; nothing is run.
 
     Raises:
         InputError: for a wrong key, type or class, in one sentence.
@@ -128,7 +128,7 @@ def _lightning_cli(model: type, args: list[str], resumable: bool = False, **kwar
             L.LightningDataModule,
             subclass_mode_data=True,
             run=False,
-            args=args,
+            args=resolved(args),
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs={
@@ -360,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"cmi-lightning {__version__}")
         elif command in COMMANDS:
-            return _exit_code(COMMANDS[command](resolved(rest)))
+            return _exit_code(COMMANDS[command](rest))
         else:
             raise InputError(f"Unknown command '{command}': use {', '.join(COMMANDS)}.")
     except Exception as error:

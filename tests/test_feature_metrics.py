@@ -19,16 +19,15 @@ from torch.utils.data import DataLoader
 from cmi_lightning import GaussianNoise, PosteriorSampler
 from cmi_lightning.callbacks import FeatureMetrics, SamplingCallback
 from cmi_lightning.callbacks.classifier import WEIGHTS, GarmentClassifier, shipped_classifier
-from cmi_lightning.callbacks.drawing import levels
-from cmi_lightning.callbacks.feature_metrics import (
+from cmi_lightning.callbacks.distances import (
     FrechetBootstrap,
-    embedding_path,
     frechet,
     kernel,
     kernel_many,
     perceptual,
-    read_embeddings,
 )
+from cmi_lightning.callbacks.drawing import levels
+from cmi_lightning.callbacks.feature_metrics import embedding_path, read_embeddings
 from cmi_lightning.data.fashion import DEBIAN_FOLDER, FashionMNIST
 from cmi_lightning.denoisers import GaussianMixture
 from cmi_lightning.guidance import DPS
@@ -267,7 +266,7 @@ def test_resampled_distances_are_torchmetrics_of_repeated_rows(features, monkeyp
     bootstrap, kernels = FrechetBootstrap(x, counts), kernel_many(x, y, counts)
     many = bootstrap(y)
     assert torch.equal(bootstrap(y), many)  # from what it has kept
-    monkeypatch.setattr("cmi_lightning.callbacks.feature_metrics.MOST_KEPT", 0)
+    monkeypatch.setattr("cmi_lightning.callbacks.distances.MOST_KEPT", 0)
     assert torch.equal(FrechetBootstrap(x, counts)(y), many)
     for i in (0, 1, 63, 64, 69):
         assert float(many[i]) == pytest.approx(frechet(x[rows[i]], y[rows[i]]), rel=1e-5)

@@ -20,8 +20,9 @@ import yaml
 
 from cmi_lightning.cli import configs, main
 from cmi_lightning.errors import InputError
+from cmi_lightning.table.cells import SET_RESAMPLES
 from cmi_lightning.table.command import parse, rounds
-from cmi_lightning.table.results import SET_RESAMPLES, aggregate
+from cmi_lightning.table.results import aggregate
 from cmi_lightning.table.run import Job, at_equal_cost, records, run
 from cmi_lightning.table.spec import Method, Posterior, Table, Task, passes
 from cmi_lightning.table.statistics import (

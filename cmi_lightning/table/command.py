@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmi_lightning.cli import configs, one_sentence, resolved
+from cmi_lightning.cli import one_sentence, resolved
 from cmi_lightning.errors import InputError
 from cmi_lightning.runs import write_json
 from cmi_lightning.table.report import write_report
@@ -127,7 +127,7 @@ def check(table: Table, cells: Sequence[Cell]) -> None:
 def table(args: Sequence[str]) -> int:
     """Run a table in rounds, and write its report after each."""
     spec, text = parse(args, "table")
-    command = shlex.join(["cmi-lightning", "table", *map(_as_typed, args)])
+    command = shlex.join(["cmi-lightning", "table", *args])
     first = _is_first()
     posterior = list(spec.posterior_cells())
     work = rounds(spec)
@@ -153,13 +153,6 @@ def table(args: Sequence[str]) -> int:
     print(f"report: {spec.folder / 'report.html'}; numbers: {spec.folder / 'table.csv'}")
     results = json.loads((spec.folder / "results.json").read_text(encoding="utf-8"))
     return 3 if any(cell["failed"] for cell in results["cells"]) else 0
-
-
-def _as_typed(argument: str) -> str:
-    """Return the name of a packaged configuration in place of its path."""
-    with contextlib.suppress(ValueError):
-        return Path(argument).relative_to(configs()).with_suffix("").as_posix()
-    return argument
 
 
 def _found_other_sizes(table: Table) -> bool:

@@ -4,192 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import platform
 import subprocess
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from cmi_lightning.identity import digest
-from cmi_lightning.paths import inside
-from cmi_lightning.table.run import at_equal_cost, records
-from cmi_lightning.table.spec import CMI, VARIANTS, Cell, Table, Variant, passes
-from cmi_lightning.table.statistics import (
-    LEVEL,
-    bootstrap_interval,
-    holm,
-    interval_and_p,
-    mean_and_error,
-    resamples_of,
-    sign_flip_p,
+from cmi_lightning.table.cells import (
+    MEASURED,
+    OF_SETS,
+    PER_IMAGE,
+    RESTORED,
+    CellResults,
+    Key,
+    gather,
 )
-
-if TYPE_CHECKING:
-    from cmi_lightning.callbacks.feature_metrics import FrechetBootstrap
-
-RESTORED, MEASURED = 1, 2  # rows of FeatureMetrics' embeddings
-# A Fréchet distance takes a millisecond, a mean nothing; fewer could not tell 30 cells apart.
-SET_RESAMPLES = 2000
-EXTREMES = 3  # best and worst images shown of a cell
-# key: label, unit, better, digits; those with an embedding are of sets of images
-PER_IMAGE = {
-    "psnr": ("PSNR", "dB", "higher", 2),
-    "ssim": ("SSIM", "", "higher", 4),
-    "lpips": ("LPIPS", "", "lower", 4),
-    "perceptual": ("perceptual distance", "", "lower", 4),
-}
-OF_SETS = {
-    "fid": ("FID", "", "lower", 2),
-    "frechet": ("Fréchet distance", "", "lower", 3),
-    "kernel": ("kernel distance", "", "lower", 4),
-}
-COMPARISONS: tuple[tuple[Variant, Variant], ...] = (
-    ("cmi", "base"),
-    ("equal", "base"),
-    ("cmi", "equal"),
-)
-
-
-class CellResults:
-    """The images of a cell that are looked at.
-
-    Attributes:
-        cell: the cell.
-        all: their records, in the order in which the images are restored.
-        whole: whether these are all that the cell has finished.
-        records: by id; without those that failed.
-        failed: how many failed.
-        curves: the mean of every quantity at every step.
-    """
-
-    def __init__(
-        self,
-        cell: Cell,
-        found: list[dict[str, Any]],
-        whole: bool,
-        bootstraps: dict[str, FrechetBootstrap],
-    ) -> None:
-        self.cell, self.all, self.whole = cell, found, whole
-        self.records = {r["id"]: r for r in self.all if not r["failed"]}
-        self.failed = len(self.all) - len(self.records)
-        self.curves = _means([record.pop("curves", {}) for record in self.all])
-        self._embeddings: dict[str, Tensor] = {}
-        self._draws: dict[tuple[str, tuple[str, ...]], Tensor] = {}
-        self._bootstraps = bootstraps
-
-    def distances(self, metric: str, ids: Sequence[str]) -> Tensor | None:
-        """Return a distance of sets of some images, and of resamples of them; None without."""
-        from cmi_lightning.callbacks.feature_metrics import kernel_many
-
-        key = (metric, tuple(ids))
-        if key not in self._draws:
-            both = self.embeddings(ids)
-            if both is None:
-                return None
-            once = np.ones((1, len(ids)), dtype=int)
-            counts = torch.from_numpy(np.concatenate([once, resamples_of(len(ids), SET_RESAMPLES)]))
-            if metric == "frechet":
-                self._draws[key] = self._bootstrap(both[0], counts)(both[1])
-            else:
-                self._draws[key] = kernel_many(*both, counts)
-        return self._draws[key]
-
-    def _bootstrap(self, real: Tensor, counts: Tensor) -> FrechetBootstrap:
-        """Return the bootstrap of some truths, which cells of the same images share."""
-        from cmi_lightning.callbacks.feature_metrics import FrechetBootstrap
-
-        key = digest(real, counts)
-        if key not in self._bootstraps:
-            self._bootstraps.clear()  # one takes tens of megabytes, and rows come in order
-            self._bootstraps[key] = FrechetBootstrap(real, counts)
-        return self._bootstraps[key]
-
-    def values(self, metric: str, suffix: str = "") -> dict[str, float]:
-        """Return a metric of every image that has it, by id."""
-        found = {}
-        for name, record in self.records.items():
-            parts = {**record.get("metrics", {}), **record.get("perceptual", {})}
-            value = parts.get(f"{metric}{suffix}")
-            if value is not None and math.isfinite(float(value)):
-                found[name] = float(value)
-        return found
-
-    def embeddings(self, ids: Sequence[str], of: int = RESTORED) -> tuple[Tensor, Tensor] | None:
-        """Return the classifier's features (N, D) of truth and restoration; None without."""
-        from cmi_lightning.callbacks.feature_metrics import embedding_path, read_embeddings
-
-        new = [name for name in ids if name not in self._embeddings]
-        if not all(embedding_path(self.cell.folder, name).is_file() for name in new):
-            return None
-        if new:
-            found = read_embeddings(self.cell.folder, new).double()
-            self._embeddings |= dict(zip(new, found, strict=True))
-        both = torch.stack([self._embeddings[name] for name in ids])
-        return both[:, 0], both[:, of]
-
-    def seconds(self) -> float | None:
-        """Return the sampling time per image."""
-        took = []
-        for record in self.all:
-            with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-                path = inside(self.cell.folder / "timings", record["id"], ".json")
-                took.append(json.loads(path.read_text(encoding="utf-8"))["seconds"])
-        return sum(took) / len(took) if took else None
-
-    def fid(self) -> float | None:
-        """Return the run's FID, where its network was at hand; it is of all the run's images."""
-        if not self.whole:
-            return None
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-            text = (self.cell.folder / "summary.json").read_text(encoding="utf-8")
-            return float(json.loads(text)["metrics"]["fid"]["mean"])
-        return None
-
-
-def _means(every: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Return the mean of every quantity at every step over the images that have it."""
-    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for curves in every:
-        for quantity, curve in curves.items():
-            for step, value in curve.items():
-                values[quantity][int(step)].append(float(value))
-    return {
-        quantity: {str(step): math.fsum(v) / len(v) for step, v in sorted(curve.items())}
-        for quantity, curve in values.items()
-    }
-
-
-def gather(table: Table) -> dict[tuple[str, str, Variant], CellResults]:
-    """Return the cells that have been started, in the table's order.
-
-    Of a base with and without CMI those images are looked at that both have finished, so that
-    their means can be compared while a run is under way; of its row of equal cost, which may be
-    wanted for fewer, those among them.
-    """
-    found = {}
-    bootstraps: dict[str, FrechetBootstrap] = {}
-    for task, method in table.rows():
-        row = {}
-        for variant in VARIANTS:
-            cell = at_equal_cost(table, table.cell(task, method, variant))
-            if finished := records(cell.folder, table.limit(variant, table.images)):
-                row[variant] = cell, finished
-        ids = [{r["id"] for r in row[variant][1]} for variant in VARIANTS if variant in row]
-        common = set.intersection(*ids[:2]) if ids else set()
-        for variant, (cell, finished) in row.items():
-            shared = [record for record in finished if record["id"] in common]
-            whole = sum(1 for _ in (cell.folder / "records").rglob("*.json")) == len(shared)
-            if shared:
-                found[task, method, variant] = CellResults(cell, shared, whole, bootstraps)
-    return found
+from cmi_lightning.table.comparisons import compare
+from cmi_lightning.table.examples import examples, extremes
+from cmi_lightning.table.spec import CMI, Table, passes
+from cmi_lightning.table.statistics import LEVEL, mean_and_error
 
 
 def aggregate(table: Table, config: str = "", command: str = "") -> dict[str, Any]:
@@ -203,13 +40,7 @@ def aggregate(table: Table, config: str = "", command: str = "") -> dict[str, An
     cells = gather(table)
     metrics = _metrics(cells)
     sets = {key: _set_metrics(cell, metrics) for key, cell in cells.items()}
-    comparisons = [
-        comparison
-        for task, method in table.rows()
-        for variant, against in COMPARISONS
-        if (comparison := _compare(cells, task, method, variant, against, metrics))
-    ]
-    _correct(comparisons)
+    comparisons = compare(table, cells, metrics)
     posterior, spread_notes = _posterior(table)
     study = _study(table)
     return {
@@ -236,8 +67,8 @@ def aggregate(table: Table, config: str = "", command: str = "") -> dict[str, An
         "measured": _measured(cells, metrics),
         "comparisons": comparisons,
         "posterior": posterior,
-        "examples": _examples(table, cells),
-        "extremes": _extremes(table, cells, comparisons),
+        "examples": examples(table, cells),
+        "extremes": extremes(table, cells, comparisons),
     }
 
 
@@ -262,7 +93,7 @@ def _set_metrics(
     cell: CellResults, metrics: Mapping[str, Any], of: int = RESTORED
 ) -> dict[str, float | None]:
     """Return the metrics that are of a cell's images together."""
-    from cmi_lightning.callbacks.feature_metrics import frechet, kernel
+    from cmi_lightning.callbacks.distances import frechet, kernel
 
     found: dict[str, float | None] = {}
     if "fid" in metrics and of == RESTORED:
@@ -276,7 +107,7 @@ def _set_metrics(
 
 def _cell(
     table: Table,
-    key: tuple[str, str, Variant],
+    key: Key,
     results: CellResults,
     metrics: Mapping[str, Any],
     sets: Mapping[str, float | None],
@@ -305,81 +136,7 @@ def _cell(
     }
 
 
-def _compare(
-    cells: Mapping[tuple[str, str, Variant], CellResults],
-    task: str,
-    method: str,
-    variant: Variant,
-    against: Variant,
-    metrics: Mapping[str, Any],
-) -> dict[str, Any] | None:
-    """Return the paired differences of two cells over the images that both have.
-
-    An image that failed in the first cell alone is in no mean, but counts as not improved.
-    """
-    one, other = cells.get((task, method, variant)), cells.get((task, method, against))
-    if one is None or other is None:
-        return None
-    found: dict[str, Any] = {}
-    failed = [record["id"] for record in one.all if record["failed"]]
-    for metric in metrics:
-        if metric in PER_IMAGE:
-            mine, theirs = one.values(metric), other.values(metric)
-            ids = [name for name in mine if name in theirs]
-            if len(ids) < 2:
-                continue
-            values = [mine[name] - theirs[name] for name in ids]
-            lost = sum(name in theirs for name in failed)
-            sign = 1 if metrics[metric][2] == "higher" else -1
-            low, high = bootstrap_interval(values)
-            found[metric] = {
-                "difference": math.fsum(values) / len(values),
-                "low": low,
-                "high": high,
-                "p": sign_flip_p(values),
-                "improved": sum(sign * v > 0 for v in values) / (len(values) + lost),
-                "values": [float(f"{v:.6g}") for v in values],
-            }
-        elif metric in ("frechet", "kernel"):
-            ids = [name for name in one.records if name in other.records]
-            if (entry := _compare_sets(one, other, ids, metric)) is not None:
-                found[metric] = entry
-    return {
-        "task": task,
-        "method": method,
-        "variant": variant,
-        "against": against,
-        "metrics": found,
-    }
-
-
-def _compare_sets(
-    one: CellResults, other: CellResults, ids: list[str], metric: str
-) -> dict[str, Any] | None:
-    if len(ids) < 3:
-        return None
-    mine, theirs = one.distances(metric, ids), other.distances(metric, ids)
-    if mine is None or theirs is None:
-        return None
-    whole, *draws = (mine - theirs).tolist()
-    low, high, p = interval_and_p(whole, np.asarray(draws))
-    return {"difference": whole, "low": low, "high": high, "p": p}
-
-
-def _correct(comparisons: list[dict[str, Any]]) -> None:
-    """Mark what is significant among the cells of one metric and one kind of comparison."""
-    families: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
-    for comparison in comparisons:
-        for metric, entry in comparison["metrics"].items():
-            families[comparison["variant"], comparison["against"], metric].append(entry)
-    for entries in families.values():
-        for entry, rejected in zip(entries, holm([e["p"] for e in entries]), strict=True):
-            entry["significant"] = rejected
-
-
-def _measured(
-    cells: Mapping[tuple[str, str, Variant], CellResults], metrics: Mapping[str, Any]
-) -> dict[str, Any]:
+def _measured(cells: Mapping[Key, CellResults], metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metrics of A⁺y, from the first cell of each task."""
     found: dict[str, Any] = {}
     for (task, _, _), results in cells.items():
@@ -428,91 +185,9 @@ def _posterior(table: Table) -> tuple[list[dict[str, Any]], list[str]]:
     return found, list(dict.fromkeys(notes))
 
 
-Kind = Literal["truth", "measurement", "restored"]
-
-
-def _picture(table: Table, results: CellResults, kind: Kind, name: str) -> str | None:
-    """Return the path of one of an image's files, relative to the table's folder."""
-    path = inside(results.cell.folder / kind, name, ".png")
-    return path.relative_to(table.folder).as_posix() if path.is_file() else None
-
-
-def _examples(
-    table: Table, cells: Mapping[tuple[str, str, Variant], CellResults]
-) -> dict[str, list[dict[str, Any]]]:
-    """Return the first images that all cells of a task have."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for task in dict.fromkeys(key[0] for key in cells):
-        of_task = {key[1:]: results for key, results in cells.items() if key[0] == task}
-        first = next(iter(of_task.values()))
-        common = [n for n in first.records if all(n in c.records for c in of_task.values())]
-        found[task] = []
-        for name in common[: table.examples]:
-            restored: dict[str, dict[str, str | None]] = defaultdict(dict)
-            for (method, variant), results in of_task.items():
-                restored[method][variant] = _picture(table, results, "restored", name)
-            found[task].append(
-                {
-                    "id": name,
-                    "truth": _picture(table, first, "truth", name),
-                    "measurement": _picture(table, first, "measurement", name),
-                    "restored": dict(restored),
-                }
-            )
-    return found
-
-
-def _extremes(
-    table: Table,
-    cells: Mapping[tuple[str, str, Variant], CellResults],
-    comparisons: Sequence[Mapping[str, Any]],
-) -> list[dict[str, Any]]:
-    """Return the images that CMI changed most, for better and worse, in every row."""
-    found = []
-    for comparison in comparisons:
-        if (comparison["variant"], comparison["against"]) != ("cmi", "base"):
-            continue
-        task, method = comparison["task"], comparison["method"]
-        one, other = cells[task, method, "cmi"], cells[task, method, "base"]
-        metric = next((m for m in PER_IMAGE if m in comparison["metrics"]), None)
-        if metric is None:
-            continue
-        mine, theirs = one.values(metric), other.values(metric)
-        sign = 1 if PER_IMAGE[metric][2] == "higher" else -1
-        gains = {name: sign * (mine[name] - theirs[name]) for name in mine if name in theirs}
-        order = sorted(gains, key=lambda name: -gains[name])
-
-        def entry(
-            name: str,
-            one: CellResults = one,
-            other: CellResults = other,
-            gains: dict[str, float] = gains,
-            sign: int = sign,
-        ) -> dict[str, Any]:
-            return {
-                "id": name,
-                "difference": sign * gains[name],
-                "truth": _picture(table, one, "truth", name),
-                "measurement": _picture(table, one, "measurement", name),
-                "base": _picture(table, other, "restored", name),
-                "cmi": _picture(table, one, "restored", name),
-            }
-
-        found.append(
-            {
-                "task": task,
-                "method": method,
-                "metric": metric,
-                "best": [entry(name) for name in order[:EXTREMES]],
-                "worst": [entry(name) for name in order[: -EXTREMES - 1 : -1]],
-            }
-        )
-    return found
-
-
 def _notes(
     table: Table,
-    cells: Mapping[tuple[str, str, Variant], CellResults],
+    cells: Mapping[Key, CellResults],
     comparisons: Sequence[Mapping[str, Any]],
     study: Mapping[str, Any],
 ) -> list[str]:

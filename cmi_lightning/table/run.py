@@ -173,7 +173,7 @@ def restore(arguments: list[str], cell: Cell) -> None:
     """
     import lightning.pytorch  # noqa: F401  # before the redirection: its log handler keeps stderr
 
-    from cmi_lightning.cli import predict, resolved
+    from cmi_lightning.cli import predict
 
     cell.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -181,7 +181,7 @@ def restore(arguments: list[str], cell: Cell) -> None:
     with (cell.folder / LOG).open("a", encoding="utf-8") as log:
         try:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                predict(resolved(arguments))
+                predict(arguments)
         except InputError as error:
             told = str(error)
             if "trainer.default_root_dir" in told:  # predict's remedy is not this command's
