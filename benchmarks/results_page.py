@@ -94,14 +94,16 @@ class TablePage(ByTask):
         self.cells = {(r["task"], r["method"], r["variant"], r["metric"]): r for r in rows}
         both = [(t, m) for t, m in spec.rows() if (t, m, "cmi", "psnr") in self.cells]
         super().__init__(spec, [row for row in both if row[1] != "none"])
-        self.images, self.equal_images = (self._images(v) for v in (("base", "cmi"), ("equal",)))
+        remedy = f"'{path}': rows have {{}} {{}}; cut them, `cmi-lightning table --report_only true"
+        self.images = self._same("images", ("base", "cmi"), remedy + " --images …`.")
+        self.equal_images = self._same("images", ("equal",), remedy + " --equal_images …`.")
+        self.equal_steps = self._same("steps", ("equal",), f"'{path}': rows have {{}} {{}}.")
 
-    def _images(self, variants: Sequence[str]) -> int | None:
-        found = {r["images"] for key, r in self.cells.items() if key[2] in variants}
+    def _same(self, column: str, variants: Sequence[str], refusal: str) -> int | None:
+        """Return what all rows of some variants have in a column, or None without rows."""
+        found = {row[column] for key, row in self.cells.items() if key[2] in variants}
         if len(found) > 1:
-            raise SystemExit(
-                f"Rows have {', '.join(sorted(found))} images; cut them with --images."
-            )
+            raise SystemExit(refusal.format(", ".join(sorted(found)), column))
         return int(found.pop()) if found else None
 
     def value(self, task: str, method: str, variant: str, metric: str, column: str) -> float:
@@ -224,6 +226,13 @@ class Search(ByTask):
             not e["winner"] and len({s["mean"] for s in e["trials"].values()}) > 1 for e in entries
         )
 
+    def at_the_edge(self) -> int:
+        """Count the bases whose step size is at an edge of those tried, where it has an effect."""
+        entries = [self.study[t][m] for t, m in self.rows]
+        return sum(
+            e["at_edge"] and len({s["mean"] for s in e["trials"].values()}) > 1 for e in entries
+        )
+
     def information(self, folder: Path, scales: Sequence[str]) -> str:
         """Return the mean of I over validation images and steps, by scale."""
 
@@ -341,23 +350,40 @@ class Why:
 
 def mean_over(folder: Path, images: int) -> float:
     """Return a cell's PSNR over its first images."""
-    return statistics.fmean(record["metrics"]["psnr"] for record in records(folder, images))
+    found = [record["metrics"]["psnr"] for record in records(folder, images)]
+    if len(found) < images:
+        raise SystemExit(f"'{folder}' has {len(found)} images, and {images} are compared.")
+    return statistics.fmean(found)
 
 
-def collect(tables: Path, docs: Path) -> None:
-    """Copy the runs' tables to docs/results, with the commits that made them."""
-    commits = load(docs / "commits.json") if (docs / "commits.json").is_file() else {}
-    for name in TABLES:
-        if not (tables / name / "results.json").is_file():
-            continue
-        for suffix in (".md", ".csv"):
-            shutil.copyfile(tables / name / f"table{suffix}", docs / table_file(name, suffix))
-        commit = load(tables / name / "results.json")["commit"] or "a copy outside git"
-        commits[name] = commit.removesuffix("-dirty")
-    (docs / "commits.json").write_text(json.dumps(commits, indent=1) + "\n", encoding="utf-8")
-    if (study := tables / "fashion" / "tune" / "study.json").is_file():
+def collect(tables: Path, docs: Path, spec: Table) -> None:
+    """Copy the runs' tables to docs/results, with the commits that tabulated them.
+
+    A run that has not come as far as what is there is refused, before anything is copied.
+    """
+    study = tables / "fashion" / "tune" / "study.json"
+    parts = {n: tables / n for n in TABLES if (tables / n / "results.json").is_file()}
+    for name, folder in parts.items():
+        check_rows(TablePage, folder / "table.csv", docs / table_file(name, ".csv"), spec)
+    if study.is_file():
+        check_rows(Search, study, docs / study.name, spec)
         text = json.dumps(load(study), ensure_ascii=False, indent=1)
-        (docs / "study.json").write_text(text + "\n", encoding="utf-8")
+        (docs / study.name).write_text(text + "\n", encoding="utf-8")
+    commits = load(docs / "commits.json") if (docs / "commits.json").is_file() else {}
+    for name, folder in parts.items():
+        for suffix in (".md", ".csv"):
+            shutil.copyfile(folder / f"table{suffix}", docs / table_file(name, suffix))
+        commits[name] = load(folder / "results.json")["commit"] or "none: a copy outside git"
+    (docs / "commits.json").write_text(json.dumps(commits, indent=1) + "\n", encoding="utf-8")
+
+
+def check_rows(kind: type[ByTask], new: Path, old: Path, spec: Table) -> None:
+    """Refuse a file with fewer rows than the one that it is to replace."""
+    if old.is_file() and (missing := set(kind(old, spec).rows) - set(kind(new, spec).rows)):
+        task, method = min(missing)
+        raise SystemExit(
+            f"'{new}' has no row {task}, {method}, which '{old}' has: run it, or give other --runs."
+        )
 
 
 def main() -> None:
@@ -367,8 +393,8 @@ def main() -> None:
     options = parser.parse_args()
     tables, docs = options.runs / "table", options.docs / "results"
     docs.mkdir(exist_ok=True)
-    collect(tables, docs)
     spec, _ = parse(["-c", "table/fashion"], "table")
+    collect(tables, docs, spec)
     labels = {key: task.label for key, task in spec.tasks.items()}
     pages = {n: TablePage(docs / table_file(n, ".csv"), spec) for n in TABLES}
     values: Json = {
@@ -402,8 +428,14 @@ def main() -> None:
     write("results/descent.md")
     why = options.runs / "why" / "why.json"
     write("results/variants.md", [why], why=lambda: Why(why, labels))
-    drawn = tables / "descent" / "posterior"
-    write("results/draws.md", [drawn], draws=lambda: Draws(drawn.parent, labels))
+    drawn = [tables / "descent" / "results.json"]
+    drawn += [
+        tables / "descent" / "posterior" / "super_resolution" / cell / "posterior.json"
+        for cell in ("DPS", "DPS-cmi")
+    ]
+    write("results/draws.md", drawn, draws=lambda: Draws(tables / "descent", labels))
+    tried = tables / "fashion" / "tune"
+    write("results/search.md", [tried / key for key in labels], trials=lambda: tried)
     long = tables / "thousand" / "tune" / "study.json"
     usual = tables / "fashion" / "cells" / "super_resolution" / "DPS"
     write(
@@ -412,8 +444,6 @@ def main() -> None:
         long=lambda: Search(long, spec),
         usual=lambda: mean_over(usual, pages["thousand"].images or 0),
     )
-    trials = tables / "fashion" / "tune" / next(iter(labels))
-    write("results/search.md", [trials], trials=lambda: trials.parent)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def _comparison(values: np.ndarray, better: str, per_image: bool) -> dict[str, A
     gain = values if better == "higher" else -values
     p = math.erfc(abs(mean / se) / math.sqrt(2))
     entry: dict[str, Any] = {"difference": mean, "low": mean - 1.96 * se, "high": mean + 1.96 * se}
-    entry |= {"p": p, "significant": p < 0.05 / 60}
+    entry |= {"p": p, "significant": p < 0.05 / 60, "pairs": len(values)}
     if per_image:
         entry |= {"improved": float((gain > 0).mean()), "values": values.tolist()}
     return entry

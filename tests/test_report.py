@@ -353,7 +353,7 @@ def test_absent_numbers(results, folder):
         del cell["metrics"]["kernel"]
     for comparison in results["comparisons"]:
         comparison["metrics"]["psnr"] = dict.fromkeys(
-            ("difference", "low", "high", "p", "significant", "improved", "values")
+            ("difference", "low", "high", "p", "significant", "improved", "pairs", "values")
         )
         comparison["metrics"]["frechet"] |= {"low": None, "p": None}
     for row in results["posterior"]:
@@ -671,12 +671,14 @@ def test_number_of_pairs_is_told_where_images_are_missing(results, folder):
     )
     entry = comparison["metrics"]["ssim"]
     entry["values"] = entry["values"][:37]
+    entry["pairs"] = 37
+    comparison["metrics"]["frechet"]["pairs"] = 37
     text = render(results, folder)
     at = next(row for row in rows(text) if row[0] == "CMI+DPS")
     judged = judge(entry, "higher")
     first, _, interval = judged.text(3).partition(" ")
     assert f"{first}, n = 37 {interval}" in at[2]
-    assert "n = " not in "".join([*at[:2], *at[3:]])
+    assert [k for k, text in enumerate(at) if "n = 37" in text] == [2, 4]
     assert "n is given where the difference is over fewer images" in plain(text)
     histograms = re.search(r'<section id="histograms">.*?</section>', text, re.S)
     assert histograms
@@ -687,7 +689,8 @@ def test_number_of_pairs_is_told_where_images_are_missing(results, folder):
     pairs = {(r["task"], r["metric"]): r["pairs_base"] for r in read if r["label"] == "CMI+DPS"}
     assert pairs["inpaint_random", "ssim"] == "37"
     assert pairs["inpaint_random", "psnr"] == pairs["inpaint_box", "ssim"] == "40"
-    assert pairs["inpaint_random", "frechet"] == ""
+    assert pairs["inpaint_random", "frechet"] == "37"
+    assert pairs["inpaint_box", "frechet"] == "40"
 
 
 def test_figure_says_which_images_it_shows(results, folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
 import os
@@ -16,14 +18,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 import yaml
 
+from cmi_lightning.callbacks.distances import frechet
+from cmi_lightning.callbacks.feature_metrics import embedding_path
 from cmi_lightning.cli import configs, main
 from cmi_lightning.errors import InputError
 from cmi_lightning.table.cells import SET_RESAMPLES
 from cmi_lightning.table.command import parse, rounds
 from cmi_lightning.table.results import aggregate
-from cmi_lightning.table.run import Job, at_equal_cost, records, run
+from cmi_lightning.table.run import Job, at_equal_cost, records, run, run_job
 from cmi_lightning.table.spec import Method, Posterior, Table, Task, passes
 from cmi_lightning.table.statistics import (
     bootstrap_interval,
@@ -33,6 +38,8 @@ from cmi_lightning.table.statistics import (
     resamples_of,
     sign_flip_p,
 )
+from cmi_lightning.table.tables import csv as to_csv
+from cmi_lightning.table.tables import latex, markdown
 from cmi_lightning.table.tune import best, trial
 from cmi_lightning.table.tune import check as check_tuning
 
@@ -298,6 +305,49 @@ def test_cells_that_lack_different_images_are_compared_over_those_they_share(tmp
     assert len(results["comparisons"][0]["metrics"]["psnr"]["values"]) == 5
 
 
+def test_differences_of_fewer_images_say_so(tmp_path):
+    """Distances of sets grow as sets shrink: never a difference of 12 images' from 5 images'."""
+    table = small(output=str(tmp_path), images=12, equal_images=5, only_methods=["DPS"])
+    features = {}
+    for variant, count in (("base", 12), ("cmi", 12), ("equal", 5)):
+        cell = table.cell("box", "DPS", variant)
+        write_records(cell, np.linspace(20, 21, count) + 0.1 * len(variant))
+        features[variant] = np.random.default_rng(len(variant)).normal(size=(12, 3, 8))
+        for i in range(count):
+            path = embedding_path(cell.folder, str(i + 1))
+            path.parent.mkdir(exist_ok=True)
+            np.save(path, features[variant][i])
+    results = aggregate(table)
+    against = {c["variant"]: c["metrics"] for c in results["comparisons"] if c["against"] != "base"}
+    assert {m: entry["pairs"] for m, entry in against["cmi"].items()} == {
+        "psnr": 5,
+        "frechet": 5,
+        "kernel": 5,
+    }
+    cmi, equal = (torch.from_numpy(features[v][:5]).double() for v in ("cmi", "equal"))
+    apart = frechet(cmi[:, 0], cmi[:, 1]) - frechet(equal[:, 0], equal[:, 1])
+    assert against["cmi"]["frechet"]["difference"] == pytest.approx(apart)
+    assert "| DPS, 100 steps, 5 images |" in markdown(results)
+    assert "DPS, 100 steps, 5 images &" in latex(results)
+    rows = {(r["variant"], r["metric"]): r for r in csv.DictReader(io.StringIO(to_csv(results)))}
+    assert rows["cmi", "frechet"]["pairs_equal"] == "5"
+    assert rows["cmi", "frechet"]["pairs_base"] == "12"
+    assert any("first 5 images" in note for note in results["notes"])
+
+
+def test_fid_is_that_of_the_images_shown(tmp_path):
+    table = small(output=str(tmp_path), images=6, only_methods=["DPS"])
+    cell = table.cell("box", "DPS")
+    write_records(cell, [20.0] * 6)
+    summary = {"metrics": {"fid": {"mean": 7.0, "count": 6}}}
+    (cell.folder / "summary.json").write_text(json.dumps(summary))
+    assert aggregate(table)["cells"][0]["metrics"]["fid"]["mean"] == 7.0
+    assert "fid" not in aggregate(replace(table, images=4))["cells"][0]["metrics"]
+    summary["metrics"]["fid"]["count"] = 4  # of a later, shorter run
+    (cell.folder / "summary.json").write_text(json.dumps(summary))
+    assert "fid" not in aggregate(table)["cells"][0]["metrics"]
+
+
 def test_steps_of_equal_cost_follow_from_the_passes(tmp_path):
     table = small(output=str(tmp_path))
     write_records(table.cell("box", "DPS"), [20.0])
@@ -379,6 +429,18 @@ def test_one_bad_cell_keeps_no_other_from_running(monkeypatch):
     with pytest.raises(InputError, match="box, DPS: no"):
         run(table, [Job((), n) for n in (1, 2, 3)], print)
     assert ran == [1, 3]
+
+
+def test_a_job_restores_no_more_images_of_equal_cost_than_wanted(monkeypatch):
+    table, limits = small(equal_images=3), []
+    monkeypatch.setattr(
+        "cmi_lightning.table.run.restore",
+        lambda arguments, cell: limits.extend(a for a in arguments if "data.limit" in a),
+    )
+    cells = tuple(table.cell("box", "DPS", v) for v in ("base", "cmi", "equal"))
+    done = list(run_job(table, Job(cells, 5)))
+    assert limits == ["--data.limit=5", "--data.limit=5", "--data.limit=3"]
+    assert [d.images for d in done] == [5, 5, 3]
 
 
 # A whole table ------------------------------------------------------------------------------------
@@ -507,6 +569,7 @@ def test_unfinished_tables_say_so(smoke):
     results = aggregate(table)
     assert any("not finished" in note for note in results["notes"])
     assert not any("not finished" in note for note in aggregate(replace(table, images=3))["notes"])
+    assert at_equal_cost(table, table.cell("super_resolution", "DPS", "equal")).steps > 4
 
 
 def test_rows_of_equal_cost_with_fewer_images_cut_no_others(smoke):
@@ -524,7 +587,11 @@ def test_rows_of_equal_cost_with_fewer_images_cut_no_others(smoke):
     assert pairs == {("cmi", "base"): 3, ("equal", "base"): 2, ("cmi", "equal"): 2}
     assert any("first 2 images" in note for note in results["notes"])
     assert not any("not finished" in note for note in results["notes"])
-    assert at_equal_cost(table, table.cell("super_resolution", "DPS", "equal")).steps > 4
+    # Without these rows: those that there are from before are shown, and not counted as missing.
+    table, _ = parse([*arguments, "--equal_cost=false"], "table")
+    results = aggregate(table)
+    assert any(c["variant"] == "equal" for c in results["cells"])
+    assert not any("have not been started" in note for note in results["notes"])
 
 
 # Tuning -------------------------------------------------------------------------------------------

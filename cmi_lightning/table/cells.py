@@ -47,7 +47,6 @@ class CellResults:
     Attributes:
         cell: the cell.
         all: their records, in the order in which the images are restored.
-        whole: whether these are all that the cell has finished.
         records: by id; without those that failed.
         failed: how many failed.
         curves: the mean of every quantity at every step.
@@ -57,10 +56,9 @@ class CellResults:
         self,
         cell: Cell,
         found: list[dict[str, Any]],
-        whole: bool,
         bootstraps: dict[str, FrechetBootstrap],
     ) -> None:
-        self.cell, self.all, self.whole = cell, found, whole
+        self.cell, self.all = cell, found
         self.records = {r["id"]: r for r in self.all if not r["failed"]}
         self.failed = len(self.all) - len(self.records)
         self.curves = _means([record.pop("curves", {}) for record in self.all])
@@ -91,7 +89,9 @@ class CellResults:
 
         key = digest(real, counts)
         if key not in self._bootstraps:
-            self._bootstraps.clear()  # one takes tens of megabytes, and rows come in order
+            # One takes tens of megabytes. Two are in use: of all images, and of equal cost's.
+            while len(self._bootstraps) > 1:
+                del self._bootstraps[next(iter(self._bootstraps))]
             self._bootstraps[key] = FrechetBootstrap(real, counts)
         return self._bootstraps[key]
 
@@ -128,12 +128,11 @@ class CellResults:
         return sum(took) / len(took) if took else None
 
     def fid(self) -> float | None:
-        """Return the run's FID, where its network was at hand; it is of all the run's images."""
-        if not self.whole:
-            return None
+        """Return the run's FID, where its network was at hand and it is of just these images."""
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
             text = (self.cell.folder / "summary.json").read_text(encoding="utf-8")
-            return float(json.loads(text)["metrics"]["fid"]["mean"])
+            entry = json.loads(text)["metrics"]["fid"]
+            return float(entry["mean"]) if entry["count"] == len(self.all) else None
         return None
 
 
@@ -165,11 +164,10 @@ def gather(table: Table) -> dict[Key, CellResults]:
             cell = at_equal_cost(table, table.cell(task, method, variant))
             if finished := records(cell.folder, table.limit(variant, table.images)):
                 row[variant] = cell, finished
-        ids = [{r["id"] for r in row[variant][1]} for variant in VARIANTS if variant in row]
-        common = set.intersection(*ids[:2]) if ids else set()
+        pair = [row[variant][1] for variant in ("base", "cmi") if variant in row]
+        every = [{record["id"] for record in finished} for finished in pair]
         for variant, (cell, finished) in row.items():
-            shared = [record for record in finished if record["id"] in common]
-            whole = sum(1 for _ in (cell.folder / "records").rglob("*.json")) == len(shared)
+            shared = [r for r in finished if all(r["id"] in ids for ids in every)]
             if shared:
-                found[task, method, variant] = CellResults(cell, shared, whole, bootstraps)
+                found[task, method, variant] = CellResults(cell, shared, bootstraps)
     return found

@@ -66,6 +66,7 @@ def _compare(
                 "low": low,
                 "high": high,
                 "p": sign_flip_p(values),
+                "pairs": len(values),
                 "improved": sum(sign * v > 0 for v in values) / (len(values) + lost),
                 "values": [float(f"{v:.6g}") for v in values],
             }
@@ -92,7 +93,7 @@ def _compare_sets(
         return None
     whole, *draws = (mine - theirs).tolist()
     low, high, p = interval_and_p(whole, np.asarray(draws))
-    return {"difference": whole, "low": low, "high": high, "p": p}
+    return {"difference": whole, "low": low, "high": high, "p": p, "pairs": len(ids)}
 
 
 def _correct(comparisons: list[dict[str, Any]]) -> None:

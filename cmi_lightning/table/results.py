@@ -205,9 +205,9 @@ def _notes(
             f"rows have fewer images than wanted, the shortest {min(short)}; with and without CMI "
             "they are the same."
         )
-    wanted = sum(len(table.variants(m)) for _, m in table.rows())
-    if missing := wanted - len(cells):
-        notes.append(f"{missing} of {wanted} cells have not been started.")
+    wanted = [(t, m, variant) for t, m in table.rows() for variant in table.variants(m)]
+    if missing := sum(key not in cells for key in wanted):
+        notes.append(f"{missing} of {len(wanted)} cells have not been started.")
     for results in cells.values():
         if results.failed:
             notes.append(
@@ -224,10 +224,12 @@ def _notes(
             "zero."
         )
     if any(key[2] == "equal" for key in cells):
-        if table.limit("equal", table.images) < table.images:
+        most = max(len(c.all) for key, c in cells.items() if key[2] == "equal")
+        if most < max(len(c.all) for c in cells.values()):
             notes.append(
-                f"The rows of equal cost have the first {table.equal_images} images; differences "
-                "are over the images that both sides have."
+                f"The rows of equal cost have the first {most} images: their means cannot be set "
+                "beside those of the other rows, above all distances of sets. Differences are over "
+                "the images that both sides have."
             )
         notes.append(
             "The rows of equal cost have the step sizes that were chosen for "

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cmi_lightning.table.tables import MEASURED
-from cmi_lightning.table.verdicts import AGAINST, Results, cell_label, mean_text, number, short
+from cmi_lightning.table.verdicts import (
+    AGAINST,
+    Results,
+    cell_label,
+    mean_text,
+    number,
+    other_images,
+    short,
+)
 
 
 def by_task(known: Results) -> list[dict[str, Any]]:
@@ -30,13 +38,11 @@ def any_fewer_pairs(groups: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _row(known: Results, cell: Mapping[str, Any]) -> dict[str, Any]:
-    images = cell.get("images")
-    fewer = images is not None and images != known.raw.get("images")
     return {
         "label": cell_label(cell),
         "variant": cell["variant"],
         "failed": cell.get("failed") or 0,
-        "images": images if fewer else None,
+        "images": other_images(known.raw, cell),
         "entries": [_entry(known, cell, metric) for metric in known.metrics],
         "passes": {"text": short(cell.get("passes")), "value": number(cell.get("passes"))},
         "seconds": {"text": short(cell.get("seconds")), "value": number(cell.get("seconds"))},

@@ -27,7 +27,7 @@ LOG = "log.txt"
 
 @dataclass(frozen=True)
 class Job:
-    """Cells that one process runs in turn, over the first ``images`` images.
+    """Cells that one process runs in turn, over at most the first ``images`` images.
 
     Of a cell of equal cost, the steps follow from what the cell with CMI before it has cost.
     """

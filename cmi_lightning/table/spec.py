@@ -88,6 +88,7 @@ class Table:
         equal_cost: also run each base (but one without a step size, which is no guidance) with as
             many steps as CMI's network passes would pay for, at the same step size.
         equal_images: how many images the rows of equal cost restore, the first ones. Default: all.
+            Best a multiple of ``batch_size``: a batch that is cut is restored again when it grows.
         only_tasks: run these tasks alone.
         only_methods: run these methods alone.
         step_sizes: by key of the task, then name of the method ("CMI+DPS" for CMI on DPS); what is

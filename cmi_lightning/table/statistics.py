@@ -58,7 +58,7 @@ def sign_flip_p(differences: Sequence[float], resamples: int = FLIPS, seed: int 
     return float((1 + beyond) / (1 + resamples))
 
 
-@functools.lru_cache(maxsize=2)  # every comparison of a table takes the same signs
+@functools.lru_cache(maxsize=4)  # comparisons of as many images take the same signs
 def _signs(count: int, resamples: int, seed: int) -> Array:
     rng = np.random.default_rng(seed)
     signs = rng.integers(0, 2, size=(resamples, count), dtype=np.int8) * 2 - 1
@@ -66,7 +66,7 @@ def _signs(count: int, resamples: int, seed: int) -> Array:
     return signs
 
 
-@functools.lru_cache(maxsize=8)  # every comparison of a table takes the same draws
+@functools.lru_cache(maxsize=8)  # comparisons of as many images take the same draws
 def resamples_of(count: int, resamples: int = RESAMPLES, seed: int = 0) -> Array:
     """Return (resamples, count): how often each image is drawn, with replacement."""
     rng = np.random.default_rng(seed)

@@ -18,6 +18,7 @@ from cmi_lightning.table.verdicts import (
     heading,
     mean_text,
     number,
+    other_images,
     short,
 )
 
@@ -104,7 +105,7 @@ def markdown(results: Mapping[str, Any]) -> str:
                     text += f" ({verdict.symbol} {verdict.text(metric['digits'])}{only})"
                 texts.append(text)
             cost = [short(cell.get("passes")), short(cell.get("seconds"))]
-            lines.append(_row([_markdown(label), _markdown(cell_label(cell)), *texts, *cost]))
+            lines.append(_row([_markdown(label), _markdown(_name(results, cell)), *texts, *cost]))
     notes = [f"* {_markdown(note)}" for note in results.get("notes") or ()]
     return "\n".join([*lines, "", *notes, *([""] if notes else [])])
 
@@ -124,8 +125,7 @@ def csv(results: Mapping[str, Any]) -> str:
     """Return a row per cell and metric, numbers in full; ``…_base`` are differences from the base.
 
     ``…_equal`` are those from the base with as many passes; ``pairs_…`` is how many images were
-    compared, of metrics that are per image. Text that a spreadsheet would take for
-    a formula starts with an apostrophe.
+    compared. Text that a spreadsheet would take for a formula starts with an apostrophe.
     """
     known = Results(results)
     file = io.StringIO()
@@ -152,13 +152,12 @@ def csv(results: Mapping[str, Any]) -> str:
                     if verdict:
                         row |= {
                             f"{name}_{against}": getattr(verdict, name)
-                            for name in ("difference", "low", "high", "p", "improved")
+                            for name in ("difference", "low", "high", "p", "improved", "pairs")
                         }
                         significant = verdict.significant
                         row[f"significant_{against}"] = (
                             None if significant is None else str(significant).lower()
                         )
-                        row[f"pairs_{against}"] = len(verdict.values) or None
                 writer.writerow({name: _harmless(value) for name, value in row.items()})
     return file.getvalue()
 
@@ -198,7 +197,7 @@ def latex(results: Mapping[str, Any]) -> str:
             means = [_math(measured.get(m["key"]), m["digits"]) for m in known.metrics]
             lines.append(f"{' & '.join([_latex(MEASURED), *means, '0'])} \\\\")
         for cell in known.cells(task):
-            texts = [_latex(cell_label(cell))]
+            texts = [_latex(_name(results, cell))]
             for metric in known.metrics:
                 text = _math((cell.get("metrics") or {}).get(metric["key"]), metric["digits"])
                 verdict = _of(known, cell, metric)
@@ -226,6 +225,12 @@ def _math(entry: Mapping[str, Any] | None, digits: int) -> str:
 
 def _measured(results: Mapping[str, Any], task: str) -> Mapping[str, Any]:
     return ((results.get("measured") or {}).get(task) or {}).get("metrics") or {}
+
+
+def _name(results: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
+    """Return how a cell is called, with its number of images where that is its own."""
+    images = other_images(results, cell)
+    return cell_label(cell) + (f", {images} images" if images is not None else "")
 
 
 def _of(

@@ -55,6 +55,7 @@ class Verdict:
         improved: the part of images on which the run is better.
         direction: "better", "worse", or "same" for a difference of 0; "none" without one.
         significant: after Holm's correction; None if it was not tested.
+        pairs: how many images were compared.
         values: differences per image.
     """
 
@@ -65,6 +66,7 @@ class Verdict:
     improved: float | None
     direction: str
     significant: bool | None
+    pairs: int | None
     values: tuple[float, ...]
 
     @property
@@ -113,8 +115,9 @@ class Verdict:
 
     def fewer(self, cell: Mapping[str, Any]) -> int | None:
         """Return the number of pairs where the cell has more images than were compared."""
-        pairs, images = len(self.values), number(cell.get("images"))
-        return pairs if pairs and images is not None and pairs < images else None
+        images = number(cell.get("images"))
+        fewer = self.pairs is not None and images is not None and self.pairs < images
+        return self.pairs if fewer else None
 
 
 def judge(entry: Mapping[str, Any], better: str) -> Verdict:
@@ -134,6 +137,7 @@ def judge(entry: Mapping[str, Any], better: str) -> Verdict:
         number(entry.get("improved")),
         direction,
         None if significant is None else bool(significant),
+        entry.get("pairs"),
         values,
     )
 
@@ -215,6 +219,12 @@ def cell_label(cell: Mapping[str, Any]) -> str:
     names = {"cmi": "CMI+{}", "equal": "{}, equal passes"}
     plain = names.get(cell["variant"], "{}").format(cell["method"])
     return str(cell.get("label") or plain)
+
+
+def other_images(results: Mapping[str, Any], cell: Mapping[str, Any]) -> int | None:
+    """Return a cell's number of images where it is another than most cells have."""
+    images: int | None = cell.get("images")
+    return images if images != results.get("images") else None
 
 
 def heading(metric: Mapping[str, Any]) -> str:
