@@ -6,7 +6,8 @@ It reads runs/table/{fashion,descent,thousand} (`cmi-lightning tune` and `table`
 runs/why/why.json (`benchmarks/why.py`). Not all of these need be there, as each takes hours: the
 tables of a run are copied to docs/results, from where the pages are made, and a page that needs
 more of a run that is gone stays as it was. The prose is in results_templates/ beside this script;
-every table, and every number that a run gives, is put in from here.
+tables, and the numbers that they give, are put in from here. What results.md quotes of the other
+pages (random direction, ascent with 1,000 steps, exact denoisers) is typed there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from cmi_lightning.table.command import parse
 from cmi_lightning.table.run import records
 from cmi_lightning.table.spec import CMI, Table, safe
 from cmi_lightning.table.statistics import bootstrap_interval
+from cmi_lightning.table.verdicts import fixed
 
 NAMES = {
     "psnr": "PSNR",
@@ -131,7 +133,7 @@ class TablePage(ByTask):
         rows = []
         for metric in self.metrics:
             digits = METRICS[metric][3]
-            mean = signed(self.value(task, method, "base", metric, "mean"), digits).lstrip("+")
+            mean = fixed(self.value(task, method, "base", metric, "mean"), digits)
             entry = self.compared(task, method, "cmi", "base", metric)
             rows.append((NAMES[metric], [mean, interval(entry, digits)]))
         return grid("metric", [method, f"change by {CMI}"], rows)
@@ -151,6 +153,10 @@ class TablePage(ByTask):
                 lean = "" if entry["significant"] else "leaning "
                 found[lean + ("better" if gain > 0 else "worse")] += 1
         return found
+
+    def better(self, variant: str, against: str) -> int:
+        """Count what is significantly better, over all cells of the bases and all metrics."""
+        return sum(self.counts(variant, against, metric)["better"] for metric in self.metrics)
 
     def tally(self, variant: str, against: str) -> str:
         keys = ["better", "leaning better", "same", "leaning worse", "worse"]
@@ -222,16 +228,17 @@ class Search(ByTask):
     def none_preferred(self) -> int:
         """Count the cells where the search preferred no CMI, those that cannot change apart."""
         entries = [self.study[t][f"{CMI}+{m}"] for t, m in self.rows]
-        return sum(
-            not e["winner"] and len({s["mean"] for s in e["trials"].values()}) > 1 for e in entries
-        )
+        return sum(not e["winner"] and self._matters(e) for e in entries)
 
     def at_the_edge(self) -> int:
         """Count the bases whose step size is at an edge of those tried, where it has an effect."""
         entries = [self.study[t][m] for t, m in self.rows]
-        return sum(
-            e["at_edge"] and len({s["mean"] for s in e["trials"].values()}) > 1 for e in entries
-        )
+        return sum(e["at_edge"] and self._matters(e) for e in entries)
+
+    @staticmethod
+    def _matters(entry: Json) -> bool:
+        """Whether what was tried made any difference."""
+        return len({trial["mean"] for trial in entry["trials"].values()}) > 1
 
     def information(self, folder: Path, scales: Sequence[str]) -> str:
         """Return the mean of I over validation images and steps, by scale."""

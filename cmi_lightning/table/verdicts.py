@@ -222,7 +222,7 @@ def cell_label(cell: Mapping[str, Any]) -> str:
 
 
 def other_images(results: Mapping[str, Any], cell: Mapping[str, Any]) -> int | None:
-    """Return a cell's number of images where it is another than most cells have."""
+    """Return a cell's number of images where it is another than the largest cell's."""
     images: int | None = cell.get("images")
     return images if images != results.get("images") else None
 
