@@ -1,5 +1,6 @@
 """Lightning data modules: image folders, given measurements, and Fashion-MNIST."""
 
+from cmi_lightning.data.crops import PhotoCropsData
 from cmi_lightning.data.fashion import FashionMNIST, FashionMNISTData
 from cmi_lightning.data.folder import ImageFolder, ImageFolderData
 from cmi_lightning.data.measurements import MeasurementFolder, MeasurementFolderData
@@ -11,4 +12,5 @@ __all__ = [
     "ImageFolderData",
     "MeasurementFolder",
     "MeasurementFolderData",
+    "PhotoCropsData",
 ]

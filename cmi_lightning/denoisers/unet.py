@@ -288,6 +288,10 @@ class UNet(nn.Module):
             whole blocks are recomputed, by PyTorch's non-reentrant checkpointing.
         fused_attention: use PyTorch's fused attention. It has no second derivative, so CMI by
             autograd needs the default, plain attention.
+        patch_size: the network sees patches of p×p pixels as channels (pixel-unshuffle), which
+            costs p² times less. Published checkpoints have 1.
+        middle_attention: self-attention between the halves, as published checkpoints have it.
+            Without any attention the network is a convolution and serves images of every size.
 
     References:
         Dhariwal & Nichol (2021), Diffusion models beat GANs on image synthesis.
@@ -306,13 +310,16 @@ class UNet(nn.Module):
         scale_shift: bool = True,
         checkpoint: bool = False,
         fused_attention: bool = False,
+        patch_size: int = 1,
+        middle_attention: bool = True,
     ) -> None:
         super().__init__()
         if model_channels % 32:
             raise InputError(f"model_channels must be a multiple of 32, got {model_channels}.")
         self.in_channels, self.model_channels = in_channels, model_channels
         self.learn_variance, self.checkpoint = learn_variance, checkpoint
-        self.size_multiple = 2 ** (len(channel_mult) - 1)
+        self.patch_size = patch_size
+        self.size_multiple = patch_size * 2 ** (len(channel_mult) - 1)
         self.derivatives = 1 if fused_attention else 2
         embed_dim = 4 * model_channels
         self.time_embed = nn.Sequential(
@@ -327,7 +334,7 @@ class UNet(nn.Module):
 
         width = channel_mult[0] * model_channels
         self.input_blocks = nn.ModuleList(
-            [TimedSequential(nn.Conv2d(in_channels, width, 3, padding=1))]
+            [TimedSequential(nn.Conv2d(in_channels * patch_size**2, width, 3, padding=1))]
         )
         skips = [width]
         for level, mult in enumerate(channel_mult):
@@ -341,8 +348,9 @@ class UNet(nn.Module):
             if level + 1 < len(channel_mult):
                 self.input_blocks.append(TimedSequential(residual(width, width, "down")))
                 skips.append(width)
+        between = [attention(width)] if middle_attention else []
         self.middle_block = TimedSequential(
-            residual(width, width), attention(width), residual(width, width)
+            residual(width, width), *between, residual(width, width)
         )
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
@@ -354,7 +362,7 @@ class UNet(nn.Module):
                 if level and i == num_res_blocks:
                     layers.append(residual(width, width, "up"))
                 self.output_blocks.append(TimedSequential(*layers))
-        out_channels = in_channels * (2 if learn_variance else 1)
+        out_channels = in_channels * patch_size**2 * (2 if learn_variance else 1)
         last = nn.Conv2d(width, out_channels, 3, padding=1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
@@ -368,8 +376,8 @@ class UNet(nn.Module):
         """
         if any(n % self.size_multiple for n in x.shape[-2:]):
             raise InputError(
-                f"The network halves the image {int(math.log2(self.size_multiple))} times, so its "
-                f"sides must be multiples of {self.size_multiple}; got {tuple(x.shape[-2:])}."
+                f"The network shrinks the image {self.size_multiple} times, so its sides must be "
+                f"multiples of {self.size_multiple}; got {tuple(x.shape[-2:])}."
             )
         features = timestep_embedding(times, self.model_channels)
         dtype = next(self.parameters()).dtype
@@ -391,7 +399,8 @@ class UNet(nn.Module):
         # than the noise of the last levels.
         device = x.device.type
         with torch.autocast(device, enabled=False):
-            h = self.input_blocks[0](embedding, x.to(dtype), run=run)
+            patches = F.pixel_unshuffle(x.to(dtype), self.patch_size)
+            h = self.input_blocks[0](embedding, patches, run=run)
         if torch.is_autocast_enabled(device):
             h = h.to(torch.get_autocast_dtype(device))
         skips = [h]
@@ -402,4 +411,5 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = through(block, h, skips.pop())
         norm, activation, convolve = self.out
-        return run(convolve, run(lambda h: activation(norm(h)), h))
+        out = run(convolve, run(lambda h: activation(norm(h)), h))
+        return F.pixel_shuffle(out, self.patch_size)
