@@ -25,7 +25,8 @@ from torch import Tensor
 
 from cmi_lightning import exact
 from cmi_lightning.data import ImageFolderData
-from cmi_lightning.denoisers import Autocast, DenseCovariance, GaussianMixture, shipped_prior
+from cmi_lightning.denoisers import Autocast, shipped_prior
+from cmi_lightning.exact import DenseCovariance, GaussianMixture
 from cmi_lightning.information import (
     Estimator,
     ImageProbes,
@@ -66,8 +67,8 @@ class Curvature(ProbeEstimator):
         w, residual = space.apply(lambda s: torch.where(s > 1, s.clamp_min(1) ** -0.5, 0.0))
         value = 0.5 * space.quadratic(lambda s: s.clamp_min(1).log())
         q = A.adjoint(w / std)
-        h = per_sample(self.length * step.now.sigma * math.sqrt(x[0].numel()) / norm(q), q)
-        ends = [step.at(x + s * h * q, step.now).x0.detach() for s in (1, -1)]
+        h = per_sample(self.length * step.t.sigma * math.sqrt(x[0].numel()) / norm(q), q)
+        ends = [step.at(x + s * h * q, step.t).x0.detach() for s in (1, -1)]
         second = (ends[0] + ends[1] - 2 * step.x0.detach()) / h**2
         return Information(value, 0.5 * step.covariance_factor * second, residual)
 
@@ -167,19 +168,19 @@ def on_mixtures(probes: int, indices: tuple[int, ...] = (150, 300, 500)) -> None
         steps, truths = [], []
         for index in indices:
             x0 = prior.sample(1, torch.Generator().manual_seed(index))
-            now, then = prior.schedule[index], prior.schedule[index - 1]
+            t, s = prior.schedule[index], prior.schedule[index - 1]
             z = torch.randn(x0.shape, generator=torch.Generator().manual_seed(2 * index))
-            x = now.alpha * x0 + now.sigma * z.double()
+            x = t.alpha * x0 + t.sigma * z.double()
             y = operator(x0) + 0.1 * torch.randn(m, generator=g, dtype=torch.float64)
             truths.append(
                 (
-                    exact.gradient(prior, x, now, matrix, 0.1).flatten(),
-                    exact.information(prior, x, now, matrix, 0.1)[0],
+                    exact.gradient(prior, x, t, matrix, 0.1).flatten(),
+                    exact.information(prior, x, t, matrix, 0.1)[0],
                 )
             )
             problem = Problem(y.expand(rows, m), operator, 0.1)
             many = x.expand(rows, *x.shape[1:]).clone()
-            steps.append(Step(index, many, now, then, problem, prior, noise))
+            steps.append(Step(index, many, t, s, problem, prior, noise))
         print(
             f"\n**Mixture, d = {d}, m = {m}**, σ = 0.1, t = {', '.join(map(str, indices))}, {rows} "
             f"probes each; seconds for {rows} probes.\n\n{HEADER}"
@@ -207,12 +208,12 @@ def on_network(
         for index in indices:
             noise = SampleNoise(0, ids)
             problem = Problem.simulate(x0, operator.bind((1, 32, 32), noise, x0), 0.05, noise)
-            now, then = prior.schedule[index], prior.schedule[index - 1]
-            x = now.alpha * x0 + now.sigma * noise.normal("benchmark", index, x0)
+            t, s = prior.schedule[index], prior.schedule[index - 1]
+            x = t.alpha * x0 + t.sigma * noise.normal("benchmark", index, x0)
 
             def at(seed: int) -> Step:
                 # another seed, other probes; the point stays
-                return Step(index, x, now, then, problem, prior, SampleNoise(seed, ids))  # noqa: B023
+                return Step(index, x, t, s, problem, prior, SampleNoise(seed, ids))  # noqa: B023
 
             halves = [
                 Lanczos(probes=reference_probes // 2, krylov=24)(at(seed)) for seed in (1000, 1001)
@@ -260,9 +261,9 @@ def step_lengths(count: int) -> None:
         for index in (50, 200, 400, 600, 800):
             noise = SampleNoise(0, ids)
             problem = Problem.simulate(x0, operator.bind((1, 32, 32), noise, x0), 0.05, noise)
-            now, then = prior.schedule[index], prior.schedule[index - 1]
-            x = now.alpha * x0 + now.sigma * noise.normal("benchmark", index, x0)
-            step, lowered = (Step(index, x, now, then, problem, d, noise) for d in (prior, low))
+            t, s = prior.schedule[index], prior.schedule[index - 1]
+            x = t.alpha * x0 + t.sigma * noise.normal("benchmark", index, x0)
+            step, lowered = (Step(index, x, t, s, problem, d, noise) for d in (prior, low))
             A, std = problem.operator, problem.std
             v = A.white(lambda like: noise.signs("steps", index, like), problem.y)  # noqa: B023
             space = krylov(whitened(step, std), v, 6)
@@ -276,10 +277,10 @@ def step_lengths(count: int) -> None:
                 errors.append(f"{float((norm(error) / norm(exact_pass)).max()):.1%}")
                 difference = contraction(lowered, u, p, "difference", length)
                 cosines.append(f"{float(cosine(difference, exact_pass).min()):.3f}")
-            size = 0.1 * now.sigma * math.sqrt(x[0].numel())
+            size = 0.1 * t.sigma * math.sqrt(x[0].numel())
             h = per_sample(size / norm(q), q)
             with torch.no_grad():
-                ahead, here, behind = (prior(x + s * h * q, now).x0 for s in (1, 0, -1))
+                ahead, here, behind = (prior(x + s * h * q, t).x0 for s in (1, 0, -1))
             curvature = cosine((ahead + behind - 2 * here) / h**2, contraction(step, q, q))
             span = f"{float(curvature.min()):.2f} to {float(curvature.max()):.2f}"
             print(f"| {task}, {index} | {' | '.join([*errors, *cosines])} | {span} |", flush=True)

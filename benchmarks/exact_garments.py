@@ -25,15 +25,14 @@ from why import LANCZOS, RandomDirection
 
 from cmi_lightning import Problem, Sampler
 from cmi_lightning.data.fashion import NUM_HELD_OUT, FashionMNIST
-from cmi_lightning.denoisers import (
-    Denoiser,
+from cmi_lightning.denoisers import Denoiser, Prediction
+from cmi_lightning.exact import (
     DenseCovariance,
     DiagonalCovariance,
     GaussianMixture,
-    Prediction,
+    as_dense,
     load_mixture,
 )
-from cmi_lightning.exact import as_dense
 from cmi_lightning.guidance import CMI, DPS, Guidance, MomentMatching, PiGDM
 from cmi_lightning.information import Lanczos
 from cmi_lightning.noise import SampleNoise

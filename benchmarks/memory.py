@@ -77,9 +77,9 @@ def measure(method: str, checkpoint: bool, batch: int, size: int, device: str) -
     operator = Downsample(4).bind(tuple(x.shape[1:]), noise, x)
     problem = Problem.simulate(x, operator, 0.05, noise)
     before, cost = peak(device), Cost()
-    now, then = sampler.schedule[INDEX], sampler.schedule[INDEX - 1]
+    t, s = sampler.schedule[INDEX], sampler.schedule[INDEX - 1]
     started = time.perf_counter()
-    step = Step(INDEX, x, now, then, problem, denoiser, noise, sampler.differentiable, cost)
+    step = Step(INDEX, x, t, s, problem, denoiser, noise, sampler.differentiable, cost)
     x = sampler.advance(step)
     if device == "cuda":
         torch.cuda.synchronize()

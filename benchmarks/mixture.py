@@ -27,7 +27,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from cmi_lightning.denoisers import GaussianMixture
+from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import CMI, DPS, DSG, MCG, Guidance, MomentMatching, PiGDM
 from cmi_lightning.information import Lanczos
 from cmi_lightning.linalg import per_sample
@@ -292,7 +292,7 @@ class ScaledDDPM(Solver):
     stochastic = True  # type: ignore[assignment]
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
-        chain = step.chain
+        chain = step.coefficients
         mean = chain.from_x * step.x.detach() + chain.from_x0 * guided_x0(step)
         return Transition(mean, self.eta * math.sqrt(chain.variance), step.normal("solver"))
 

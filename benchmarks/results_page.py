@@ -24,12 +24,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from cmi_lightning.report.verdicts import fixed
 from cmi_lightning.table.cells import OF_SETS, PER_IMAGE
 from cmi_lightning.table.command import parse
 from cmi_lightning.table.run import records
 from cmi_lightning.table.spec import CMI, Table, safe
 from cmi_lightning.table.statistics import bootstrap_interval
-from cmi_lightning.table.verdicts import fixed
 
 NAMES = {
     "psnr": "PSNR",

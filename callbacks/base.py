@@ -19,8 +19,8 @@ class SamplingCallback(L.Callback):
     """A Lightning callback with two more hooks, called by ``PosteriorSampler.predict_step``.
 
     One that keeps something of every sample adds it to ``outputs["records"]`` and defines
-    ``recorded`` (:class:`cmi_lightning.runs.Recorder`); what it makes of all samples, it makes from
-    the records, which hold those of earlier runs and of other processes too.
+    ``recorded`` (:class:`cmi_lightning.predict.records.Recorder`); what it makes of all samples, it
+    makes from the records, which hold those of earlier runs and of other processes too.
     """
 
     def on_sampling_start(

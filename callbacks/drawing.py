@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from cmi_lightning.files import write
 from cmi_lightning.paths import inside
-from cmi_lightning.runs import write
 
 MARGIN, HEADER, SMALLEST = 6, 22, 112  # pixels: gaps, heading, least longer side in a grid
 NATIVE = (1, 3, 4)  # channel counts that a PNG holds: gray, RGB, RGBA

@@ -21,9 +21,9 @@ from cmi_lightning.callbacks.distances import frechet, kernel, perceptual
 from cmi_lightning.callbacks.drawing import levels
 from cmi_lightning.callbacks.summary import given_up, statistics
 from cmi_lightning.errors import InputError, first_line
-from cmi_lightning.module import PosteriorSampler, Restoration
+from cmi_lightning.files import write, write_json
 from cmi_lightning.paths import inside
-from cmi_lightning.runs import write, write_json
+from cmi_lightning.predict.module import PosteriorSampler, Restoration
 
 FEW = 10  # images per feature below which a covariance is poorly known
 KINDS = ("", "_measurement", "_draws")  # of the restoration, of A⁺y, of the single draws

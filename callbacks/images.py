@@ -20,8 +20,8 @@ from cmi_lightning.callbacks.drawing import (
     to_images,
     to_tile,
 )
-from cmi_lightning.module import PosteriorSampler, Restoration
 from cmi_lightning.paths import inside
+from cmi_lightning.predict.module import PosteriorSampler, Restoration
 
 WHITE_STD = 0.5  # the standard deviation, on [−1, 1], that a map shows as white
 

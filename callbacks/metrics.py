@@ -35,9 +35,9 @@ from cmi_lightning.callbacks.summary import (
     table,
     timing,
 )
-from cmi_lightning.module import PosteriorSampler, Restoration
+from cmi_lightning.files import write, write_json
 from cmi_lightning.paths import inside
-from cmi_lightning.runs import write, write_json
+from cmi_lightning.predict.module import PosteriorSampler, Restoration
 
 STABLE_FID = 2048  # fewer images leave the covariance of Inception's 2048 features singular
 

@@ -16,9 +16,9 @@ from cmi_lightning.callbacks.base import SamplingCallback, describe, output_fold
 from cmi_lightning.callbacks.drawing import levels
 from cmi_lightning.callbacks.summary import given_up
 from cmi_lightning.errors import InputError
-from cmi_lightning.module import PosteriorSampler, Restoration
+from cmi_lightning.files import write_json
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.runs import write_json
+from cmi_lightning.predict.module import PosteriorSampler, Restoration
 
 INTERVALS = (0.5, 0.9)  # probabilities of the central intervals
 TINY = 1e-9  # rounding errors

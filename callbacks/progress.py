@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from cmi_lightning.callbacks.base import SamplingCallback, describe, noise_norm
-from cmi_lightning.module import PosteriorSampler, Restoration
+from cmi_lightning.predict.module import PosteriorSampler, Restoration
 from cmi_lightning.problem import Problem
 from cmi_lightning.step import Record
 

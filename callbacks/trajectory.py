@@ -15,10 +15,10 @@ from PIL import Image
 
 from cmi_lightning.callbacks.base import SamplingCallback, log_image, output_folder, plain
 from cmi_lightning.callbacks.drawing import apart, beside, save_png, tile, to_tile
-from cmi_lightning.module import PosteriorSampler, Restoration
+from cmi_lightning.files import write
 from cmi_lightning.paths import inside
+from cmi_lightning.predict.module import PosteriorSampler, Restoration
 from cmi_lightning.problem import Problem
-from cmi_lightning.runs import write
 from cmi_lightning.step import Record
 
 FILM_COLUMNS = 8

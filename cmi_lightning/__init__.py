@@ -15,7 +15,7 @@ from cmi_lightning.sampler import Sampler
 from cmi_lightning.schedule import Schedule
 
 if TYPE_CHECKING:
-    from cmi_lightning.module import PosteriorSampler
+    from cmi_lightning.predict.module import PosteriorSampler
 
 try:
     __version__ = version("cmi-lightning")
@@ -35,7 +35,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "PosteriorSampler":
-        from cmi_lightning.module import PosteriorSampler
+        from cmi_lightning.predict.module import PosteriorSampler
 
         return PosteriorSampler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -168,7 +168,7 @@ def predict(args: list[str]) -> Any:
 
     What the folder has is kept and not restored again, but with ``--overwrite``.
     """
-    from cmi_lightning.module import PosteriorSampler
+    from cmi_lightning.predict.module import PosteriorSampler
 
     base = [str(configs() / "base.yaml")]
     options = [arg for arg in args if arg != "--overwrite"]
@@ -266,7 +266,7 @@ def verify(args: list[str]) -> int:
     if args[0] in ("-h", "--help"):
         print(str(verify.__doc__).partition("\n\n")[2])
         return 0
-    from cmi_lightning.module import PosteriorSampler
+    from cmi_lightning.predict.module import PosteriorSampler
 
     base = [str(configs() / "base.yaml")]
     options = [f"--model.{a[2:]}" if a.startswith("--denoiser") else a for a in args]

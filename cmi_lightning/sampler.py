@@ -121,17 +121,15 @@ class Sampler:
         x, cost = self.start(noise, like), Cost()
         stopped = torch.zeros(len(x), dtype=torch.long, device=x.device)
         limit: Tensor | None = None
-        for index, now, then in self.schedule.pairs():
-            step = Step(
-                index, x, now, then, problem, self.denoiser, noise, self.differentiable, cost
-            )
+        for index, t, s in self.schedule.pairs():
+            step = Step(index, x, t, s, problem, self.denoiser, noise, self.differentiable, cost)
             proposed = self.advance(step)
             with torch.no_grad():
                 _ = step.residual  # its norm is logged, at the price of one A
             x0, log = step.x0.detach(), step.log
             del step  # else its graph outlives it while the next one is built
             number, residual = len(self.schedule) - index, log["residual"]
-            magnified = math.sqrt(now.alpha**2 + now.sigma**2) / now.alpha
+            magnified = math.sqrt(t.alpha**2 + t.sigma**2) / t.alpha
             if limit is None:
                 limit = DIVERGED * norm(problem.y).maximum(residual)
             far = residual > limit * magnified
@@ -145,8 +143,8 @@ class Sampler:
                 index,
                 len(self.schedule),
                 noise.ids,
-                now,
-                then,
+                t,
+                s,
                 x,
                 x0,
                 log,

@@ -24,7 +24,7 @@ class Level(NamedTuple):
 CLEAN = Level(alpha=1.0, sigma=0.0, time=0.0)
 
 
-class Transition1D(NamedTuple):
+class PosteriorCoefficients(NamedTuple):
     """Coefficients of one reverse step x_t → x_s of the exact Gaussian chain.
 
     q(x_s | x_t, x₀) = N(``from_x``·x_t + ``from_x0``·x₀, ``variance``), and ``beta`` is the
@@ -37,17 +37,17 @@ class Transition1D(NamedTuple):
     beta: float
 
 
-def posterior(now: Level, then: Level) -> Transition1D:
-    """Bayes' rule for two levels of the chain, ``then`` less noisy than ``now``.
+def reverse_coefficients(t: Level, s: Level) -> PosteriorCoefficients:
+    """Bayes' rule for two levels of the chain, ``s`` less noisy than ``t``.
 
     For the variance-preserving chain this is Ho et al. (2020), Eq. 7.
     """
-    ratio = now.alpha / then.alpha
-    beta = now.sigma**2 - ratio**2 * then.sigma**2
-    return Transition1D(
-        from_x=ratio * then.sigma**2 / now.sigma**2,
-        from_x0=then.alpha * beta / now.sigma**2,
-        variance=beta * then.sigma**2 / now.sigma**2,
+    ratio = t.alpha / s.alpha
+    beta = t.sigma**2 - ratio**2 * s.sigma**2
+    return PosteriorCoefficients(
+        from_x=ratio * s.sigma**2 / t.sigma**2,
+        from_x0=s.alpha * beta / t.sigma**2,
+        variance=beta * s.sigma**2 / t.sigma**2,
         beta=beta,
     )
 

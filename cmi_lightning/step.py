@@ -14,7 +14,7 @@ from cmi_lightning.denoisers.base import Denoiser, Prediction
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.problem import Problem
-from cmi_lightning.schedule import Level, Transition1D, posterior
+from cmi_lightning.schedule import Level, PosteriorCoefficients, reverse_coefficients
 
 
 @dataclass
@@ -62,8 +62,8 @@ class Step:
     Attributes:
         index: position in the respaced chain, N−1 … 0.
         x: x_t (B, *); a leaf of the graph where ``differentiable``.
-        now: noise level t.
-        then: next lower level s.
+        t: its noise level.
+        s: the next lower level.
         problem: y, A and the noise level.
         denoiser: the prior.
         noise: random numbers of the samples.
@@ -74,8 +74,8 @@ class Step:
 
     index: int
     x: Tensor
-    now: Level
-    then: Level
+    t: Level
+    s: Level
     problem: Problem
     denoiser: Denoiser
     noise: SampleNoise
@@ -92,7 +92,7 @@ class Step:
         """The network's output at x_t, with its graph where ``differentiable``."""
         self.cost.forwards += 1
         with torch.set_grad_enabled(self.differentiable):
-            return self.denoiser(self.x, self.now)
+            return self.denoiser(self.x, self.t)
 
     @property
     def x0(self) -> Tensor:
@@ -107,14 +107,14 @@ class Step:
         return r
 
     @cached_property
-    def chain(self) -> Transition1D:
+    def coefficients(self) -> PosteriorCoefficients:
         """The exact Gaussian transition between the two levels."""
-        return posterior(self.now, self.then)
+        return reverse_coefficients(self.t, self.s)
 
     @property
     def covariance_factor(self) -> float:
         """σ_t²/α_t, for which Cov[x₀ | x_t] = (σ_t²/α_t) ∂x̂₀/∂x_t (Tweedie's formula)."""
-        return self.now.sigma**2 / self.now.alpha
+        return self.t.sigma**2 / self.t.alpha
 
     def vjp(self, v: Tensor, create_graph: bool = False) -> Tensor:
         """Return Jᵀ v with J = ∂x̂₀/∂x_t, for v (B, *)."""
@@ -138,7 +138,7 @@ class Step:
 
     def at(self, x: Tensor, level: Level) -> Step:
         """Return the same step seen from another point and noise level, for multi-stage solvers."""
-        return replace(self, x=x, now=level, log={})
+        return replace(self, x=x, t=level, log={})
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ class Record:
         index: position in the respaced chain, N−1 … 0.
         num_steps: N.
         ids: sample ids, one per row.
-        now: noise level t.
-        then: noise level s.
+        t: its noise level.
+        s: the next lower level.
         x: x_s (B, *).
         x0: x̂₀ of x_t (B, *), not clamped.
         log: per-sample quantities (B,) by name: "residual" ‖y − A x̂₀‖; ‖change‖ that a guidance
@@ -166,8 +166,8 @@ class Record:
     index: int
     num_steps: int
     ids: Sequence[str]
-    now: Level
-    then: Level
+    t: Level
+    s: Level
     x: Tensor
     x0: Tensor
     log: dict[str, Tensor]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmi_lightning.denoisers import GaussianMixture, NetworkDenoiser, shipped_prior
+from cmi_lightning.denoisers import NetworkDenoiser, shipped_prior
+from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.problem import Problem
@@ -63,18 +64,18 @@ def make_step(
     g = torch.Generator().manual_seed(5)
     x0 = denoiser.sample(batch, g)
     noise = SampleNoise(0, [f"sample/{b}" for b in range(batch)])
-    now: Level = schedule[index]
-    x = now.alpha * x0 + now.sigma * noise.normal("test", 0, x0)
+    t: Level = schedule[index]
+    x = t.alpha * x0 + t.sigma * noise.normal("test", 0, x0)
     problem = Problem.simulate(x0, operator, sigma, noise)
-    then = schedule[index - 1] if index else CLEAN
-    return Step(index, x, now, then, problem, denoiser, noise, differentiable)
+    s = schedule[index - 1] if index else CLEAN
+    return Step(index, x, t, s, problem, denoiser, noise, differentiable)
 
 
 def jacobian(step: Step, denoiser: GaussianMixture, row: int) -> Tensor:
     """∂x̂₀/∂x_t of one row as a dense matrix, from reverse-mode differentiation."""
 
     def f(x: Tensor) -> Tensor:
-        return denoiser(x.reshape(1, *SHAPE), step.now).x0.flatten()
+        return denoiser(x.reshape(1, *SHAPE), step.t).x0.flatten()
 
     return torch.autograd.functional.jacobian(f, step.x[row].detach().flatten(), create_graph=True)
 

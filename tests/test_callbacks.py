@@ -38,7 +38,7 @@ from cmi_lightning.callbacks.metrics import STABLE_FID
 from cmi_lightning.callbacks.summary import statistics
 from cmi_lightning.callbacks.trajectory import plot_curves
 from cmi_lightning.data import MeasurementFolderData
-from cmi_lightning.denoisers import GaussianMixture
+from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import DPS
 from cmi_lightning.operators import BoxMask, PixelMask
 from cmi_lightning.problem import Problem
@@ -551,7 +551,7 @@ def test_trajectory_averages_over_all_samples(tmp_path):
     record = keep.records[0]
     first = next(row for row in rows if row["name"] == "residual")
     assert (first["step"], int(first["index"]), first["count"]) == ("1", record.index, "5")
-    assert float(first["alpha"]) == pytest.approx(record.now.alpha, rel=1e-5)
+    assert float(first["alpha"]) == pytest.approx(record.t.alpha, rel=1e-5)
     assert float(first["set/1"]) == pytest.approx(float(record.log["residual"][1]), rel=1e-5)
     logged = {int(row["step"]): row for row in rows_of(tmp_path / "metrics.csv")}
     assert sorted(logged) == list(range(1, STEPS + 1))

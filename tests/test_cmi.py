@@ -11,8 +11,8 @@ import torch
 from conftest import SHAPE, Dense, jacobian, make_step
 from torch import Tensor
 
-from cmi_lightning.denoisers import GaussianMixture, power_law_prior
 from cmi_lightning.errors import InputError
+from cmi_lightning.exact import GaussianMixture, power_law_prior
 from cmi_lightning.guidance import CMI
 from cmi_lightning.information import ImageProbes, Lanczos, Ridge, TraceLimit, TwoTraces
 from cmi_lightning.linalg import dot, norm
@@ -31,7 +31,7 @@ def dense_information(
     x = step.x[row].detach().flatten().requires_grad_()
 
     def f(z: Tensor) -> Tensor:
-        return mixture(z.reshape(1, *SHAPE), step.now).x0.flatten()
+        return mixture(z.reshape(1, *SHAPE), step.t).x0.flatten()
 
     J = torch.autograd.functional.jacobian(f, x, create_graph=True)
     A = operator.matrix / torch.as_tensor(std, dtype=x.dtype).reshape(-1, 1)
@@ -90,7 +90,7 @@ def test_ridge_is_the_information_of_a_noisier_measurement(mixture, dense, delta
     step = make_step(mixture, dense, 300, sigma=0.1)
     step.noise = AllSigns(step.noise)
     information = Ridge(probes=4, krylov=3, delta=delta)(step)
-    alpha, sigma = step.now.alpha, step.now.sigma
+    alpha, sigma = step.t.alpha, step.t.sigma
     std = math.sqrt(0.1**2 + delta**2 * sigma**2 / (alpha**2 + sigma**2))
     for row in range(4):
         value, gradient = dense_information(step, mixture, dense, std, row)
@@ -110,7 +110,7 @@ def test_trace_limit_is_the_gradient_of_the_trace(mixture, dense, derivative):
         x = step.x[row].detach().flatten().requires_grad_()
 
         def f(z: Tensor) -> Tensor:
-            return mixture(z.reshape(1, *SHAPE), step.now).x0.flatten()
+            return mixture(z.reshape(1, *SHAPE), step.t).x0.flatten()
 
         J = torch.autograd.functional.jacobian(f, x, create_graph=True)
         trace = torch.trace(dense.matrix @ J @ dense.matrix.T) * step.covariance_factor / 0.1**2
@@ -192,8 +192,8 @@ def test_gradient_matches_a_finite_difference_of_the_value(mixture, dense):
     estimator = Lanczos(probes=4, krylov=3)
     direction = torch.ones_like(step.x.detach())
     h = 1e-4
-    ahead = estimator(step.at(step.x.detach() + h * direction, step.now)).value
-    behind = estimator(step.at(step.x.detach() - h * direction, step.now)).value
+    ahead = estimator(step.at(step.x.detach() + h * direction, step.t)).value
+    behind = estimator(step.at(step.x.detach() - h * direction, step.t)).value
     slope = dot(estimator(step).gradient, direction)
     assert float((ahead - behind) / (2 * h)) == pytest.approx(float(slope), rel=1e-5)
 
@@ -244,7 +244,7 @@ def test_chain_rule_what_x_t_tells_and_what_it_leaves_to_be_told_add_up(dense, i
     step.noise = AllSigns(step.noise)
     given = Lanczos(probes=4, krylov=3)(step).value
     C, A, eye = prior.covariance(), dense.matrix, torch.eye(6, dtype=torch.float64)
-    alpha, sigma = step.now.alpha, step.now.sigma
+    alpha, sigma = step.t.alpha, step.t.sigma
 
     def information(u: Tensor, v: Tensor, across: Tensor) -> float:
         joint = torch.cat([torch.cat([u, across], 1), torch.cat([across.T, v], 1)])
@@ -310,9 +310,9 @@ def test_step_obeys_its_schedule_and_limit(mixture, dense):
     gradient = Lanczos(krylov=3)(step).gradient
     free = CMI(scale=2.0, max_step=math.inf).guide_transition(step, proposal)
     torch.testing.assert_close(
-        free.mean - proposal.mean, 2.0 * step.chain.beta * gradient, rtol=1e-9, atol=1e-12
+        free.mean - proposal.mean, 2.0 * step.coefficients.beta * gradient, rtol=1e-9, atol=1e-12
     )
-    noise_length = math.sqrt(step.chain.variance * 6)
+    noise_length = math.sqrt(step.coefficients.variance * 6)
     limited = CMI(scale=1e6, max_step=0.01).guide_transition(step, proposal)
     lengths = norm(limited.mean - proposal.mean)
     torch.testing.assert_close(lengths, torch.full_like(lengths, 0.01 * noise_length))

@@ -10,7 +10,8 @@ import weakref
 import pytest
 import torch
 
-from cmi_lightning.denoisers import Autocast, Denoiser, GaussianMixture
+from cmi_lightning.denoisers import Autocast, Denoiser
+from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import CMI, DPS, DSG, MCG, MomentMatching, PiGDM
 from cmi_lightning.information import Estimator, Lanczos, TraceLimit
 from cmi_lightning.noise import SampleNoise
@@ -145,13 +146,13 @@ def test_moment_matching_on_the_shipped_prior_differs_by_rounding_only(prior, ga
 @pytest.mark.parametrize("index", [200, 500])
 def test_low_precision_keeps_the_direction_of_cmi(prior, shipped_images, index):
     x0, noise = shipped_images[:4], SampleNoise(0, list("abcd"))
-    now, then = prior.schedule[index], prior.schedule[index - 1]
-    x = now.alpha * x0 + now.sigma * noise.normal("test", 0, x0)
+    t, s = prior.schedule[index], prior.schedule[index - 1]
+    x = t.alpha * x0 + t.sigma * noise.normal("test", 0, x0)
     problem = Problem.simulate(x0, Downsample(4).bind((1, 32, 32), noise, x0), 0.05, noise)
 
     def cosines(estimator: Estimator) -> torch.Tensor:
         full, low = (
-            estimator(Step(index, x, now, then, problem, d, noise)).gradient.flatten(1)
+            estimator(Step(index, x, t, s, problem, d, noise)).gradient.flatten(1)
             for d in (prior, Autocast(prior, torch.bfloat16))
         )
         return torch.cosine_similarity(full, low)

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cmi_lightning.denoisers import Autocast, GaussianMixture, NetworkDenoiser, UNet, load_weights
+from cmi_lightning.denoisers import Autocast, NetworkDenoiser, UNet, load_weights
 from cmi_lightning.errors import InputError
+from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.schedule import Schedule
 
 FFHQ = dict(model_channels=128, num_res_blocks=1, attention_levels=(4,), learn_variance=True)

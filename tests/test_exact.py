@@ -13,18 +13,17 @@ from torch import Tensor, nn
 
 from cmi_lightning import exact
 from cmi_lightning.cli import main
-from cmi_lightning.denoisers import (
-    Denoiser,
+from cmi_lightning.denoisers import Denoiser, Prediction
+from cmi_lightning.errors import InputError
+from cmi_lightning.exact import (
     DenseCovariance,
     DiagonalCovariance,
     GaussianMixture,
     GaussianPrior,
-    Prediction,
     StationaryCovariance,
     load_mixture,
     power_law_prior,
 )
-from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import BoxMask, Downsample, GaussianBlur, Identity, PixelMask
 from cmi_lightning.problem import Problem
@@ -438,12 +437,12 @@ def sampled_variance(spectrum: Tensor, schedule: Schedule, eta: float) -> Tensor
     """Variance of each coefficient after DDIM's steps, which are linear for a Gaussian prior."""
     last = schedule[len(schedule) - 1]
     variance = torch.full_like(spectrum, last.alpha**2 + last.sigma**2)
-    for _, now, then in schedule.pairs():
-        gain = now.alpha * spectrum / (now.alpha**2 * spectrum + now.sigma**2)
-        added = now.sigma**2 - (now.alpha / then.alpha) ** 2 * then.sigma**2
-        noise = eta**2 * added * then.sigma**2 / now.sigma**2
-        epsilon = (1 - now.alpha * gain) / now.sigma
-        factor = then.alpha * gain + max(then.sigma**2 - noise, 0.0) ** 0.5 * epsilon
+    for _, t, s in schedule.pairs():
+        gain = t.alpha * spectrum / (t.alpha**2 * spectrum + t.sigma**2)
+        added = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2
+        noise = eta**2 * added * s.sigma**2 / t.sigma**2
+        epsilon = (1 - t.alpha * gain) / t.sigma
+        factor = s.alpha * gain + max(s.sigma**2 - noise, 0.0) ** 0.5 * epsilon
         variance = factor**2 * variance + noise
     return variance
 
@@ -490,7 +489,7 @@ def test_mixture_file_from_the_command_line(tmp_path):
     mixture.save(tmp_path / "prior.safetensors")
     own = tmp_path / "own.yaml"
     denoiser = {
-        "class_path": "cmi_lightning.denoisers.load_mixture",
+        "class_path": "cmi_lightning.exact.load_mixture",
         "init_args": {"path": str(tmp_path / "prior.safetensors")},
     }
     own.write_text(yaml.safe_dump({"model": {"denoiser": denoiser}}))
@@ -611,7 +610,7 @@ def test_ragged_masks_lose_their_padding():
     assert (a.std.tolist(), b.std.tolist()) == ([0.1] * 3, [0.3])
     assert torch.equal(b.y, problem.y[1, 0, :1])
     mixture, _ = make("dense")
-    posterior = exact.posterior(mixture, problem, 1)
+    posterior = exact.exact_posterior(mixture, problem, 1)
     close(posterior.means, mixture.condition(b.matrix, b.y, 0.3).means, 1e-12)
 
 

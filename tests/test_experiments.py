@@ -17,7 +17,7 @@ from torch import nn
 
 from cmi_lightning.cli import _lightning_cli, configs, main, resolved
 from cmi_lightning.denoisers import ffhq_unet
-from cmi_lightning.module import PosteriorSampler
+from cmi_lightning.predict.module import PosteriorSampler
 
 TASKS = [
     "inpaint_random",

@@ -380,7 +380,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return {
         "model": {
             "denoiser": {
-                "class_path": "cmi_lightning.denoisers.power_law_prior",
+                "class_path": "cmi_lightning.exact.power_law_prior",
                 "init_args": {"image_shape": [1, 32, 32], "exponent": 2.0, "std": 0.3, "mean": 0.0},
             },
             "operator": {

@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import SHAPE, jacobian, make_step
 
-from cmi_lightning.denoisers import GaussianMixture
 from cmi_lightning.errors import InputError
+from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import DPS, DSG, MCG, MomentMatching, PiGDM
 from cmi_lightning.linalg import norm, unit
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
-from cmi_lightning.schedule import Schedule, posterior
+from cmi_lightning.schedule import Schedule, reverse_coefficients
 from cmi_lightning.solvers import DDIM, DDPM, Heun
 from cmi_lightning.step import Step
 
@@ -27,7 +27,7 @@ def proposal_of(step: Step):
 def dense_residual_gradient(step, prior, operator, row):
     """∇ ‖y − A x̂₀‖ from a dense Jacobian."""
     J = jacobian(step, prior, row).detach()
-    r = step.problem.y[row] - operator.matrix @ prior(step.x, step.now).x0[row].detach().flatten()
+    r = step.problem.y[row] - operator.matrix @ prior(step.x, step.t).x0[row].detach().flatten()
     return -J.T @ operator.matrix.T @ r / torch.linalg.vector_norm(r)
 
 
@@ -65,7 +65,7 @@ def test_pigdm_is_exact_on_an_isotropic_gaussian(dense, variance, index):
     guidance = PiGDM(prior_variance=variance, weight="posterior")
     x0 = guidance.guide_denoised(step, step.x0.detach())
     # E[x₀ | x_t, y] from the joint Gaussian of (x₀, x_t, y), with no reference to the code
-    n, (alpha, sigma) = 6, step.now[:2]
+    n, (alpha, sigma) = 6, step.t[:2]
     eye = torch.eye(n, dtype=torch.float64)
     H = torch.cat([alpha * eye, dense.matrix])
     R = torch.block_diag(sigma**2 * eye, 0.1**2 * torch.eye(3, dtype=torch.float64))
@@ -85,7 +85,7 @@ def test_moment_matching_is_exact_on_any_gaussian(dense, index, std):
     step = make_step(prior, dense, index, sigma=std)
     x0 = MomentMatching(krylov=3).guide_denoised(step, step.x0.detach())
     # E[x₀ | x_t, y] from the joint Gaussian of (x₀, x_t, y), with no reference to the code
-    n, (alpha, sigma) = 6, step.now[:2]
+    n, (alpha, sigma) = 6, step.t[:2]
     eye = torch.eye(n, dtype=torch.float64)
     H = torch.cat([alpha * eye, dense.matrix])
     noise = torch.as_tensor(std, dtype=torch.float64).expand(1, 3)[0] ** 2
@@ -125,10 +125,10 @@ def test_pigdm_moves_the_sample(mixture, dense, weight):
     step = make_step(mixture, dense)
     before = proposal_of(step)
     after = PiGDM(weight=weight, scale=0.5).guide_transition(step, before)
-    r2 = step.now.sigma**2  # 1 − ᾱ_t
+    r2 = step.t.sigma**2  # 1 − ᾱ_t
     A = dense.matrix
     shifted = A @ A.T + 0.1**2 / r2 * torch.eye(3, dtype=A.dtype)
-    w = step.now.alpha * (step.then.alpha if weight == "canonical" else 1)
+    w = step.t.alpha * (step.s.alpha if weight == "canonical" else 1)
     for row in range(4):
         r = step.problem.y[row] - A @ step.x0[row].detach().flatten()
         g = jacobian(step, mixture, row).detach().T @ A.T @ torch.linalg.solve(shifted, r)
@@ -175,7 +175,7 @@ def test_ddim_with_all_noise_is_ddpm(mixture, dense):
 
 def test_ddpm_variances(mixture, dense):
     step = make_step(mixture, dense)
-    chain = posterior(step.now, step.then)
+    chain = reverse_coefficients(step.t, step.s)
     assert DDPM("small").transition(step, lambda s: s.x0.detach()).std ** 2 == pytest.approx(
         chain.variance
     )
@@ -197,7 +197,7 @@ def test_learned_variance_interpolates_in_the_logarithm(dense):
     prior = Learned(torch.zeros(1, *SHAPE, dtype=torch.float64))
     step = make_step(prior, dense)
     std = DDPM("learned").transition(step, lambda s: s.x0.detach()).std
-    chain = posterior(step.now, step.then)
+    chain = reverse_coefficients(step.t, step.s)
     variance = std[0].flatten() ** 2
     assert float(variance[0]) == pytest.approx(chain.variance)
     assert float(variance[-1]) == pytest.approx(chain.beta)
@@ -232,10 +232,10 @@ def test_heun_is_of_second_order():
         noise = SampleNoise(0, ["a"])
         x = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64)
         problem = Problem(torch.zeros_like(x), None, 1.0)
-        for index, now, then in schedule.pairs():
+        for index, t, s in schedule.pairs():
             if index == 0:
                 break  # down to σ_min, where the solution is known; the last step is Euler's
-            step = Step(index, x, now, then, problem, prior, noise, False)
+            step = Step(index, x, t, s, problem, prior, noise, False)
             x = Heun().transition(step, lambda s: s.x0).sample()
         exact = 3.0 * math.sqrt((v + 0.01**2) / (v + 10.0**2))
         errors.append(abs(float(x) - exact))

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
-from cmi_lightning.denoisers import GaussianMixture
+from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import CMI, DPS
 from cmi_lightning.information import Lanczos
 from cmi_lightning.noise import SampleNoise

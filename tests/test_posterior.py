@@ -21,8 +21,7 @@ from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
 from cmi_lightning.callbacks import ImageWriter, PosteriorQuality
 from cmi_lightning.callbacks.posterior import INTERVALS, coverage, least_coverage, ranks, summary
 from cmi_lightning.cli import main
-from cmi_lightning.denoisers import GaussianMixture
-from cmi_lightning.exact import as_matrix, posterior
+from cmi_lightning.exact import GaussianMixture, as_matrix, exact_posterior
 from cmi_lightning.guidance import DPS, Guidance
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
@@ -47,7 +46,7 @@ class Exact(L.Callback):
         problem, draws = outputs["details"].problem, []
         noise = SampleNoise(pl_module.seed, outputs["id"])
         for i in range(len(outputs["id"])):
-            exact = posterior(pl_module.denoiser, problem, i)
+            exact = exact_posterior(pl_module.denoiser, problem, i)
             x = exact.sample(pl_module.samples_per_image, noise.generator(i, "exact"))
             draws.append(exact.means + self.width * (x - exact.means))
         x = outputs["draws"] = torch.stack(draws)

@@ -22,12 +22,12 @@ from cmi_lightning.denoisers import (
     AsRGB,
     Denoiser,
     EDMDenoiser,
-    GaussianMixture,
     NetworkDenoiser,
     Prediction,
     UNet,
 )
 from cmi_lightning.errors import InputError
+from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import DPS
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from synthetic_results import METHODS, METRICS, TASKS, synthetic_results
 
-from cmi_lightning.table.charts import (
+from cmi_lightning.report.charts import (
     Series,
     curve_chart,
     histogram,
@@ -30,10 +30,10 @@ from cmi_lightning.table.charts import (
     step_ticks,
     ticks,
 )
-from cmi_lightning.table.report import render, write_report
-from cmi_lightning.table.tables import csv, latex, markdown, write_tables
-from cmi_lightning.table.uncertainty import posterior
-from cmi_lightning.table.verdicts import Results, fixed, judge, median, short
+from cmi_lightning.report.tables import csv, latex, markdown, write_tables
+from cmi_lightning.report.uncertainty import posterior
+from cmi_lightning.report.verdicts import Results, fixed, judge, median, short
+from cmi_lightning.report.write import render, write_report
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 SVG = {"path", "rect", "circle"}  # closed in themselves

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from synthetic_results import synthetic_results
 
-from cmi_lightning.table.report import write_report
+from cmi_lightning.report.write import write_report
 
 webdriver: Any = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.webdriver import ActionChains, ChromeOptions  # noqa: E402

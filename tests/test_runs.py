@@ -27,15 +27,16 @@ from cmi_lightning import GaussianNoise, InputError, PosteriorSampler, runs
 from cmi_lightning.callbacks import ImageWriter, RestorationMetrics, SamplingProgress
 from cmi_lightning.callbacks import TrajectoryLogger as Trajectory
 from cmi_lightning.cli import main
-from cmi_lightning.denoisers import Denoiser, GaussianMixture
+from cmi_lightning.denoisers import Denoiser
+from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import CMI, DPS, Guidance
-from cmi_lightning.identity import differences, options
 from cmi_lightning.information import Lanczos
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import BoxMask, Identity, RandomMask
+from cmi_lightning.predict.fingerprint import differences, options
+from cmi_lightning.predict.records import Run
 from cmi_lightning.problem import Problem
-from cmi_lightning.runs import Run
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDPM
 

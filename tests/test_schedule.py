@@ -7,7 +7,7 @@ import math
 import pytest
 
 from cmi_lightning.errors import InputError
-from cmi_lightning.schedule import CLEAN, Level, Schedule, posterior
+from cmi_lightning.schedule import CLEAN, Level, Schedule, reverse_coefficients
 
 
 def abar(schedule: Schedule, i: int) -> float:
@@ -59,7 +59,7 @@ def test_posterior_equals_ddpm_coefficients():
     for t in (1, 10, 500, 999):
         a_t, a_s = abar(schedule, t), abar(schedule, t - 1)
         beta = 1 - a_t / a_s
-        chain = posterior(schedule[t], schedule[t - 1])
+        chain = reverse_coefficients(schedule[t], schedule[t - 1])
         assert chain.beta == pytest.approx(beta, rel=1e-10)
         assert chain.variance == pytest.approx(beta * (1 - a_s) / (1 - a_t), rel=1e-10)
         assert chain.from_x0 == pytest.approx(beta * math.sqrt(a_s) / (1 - a_t), rel=1e-10)
@@ -68,21 +68,21 @@ def test_posterior_equals_ddpm_coefficients():
 
 
 def test_last_step_returns_the_clean_image():
-    chain = posterior(Schedule.linear()[0], CLEAN)
+    chain = reverse_coefficients(Schedule.linear()[0], CLEAN)
     assert chain.from_x0 == pytest.approx(1)
     assert (chain.from_x, chain.variance) == (0, 0)
 
 
 def test_posterior_holds_for_any_gaussian_chain():
     # x_t = (α_t/α_s) x_s + √β ε; condition the joint Gaussian of (x_s, x_t) given x₀ directly.
-    now, then = Level(0.8, 1.7, 0), Level(0.9, 0.6, 0)
-    ratio = now.alpha / then.alpha
-    covariance, variance = ratio * then.sigma**2, now.sigma**2
+    t, s = Level(0.8, 1.7, 0), Level(0.9, 0.6, 0)
+    ratio = t.alpha / s.alpha
+    covariance, variance = ratio * s.sigma**2, t.sigma**2
     gain = covariance / variance
-    chain = posterior(now, then)
+    chain = reverse_coefficients(t, s)
     assert chain.from_x == pytest.approx(gain)
-    assert chain.from_x0 == pytest.approx(then.alpha - gain * now.alpha)
-    assert chain.variance == pytest.approx(then.sigma**2 - gain * covariance)
+    assert chain.from_x0 == pytest.approx(s.alpha - gain * t.alpha)
+    assert chain.variance == pytest.approx(s.sigma**2 - gain * covariance)
 
 
 def test_cosine_and_edm_end_where_their_papers_say():

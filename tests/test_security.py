@@ -27,8 +27,8 @@ from cmi_lightning.data.files import read_image
 from cmi_lightning.data.measurements import read_kernel
 from cmi_lightning.denoisers.weights import _read as read_weights
 from cmi_lightning.errors import InputError
-from cmi_lightning.module import PosteriorSampler
 from cmi_lightning.paths import inside, printable, safe_name
+from cmi_lightning.predict.module import PosteriorSampler
 
 ROOT = Path(__file__).parent.parent
 IDS = [

@@ -25,6 +25,8 @@ from cmi_lightning.callbacks.distances import frechet
 from cmi_lightning.callbacks.feature_metrics import embedding_path
 from cmi_lightning.cli import configs, main
 from cmi_lightning.errors import InputError
+from cmi_lightning.report.tables import csv as to_csv
+from cmi_lightning.report.tables import latex, markdown
 from cmi_lightning.table.cells import SET_RESAMPLES
 from cmi_lightning.table.command import parse, rounds
 from cmi_lightning.table.results import aggregate
@@ -38,8 +40,6 @@ from cmi_lightning.table.statistics import (
     resamples_of,
     sign_flip_p,
 )
-from cmi_lightning.table.tables import csv as to_csv
-from cmi_lightning.table.tables import latex, markdown
 from cmi_lightning.table.tune import best, trial
 from cmi_lightning.table.tune import check as check_tuning
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cmi_lightning.denoisers import Autocast, NetworkDenoiser, UNet, ffhq_unet, imagenet_unet
-from cmi_lightning.denoisers.unet import (
+from cmi_lightning.denoisers.unet import 
     AttentionBlock,
     GroupNorm32,
     Recomputed,
@@ -238,8 +238,8 @@ def test_learned_variance_drives_ddpm(t):
     noise = SampleNoise(0, ["a"])
     x = noise.normal("x", 0, torch.zeros(1, 2, 4, 4))
     sampler = Sampler(denoiser, DDPM("learned"))
-    now, then = denoiser.schedule[t], denoiser.schedule[t - 1]
-    step = Step(t, x, now, then, Problem(x, Identity(), 0.1), denoiser, noise, False)
+    t, s = denoiser.schedule[t], denoiser.schedule[t - 1]
+    step = Step(t, x, t, s, Problem(x, Identity(), 0.1), denoiser, noise, False)
     transition = sampler.solver.transition(step, sampler.guided_x0)
 
     betas = np.linspace(1e-4, 0.02, 1000)

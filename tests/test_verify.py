@@ -10,8 +10,9 @@ from torch import nn
 
 from cmi_lightning import verify as package
 from cmi_lightning.cli import main
-from cmi_lightning.denoisers import GaussianPrior, NetworkDenoiser
+from cmi_lightning.denoisers import NetworkDenoiser
 from cmi_lightning.errors import InputError
+from cmi_lightning.exact import GaussianPrior
 from cmi_lightning.guidance import MomentMatching
 from cmi_lightning.information import Lanczos, TraceLimit
 from cmi_lightning.operators import Downsample
@@ -90,7 +91,7 @@ def test_a_network_from_the_command_line(capsys):
 
 
 def test_an_exact_prior_is_symmetric_and_positive(capsys):
-    options = ["--denoiser=cmi_lightning.denoisers.power_law_prior"]
+    options = ["--denoiser=cmi_lightning.exact.power_law_prior"]
     options += ["--denoiser.init_args.image_shape=[1,8,8]", "--denoiser.init_args.std=0.5"]
     assert main(["verify", *options]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -69,7 +69,7 @@ class _Crops(Dataset):
 
 
 class _RandomCrops(_Crops):
-    """Endless crops: number n is a function of (seed, n) alone, so a resumed run goes on as it was."""
+    """Endless crops: number n is a function of (seed, n) alone, so a resumed run goes on."""
 
     def __len__(self) -> int:
         return self.data.crops_per_epoch

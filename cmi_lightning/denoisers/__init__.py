@@ -1,19 +1,7 @@
-"""Priors: pretrained networks, the U-Net of guided-diffusion's layout, and exact ones."""
+"""Priors: pretrained networks, the U-Net of guided-diffusion's layout, and what wraps them."""
 
 from cmi_lightning.denoisers.base import Autocast, Denoiser, Prediction
 from cmi_lightning.denoisers.channels import AsGray, AsRGB
-from cmi_lightning.denoisers.covariance import (
-    Covariance,
-    DenseCovariance,
-    DiagonalCovariance,
-    StationaryCovariance,
-)
-from cmi_lightning.denoisers.mixture import (
-    GaussianMixture,
-    GaussianPrior,
-    load_mixture,
-    power_law_prior,
-)
 from cmi_lightning.denoisers.network import NetworkDenoiser, shipped_prior
 from cmi_lightning.denoisers.presets import ffhq, ffhq_unet, imagenet, imagenet_unet
 from cmi_lightning.denoisers.pretrained import DiffusersDenoiser, EDMDenoiser
@@ -25,24 +13,16 @@ __all__ = [
     "AsGray",
     "AsRGB",
     "Autocast",
-    "Covariance",
     "Denoiser",
-    "DenseCovariance",
-    "DiagonalCovariance",
     "DiffusersDenoiser",
     "EDMDenoiser",
-    "GaussianMixture",
-    "GaussianPrior",
     "NetworkDenoiser",
     "Prediction",
-    "StationaryCovariance",
     "UNet",
     "ffhq",
     "ffhq_unet",
     "imagenet",
     "imagenet_unet",
-    "load_mixture",
     "load_weights",
-    "power_law_prior",
     "shipped_prior",
 ]

@@ -92,16 +92,16 @@ class CMI(Guidance):
         """Shift the mean up the gradient."""
         if not step.problem.noisy:
             raise InputError("CMI needs measurement noise: noise.sigma must be above 0.")
-        alpha, sigma = step.now.alpha, step.now.sigma
+        alpha, sigma = step.t.alpha, step.t.sigma
         signal = alpha**2 / (alpha**2 + sigma**2)
         acts = self.min_signal <= signal <= self.max_signal
-        if not acts or step.index % self.interval or step.then.sigma == 0:
+        if not acts or step.index % self.interval or step.s.sigma == 0:
             return transition
         information = self.estimate(step)
         length = norm(information.gradient)
-        noise_length = math.sqrt(step.chain.variance * step.x[0].numel())
+        noise_length = math.sqrt(step.coefficients.variance * step.x[0].numel())
         if self.step_size == "beta":
-            size = self.scale * step.chain.beta * length
+            size = self.scale * step.coefficients.beta * length
         else:
             size = torch.full_like(length, self.scale * noise_length)
         limit = self.max_step * noise_length

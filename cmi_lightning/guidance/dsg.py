@@ -45,7 +45,7 @@ class DSG(Guidance):
 
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
         """Replace the noise."""
-        if step.index % self.interval or step.then.sigma == 0:
+        if step.index % self.interval or step.s.sigma == 0:
             return transition
         z, radius = transition.noise, math.sqrt(transition.noise[0].numel())
         d = -radius * unit(residual_gradient(step))

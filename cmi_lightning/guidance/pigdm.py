@@ -56,7 +56,7 @@ class PiGDM(Guidance):
 
     def posterior_variance(self, step: Step) -> float:
         """Return r² at the step's level."""
-        alpha, sigma = step.now.alpha, step.now.sigma
+        alpha, sigma = step.t.alpha, step.t.sigma
         return sigma**2 / (alpha**2 + sigma**2 / self.prior_variance)
 
     def direction(self, step: Step) -> Tensor:
@@ -76,5 +76,5 @@ class PiGDM(Guidance):
         """Move x_s, for the other weights."""
         if self.weight == "posterior":
             return transition
-        weight = step.now.alpha * (step.then.alpha if self.weight == "canonical" else 1.0)
+        weight = step.t.alpha * (step.s.alpha if self.weight == "canonical" else 1.0)
         return transition.shift(self.scale * weight * self.direction(step))

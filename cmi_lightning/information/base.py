@@ -157,10 +157,10 @@ def contraction(
     if derivative == "autograd":
         return step.covariance_factor * step.grad(dot(step.vjp(u, create_graph=True), p))
     x = step.x.detach()
-    size = length * step.now.sigma * math.sqrt(x[0].numel())
+    size = length * step.t.sigma * math.sqrt(x[0].numel())
     length_p = norm(p)
     h = size / torch.where(length_p > 0, length_p, 1.0)  # nothing measured: p = 0, and no gradient
-    ahead, behind = (step.at(x + per_sample(s * h, x) * p, step.now).vjp(u) for s in (1, -1))
+    ahead, behind = (step.at(x + per_sample(s * h, x) * p, step.t).vjp(u) for s in (1, -1))
     return step.covariance_factor * (ahead - behind) / per_sample(2 * h, x)
 
 

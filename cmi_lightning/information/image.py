@@ -111,7 +111,7 @@ class TwoTraces(ProbeEstimator):
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
         """Return the estimate from one sign vector."""
         A, std, c = step.problem.operator, step.problem.std, step.covariance_factor
-        lowest = self.floor * (step.now.sigma / step.now.alpha) ** 2
+        lowest = self.floor * (step.t.sigma / step.t.alpha) ** 2
 
         def inverse(values: Tensor) -> Tensor:
             return torch.where(values > lowest, 1 / values.clamp_min(lowest), 0.0)

@@ -77,7 +77,7 @@ class Lanczos(ProbeEstimator):
 
 def _ridge_std(step: Step, delta: float) -> Tensor:
     """Return (Σ_n + δ_t²)^{1/2} with δ_t = delta·σ_t/√(α_t² + σ_t²)."""
-    alpha, sigma = step.now.alpha, step.now.sigma
+    alpha, sigma = step.t.alpha, step.t.sigma
     ridge = delta**2 * sigma**2 / (alpha**2 + sigma**2)
     return (step.problem.std**2 + ridge).sqrt()
 

@@ -47,13 +47,13 @@ class DDPM(Solver):
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
         """Return N(a x_t + b x̂₀, v) in parts."""
-        chain = step.chain
+        chain = step.coefficients
         mean = chain.from_x * step.x.detach() + chain.from_x0 * guided_x0(step)
         return Transition(mean, self._std(step), step.normal("solver"))
 
     def _std(self, step: Step) -> float | Tensor:
-        chain = step.chain
-        if step.then.sigma == 0:
+        chain = step.coefficients
+        if step.s.sigma == 0:
             return 0.0
         if self.variance == "small":
             return math.sqrt(chain.variance)
@@ -98,8 +98,8 @@ class DDIM(Solver):
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
         """Return the DDIM proposal."""
         x0 = guided_x0(step)
-        epsilon = (step.x.detach() - step.now.alpha * x0) / step.now.sigma
-        variance = self.eta**2 * step.chain.variance
-        direction = math.sqrt(max(step.then.sigma**2 - variance, 0.0))
-        mean = step.then.alpha * x0 + direction * epsilon
+        epsilon = (step.x.detach() - step.t.alpha * x0) / step.t.sigma
+        variance = self.eta**2 * step.coefficients.variance
+        direction = math.sqrt(max(step.s.sigma**2 - variance, 0.0))
+        mean = step.s.alpha * x0 + direction * epsilon
         return Transition(mean, math.sqrt(variance), step.normal("solver"))

@@ -25,16 +25,16 @@ class Heun(Solver):
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
         """Return x_s as the mean of a transition without noise."""
-        now, then = step.now, step.then
+        t, s = step.t, step.s
 
         def slope(x: Tensor, x0: Tensor, level: Level) -> Tensor:
             return (x - level.alpha * x0) / level.sigma
 
         x = step.x.detach()
-        change = then.sigma / then.alpha - now.sigma / now.alpha
-        d = slope(x, guided_x0(step), now)
-        x_s = then.alpha * (x / now.alpha + change * d)
-        if then.sigma > 0:
-            d_s = slope(x_s, guided_x0(step.at(x_s, then)), then)
-            x_s = then.alpha * (x / now.alpha + change * 0.5 * (d + d_s))
+        change = s.sigma / s.alpha - t.sigma / t.alpha
+        d = slope(x, guided_x0(step), t)
+        x_s = s.alpha * (x / t.alpha + change * d)
+        if s.sigma > 0:
+            d_s = slope(x_s, guided_x0(step.at(x_s, s)), s)
+            x_s = s.alpha * (x / t.alpha + change * 0.5 * (d + d_s))
         return Transition(x_s, 0.0, torch.zeros_like(x_s))

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmi_lightning.identity import digest
 from cmi_lightning.paths import inside
+from cmi_lightning.predict.fingerprint import digest
 from cmi_lightning.table.run import at_equal_cost, records
 from cmi_lightning.table.spec import VARIANTS, Cell, Table, Variant
 from cmi_lightning.table.statistics import resamples_of

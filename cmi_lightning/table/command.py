@@ -17,12 +17,12 @@ from typing import Any
 
 from cmi_lightning.cli import one_sentence, resolved
 from cmi_lightning.errors import InputError
-from cmi_lightning.runs import write_json
-from cmi_lightning.table.report import write_report
+from cmi_lightning.files import write_json
+from cmi_lightning.report.tables import write_tables
+from cmi_lightning.report.write import write_report
 from cmi_lightning.table.results import aggregate
 from cmi_lightning.table.run import Done, Job, run
 from cmi_lightning.table.spec import Cell, Table
-from cmi_lightning.table.tables import write_tables
 from cmi_lightning.table.tune import check as check_tuning
 from cmi_lightning.table.tune import trial
 from cmi_lightning.table.tune import tune as search

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from cmi_lightning.errors import InputError
-from cmi_lightning.runs import write, write_json
+from cmi_lightning.files import write, write_json
 from cmi_lightning.table.run import LOG, Done, Job, records, run
 from cmi_lightning.table.spec import CMI, Cell, Table, Variant, safe
 from cmi_lightning.table.statistics import mean_and_error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cmi_lightning import exact
-from cmi_lightning.denoisers import DenseCovariance, GaussianMixture, GaussianPrior
+from cmi_lightning.exact import DenseCovariance, GaussianMixture, GaussianPrior
 from cmi_lightning.guidance import CMI, DPS, DSG, MCG, Guidance, MomentMatching, PiGDM
 from cmi_lightning.information import (
     Estimator,
@@ -102,11 +102,11 @@ def _step(
     operator = operator or _operator()
     x0 = prior.sample(batch, _generator(6))
     noise = SampleNoise(0, [str(i) for i in range(batch)])
-    now = prior.schedule[index]
-    x = now.alpha * x0 + now.sigma * noise.normal("verify", index, x0)
+    t = prior.schedule[index]
+    x = t.alpha * x0 + t.sigma * noise.normal("verify", index, x0)
     problem = Problem.simulate(x0, operator, STD, noise)
-    then = prior.schedule[index - 1] if index else CLEAN
-    return Step(index, x, now, then, problem, prior, noise)
+    s = prior.schedule[index - 1] if index else CLEAN
+    return Step(index, x, t, s, problem, prior, noise)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -117,7 +117,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 def _information() -> Iterator[Check]:
     prior, A = _mixture(), _operator().matrix
     steps = [_step(prior, index) for index in INDICES]
-    at = [(prior, s.x.detach(), s.now, A) for s in steps]
+    at = [(prior, s.x.detach(), s.t, A) for s in steps]
     values = [exact.information(*a, STD) for a in at]
     yield Check("I(x₀; y | x_t) ≥ 0: −min I", -min(float(v.min()) for v in values), 0.0)
     nothing = [exact.information(*a[:3], torch.zeros_like(A), STD) for a in at]
@@ -165,7 +165,7 @@ def _information() -> Iterator[Check]:
 def _gaussian() -> Iterator[Check]:
     prior, A = _gaussian_prior(), _operator().matrix
     steps = [_step(prior, index) for index in INDICES]
-    largest = [exact.gradient(prior, s.x.detach(), s.now, A, STD).abs().max() for s in steps]
+    largest = [exact.gradient(prior, s.x.detach(), s.t, A, STD).abs().max() for s in steps]
     yield Check("Gaussian prior ⇒ exact ∇I = 0: max |∇I|", float(max(largest)), 1e-12)
     estimates = [Lanczos(krylov=3)(s).gradient.abs().max() for s in steps]
     yield Check("Gaussian prior ⇒ estimated ∇I = 0: max |∇I|", float(max(estimates)), 1e-9)
@@ -228,7 +228,7 @@ def _difference_error(step: Step) -> float:
 
 def _truth(estimator: Estimator, step: Step, A: Tensor) -> tuple[Tensor, Tensor]:
     """Return what an estimator should give for the first sample: I (1,) and ∇I (n,)."""
-    prior, x, level = step.denoiser, step.x.detach()[:1], step.now
+    prior, x, level = step.denoiser, step.x.detach()[:1], step.t
     std: Tensor | float = STD
     if isinstance(estimator, Ridge | TraceLimit):
         ridge = estimator.delta**2 * level.sigma**2 / (level.alpha**2 + level.sigma**2)
@@ -318,7 +318,7 @@ def _posterior_means() -> Iterator[Check]:
             step = _step(prior, index)
             moved = guidance.guide_denoised(step, step.x0.detach()).flatten(1)
             x = step.x.detach().flatten(1)
-            expected = _joint_posterior_mean(mean.flatten(), C, step.now, A, x, step.problem.y)
+            expected = _joint_posterior_mean(mean.flatten(), C, step.t, A, x, step.problem.y)
             worst = max(worst, _relative(moved, expected))
         yield Check(name, worst, 1e-6)
 

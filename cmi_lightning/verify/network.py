@@ -57,9 +57,7 @@ def network_checks(denoiser: Denoiser, size: int | None = None) -> Iterator[Chec
         return
     visited = [r for r in records if r.num_steps - r.index in VISITED] or records[:1]
     points = [
-        Step(r.index, r.x, r.then, r.then, problem, denoiser, noise)
-        for r in visited
-        if r.then.sigma > 0
+        Step(r.index, r.x, r.s, r.s, problem, denoiser, noise) for r in visited if r.s.sigma > 0
     ]
     wide = [_widened(step) for step in points]
     yield from _types(points)
@@ -116,8 +114,8 @@ def _directions(step: Step) -> tuple[Tensor, Tensor]:
 def _slope(step: Step, p: Tensor, f: Callable[[Step], Tensor], length: float) -> Tensor:
     """Return the central difference of f along p over a distance of ``length``·σ_t·√n."""
     x = step.x.detach()
-    h = length * step.now.sigma * math.sqrt(x[0].numel()) / norm(p)
-    ahead, behind = (f(step.at(x + per_sample(s * h, x) * p, step.now)) for s in (1, -1))
+    h = length * step.t.sigma * math.sqrt(x[0].numel()) / norm(p)
+    ahead, behind = (f(step.at(x + per_sample(s * h, x) * p, step.t)) for s in (1, -1))
     return (ahead - behind) / per_sample(2 * h, ahead)
 
 
@@ -133,8 +131,8 @@ def _types(points: list[Step]) -> Iterator[Check]:
         right = x0.shape == step.x.shape and x0.dtype == step.x.dtype
         shapes = max(shapes, float(not (right and bool(torch.isfinite(x0).all()))))
         with torch.no_grad():
-            single = step.denoiser(step.x.detach()[:1], step.now).x0
-            lowered = Autocast(step.denoiser, torch.bfloat16)(step.x.detach(), step.now).x0
+            single = step.denoiser(step.x.detach()[:1], step.t).x0
+            lowered = Autocast(step.denoiser, torch.bfloat16)(step.x.detach(), step.t).x0
         alone = max(alone, _relative(single, x0[:1]))
         low = max(low, _relative(lowered, x0) if lowered.dtype == x0.dtype else math.inf)
     yield Check("x̂₀ has the shape and type of x_t, and is finite", shapes, 0.0)
@@ -176,8 +174,8 @@ def _covariance(points: list[Step]) -> Iterator[Check]:
         forward = _slope(step, u, lambda s: s.x0.detach(), 1e-2)
         space = krylov(step.vjp, u, DIMENSION)
         # In units of σ_t²/α_t², the variance of x₀ given x_t alone: Σ = (σ_t²/α_t) J.
-        values = step.now.alpha * space.values
-        at = _describe(step.now)
+        values = step.t.alpha * space.values
+        at = _describe(step.t)
         yield Check(
             f"asymmetry of J, ‖Jv − Jᵀv‖/‖Jᵀv‖, at {at}", _relative(forward, transposed), None,
             "0 for an exact score",

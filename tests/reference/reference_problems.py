@@ -8,7 +8,7 @@ import torch
 from conftest import make_step
 from torch import Tensor
 
-from cmi_lightning.denoisers import GaussianMixture
+from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import (
     BoxMask,

@@ -12,7 +12,7 @@ from conftest import make_step
 from reference_problems import BATCH, IDS, SHAPE, bound, mixture, per_row, problem_step
 from torch import Tensor
 
-from cmi_lightning.denoisers import GaussianMixture
+from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import DPS, Guidance, MomentMatching, PiGDM, residual_gradient
 from cmi_lightning.linalg import norm, per_sample
 from cmi_lightning.noise import SampleNoise

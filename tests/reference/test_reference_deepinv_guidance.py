@@ -82,10 +82,10 @@ class Exploding(nn.Module):
 
 def exploding(step: Step) -> tuple[Step, Tensor, Exploding, Tensor]:
     """Return the step at an x_t whose x̄ float32 holds, then x̄, D and σ̄."""
-    x = (step.x.detach() / step.now.alpha).float().double()
-    step = replace(step, x=step.now.alpha * x)
-    sigma = torch.tensor(step.now.sigma / step.now.alpha, dtype=torch.float64)
-    return step, x, Exploding(step.denoiser, step.now), sigma
+    x = (step.x.detach() / step.t.alpha).float().double()
+    step = replace(step, x=step.t.alpha * x)
+    sigma = torch.tensor(step.t.sigma / step.t.alpha, dtype=torch.float64)
+    return step, x, Exploding(step.denoiser, step.t), sigma
 
 
 def physics_of(problem: Problem) -> tuple[LinearPhysics, Tensor]:
@@ -109,7 +109,7 @@ def test_dps(name: str, schedule: str, index: int) -> None:
     """∇_{x_t} ‖y − A x̂₀‖ is deepinv's gradient (guidance "norm", no clipping) over α."""
     step, x, denoiser, sigma = exploding(problem_step(name, index, Schedule.named(schedule)))
     physics = LinearPhysics(A=step.problem.operator.forward)
-    gradient = DPSDataFidelity(denoiser).grad(x, step.problem.y, physics, sigma) / step.now.alpha
+    gradient = DPSDataFidelity(denoiser).grad(x, step.problem.y, physics, sigma) / step.t.alpha
     assert per_row(residual_gradient(step), gradient) < 1e-6
     before = DDPM().transition(step, lambda s: s.x0.detach())
     after = DPS(0.7).guide_transition(step, before)
@@ -131,7 +131,7 @@ def test_pigdm(name: str, schedule: str, index: int) -> None:
     fidelity = PiGDMDataFidelity(denoiser, cg_max_iter=500, cg_tol=1e-10)
     gradient, x0 = fidelity.grad(x, y, physics, sigma, get_model_outputs=True)
     r2 = float(sigma**2 / (1 + sigma**2))
-    assert per_row(PiGDM().direction(step), -r2 / step.now.alpha * gradient) < 1e-5
+    assert per_row(PiGDM().direction(step), -r2 / step.t.alpha * gradient) < 1e-5
     moved = PiGDM(weight="posterior").guide_denoised(step, step.x0.detach())
     assert per_row(moved - x0, -(sigma**2) * gradient) < 1e-5
 
@@ -161,7 +161,7 @@ def test_pigdm_with_the_operators_and_closed_forms_of_deepinv(kind: str, index: 
     y = operator.adjoint(step.problem.y) if kind == "mask" else step.problem.y
     gradient = PiGDMDataFidelity(denoiser).grad(x, y, physics, sigma)
     r2 = float(sigma**2 / (1 + sigma**2))
-    assert per_row(PiGDM().direction(step), -r2 / step.now.alpha * gradient) < 1e-5
+    assert per_row(PiGDM().direction(step), -r2 / step.t.alpha * gradient) < 1e-5
 
 
 @on_operators
@@ -195,15 +195,15 @@ def test_dps_and_pigdm_on_the_shipped_network(
     images = shipped_images[:BATCH, :, 8:24, 8:24].double()
     noise = SampleNoise(0, IDS)
     operator = recipe.bind((1, 16, 16), noise, images)
-    now, then = network.schedule[index], network.schedule[index - 1]
-    x = now.alpha * images + now.sigma * noise.normal("test", 0, images)
+    t, s = network.schedule[index], network.schedule[index - 1]
+    x = t.alpha * images + t.sigma * noise.normal("test", 0, images)
     problem = Problem.simulate(images, operator, STD, noise)
-    step, x, denoiser, sigma = exploding(Step(index, x, now, then, problem, network, noise))
+    step, x, denoiser, sigma = exploding(Step(index, x, t, s, problem, network, noise))
     physics = LinearPhysics(A=operator.forward)
-    gradient = DPSDataFidelity(denoiser).grad(x, problem.y, physics, sigma) / now.alpha
+    gradient = DPSDataFidelity(denoiser).grad(x, problem.y, physics, sigma) / t.alpha
     assert per_row(residual_gradient(step), gradient) < 1e-6
     physics, y = physics_of(problem)
     fidelity = PiGDMDataFidelity(denoiser, cg_max_iter=500, cg_tol=1e-10)
     gradient = fidelity.grad(x, y, physics, sigma)
     r2 = float(sigma**2 / (1 + sigma**2))
-    assert per_row(PiGDM().direction(step), -r2 / now.alpha * gradient) < 1e-5
+    assert per_row(PiGDM().direction(step), -r2 / t.alpha * gradient) < 1e-5

@@ -15,7 +15,8 @@ import torch
 from reference_problems import BATCH, IDS, SHAPE, draw, per_row
 from torch import Tensor, nn
 
-from cmi_lightning.denoisers import GaussianMixture, NetworkDenoiser
+from cmi_lightning.denoisers import NetworkDenoiser
+from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity
 from cmi_lightning.problem import Problem

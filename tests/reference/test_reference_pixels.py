@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from cmi_lightning import PosteriorSampler
 from cmi_lightning.callbacks import ImageWriter, RestorationMetrics
-from cmi_lightning.denoisers import Denoiser, GaussianMixture
+from cmi_lightning.denoisers import Denoiser
+from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import DPS
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Downsample, GaussianBlur, LinearOperator

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cmi_lightning.table.verdicts import MINUS
+from cmi_lightning.report.verdicts import MINUS
 
 WIDTH, HEIGHT = 400, 230
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 38

@@ -20,7 +20,6 @@ from torch import Tensor
 from cmi_lightning.denoisers.base import Autocast, Denoiser
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
-from cmi_lightning.identity import digest, options
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import (
@@ -31,8 +30,9 @@ from cmi_lightning.operators import (
     PixelMask,
     Recipe,
 )
+from cmi_lightning.predict.fingerprint import digest, options
+from cmi_lightning.predict.records import Recorder, Run, leave_if_orphaned
 from cmi_lightning.problem import GaussianNoise, Problem
-from cmi_lightning.runs import Recorder, Run, leave_if_orphaned
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDPM, Solver
 from cmi_lightning.step import Cost, Record
@@ -113,8 +113,8 @@ class PosteriorSampler(L.LightningModule):
     A batch with ``"y_image"`` instead holds given measurements (see
     :class:`cmi_lightning.data.MeasurementFolderData`); ``operator`` is then not used.
 
-    Where callbacks write (they are :class:`cmi_lightning.runs.Recorder`), every finished sample has
-    a record in the trainer's ``default_root_dir``, and predicting again restores what has none.
+    Where callbacks write (they are :class:`cmi_lightning.predict.records.Recorder`), every finished
+    sample has a record in the trainer's ``default_root_dir``, and predicting again restores what has none.
     Several processes share the batches; a sample's noise does not depend on how.
 
     Args:

@@ -12,14 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cmi_lightning.denoisers.base import Denoiser, Prediction
-from cmi_lightning.denoisers.covariance import (
+from cmi_lightning.errors import InputError
+from cmi_lightning.exact.covariance import (
     KINDS,
     Covariance,
     DenseCovariance,
     DiagonalCovariance,
     StationaryCovariance,
 )
-from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.schedule import Level, Schedule
 

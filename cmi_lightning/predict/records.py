@@ -1,73 +1,28 @@
-"""The folder of a run: what is done, whose turn it is, and files that are whole or absent."""
+"""The folder of a run: what is done, and whose turn it is."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import math
 import os
 import time
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from cmi_lightning.errors import InputError
-from cmi_lightning.identity import differences
+from cmi_lightning.files import write_json
 from cmi_lightning.paths import inside
+from cmi_lightning.predict.fingerprint import differences
 
 if TYPE_CHECKING:
     import lightning as L
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 # Seconds: between looks at the disk; for a network file system to show a new file; without a new
 # record, which no batch takes. A process that fails is noticed much sooner, by what started it.
 POLL, VISIBLE, PATIENCE = 0.5, 90.0, 6 * 3600.0
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file that is whole or absent, making its folders, and see it onto the disk.
-
-    Raises:
-        InputError: if the disk is full.
-    """
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in FULL:
-            raise InputError(
-                f"The disk of '{path.parent}' is full; what was finished is kept: make room and "
-                "run the same command again."
-            ) from error
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """See a new name onto the disk, where the system can."""
-    with contextlib.suppress(PermissionError, IsADirectoryError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON; see :func:`write`."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    write(path, f"{text}\n".encode())
 
 
 @runtime_checkable

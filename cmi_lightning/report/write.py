@@ -12,9 +12,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cmi_lightning.runs import write
-from cmi_lightning.table import gallery, panels, protocol, rows, summary, uncertainty
-from cmi_lightning.table.verdicts import Results
+from cmi_lightning.files import write
+from cmi_lightning.report import gallery, panels, protocol, rows, summary, uncertainty
+from cmi_lightning.report.verdicts import Results
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> None:

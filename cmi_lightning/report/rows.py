@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cmi_lightning.table.tables import MEASURED
-from cmi_lightning.table.verdicts import (
+from cmi_lightning.report.tables import MEASURED
+from cmi_lightning.report.verdicts import (
     AGAINST,
     Results,
     cell_label,

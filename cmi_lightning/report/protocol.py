@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from cmi_lightning.report.verdicts import Results, cell_label, in_order, mean_text, number, short
 from cmi_lightning.table.spec import CMI
-from cmi_lightning.table.verdicts import Results, cell_label, in_order, mean_text, number, short
 
 
 def options(known: Results) -> list[dict[str, Any]]:

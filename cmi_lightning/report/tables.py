@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cmi_lightning.runs import write
-from cmi_lightning.table.verdicts import (
+from cmi_lightning.files import write
+from cmi_lightning.report.verdicts import (
     AGAINST,
     Results,
     Verdict,

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cmi_lightning.paths import safe_name
-from cmi_lightning.table.charts import label
-from cmi_lightning.table.pictures import read_picture
-from cmi_lightning.table.verdicts import Results, cell_label, mean_text, number, short
+from cmi_lightning.report.charts import label
+from cmi_lightning.report.pictures import read_picture
+from cmi_lightning.report.verdicts import Results, cell_label, mean_text, number, short
 
 MAPS = 4  # images of an uncertainty map per row
 

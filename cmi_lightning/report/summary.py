@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cmi_lightning.table.verdicts import AGAINST, Results, Verdict, fixed, median, number, short
+from cmi_lightning.report.verdicts import AGAINST, Results, Verdict, fixed, median, number, short
 
 
 def outcomes(known: Results) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmi_lightning.table.pictures import SMALL, Picture, read_picture
-from cmi_lightning.table.verdicts import VARIANTS, Results, fixed, in_order
+from cmi_lightning.report.pictures import SMALL, Picture, read_picture
+from cmi_lightning.report.verdicts import VARIANTS, Results, fixed, in_order
 
 LARGE = 96  # pixels: of images above this size only one best and one worst are embedded
 

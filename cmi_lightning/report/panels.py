@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cmi_lightning.table.charts import Series, curve_chart, histogram, reach, round_up
-from cmi_lightning.table.verdicts import Results, cell_label, median, number
+from cmi_lightning.report.charts import Series, curve_chart, histogram, reach, round_up
+from cmi_lightning.report.verdicts import Results, cell_label, median, number
 
 APART = 8.0  # ratio of spreads from which histograms have an axis each
 COLOURS = 8  # of lines

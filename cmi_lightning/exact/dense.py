@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.denoisers.base import Denoiser
-from cmi_lightning.denoisers.mixture import GaussianMixture
 from cmi_lightning.errors import InputError
+from cmi_lightning.exact.mixture import GaussianMixture
 from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.problem import Problem
 from cmi_lightning.schedule import Level
@@ -60,7 +60,7 @@ def as_dense(problem: Problem, row: int = 0) -> DenseProblem:
     return DenseProblem(as_matrix(problem.operator, y, row), y[row].flatten()[keep], std)
 
 
-def posterior(prior: GaussianMixture, problem: Problem, row: int = 0) -> GaussianMixture:
+def exact_posterior(prior: GaussianMixture, problem: Problem, row: int = 0) -> GaussianMixture:
     """Return the exact p(x₀ | y) of one sample; see :meth:`GaussianMixture.condition`."""
     return prior.condition(*as_dense(problem, row))
 

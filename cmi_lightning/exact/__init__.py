@@ -1,0 +1,53 @@
+"""Closed-form priors, and exact posteriors and conditional mutual information of small problems."""
+
+from cmi_lightning.exact.covariance import (
+    Covariance,
+    DenseCovariance,
+    DiagonalCovariance,
+    StationaryCovariance,
+)
+from cmi_lightning.exact.dense import (
+    DenseProblem,
+    as_dense,
+    as_matrix,
+    covariance,
+    exact_posterior,
+    gradient,
+    gradient_autograd,
+    gradient_theorem_2,
+    information,
+    information_theorem_1,
+    jacobian,
+    spectral_information,
+    third_order,
+)
+from cmi_lightning.exact.mixture import (
+    GaussianMixture,
+    GaussianPrior,
+    load_mixture,
+    power_law_prior,
+)
+
+__all__ = [
+    "Covariance",
+    "DenseCovariance",
+    "DenseProblem",
+    "DiagonalCovariance",
+    "GaussianMixture",
+    "GaussianPrior",
+    "StationaryCovariance",
+    "as_dense",
+    "as_matrix",
+    "covariance",
+    "exact_posterior",
+    "gradient",
+    "gradient_autograd",
+    "gradient_theorem_2",
+    "information",
+    "information_theorem_1",
+    "jacobian",
+    "load_mixture",
+    "power_law_prior",
+    "spectral_information",
+    "third_order",
+]

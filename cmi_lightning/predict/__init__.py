@@ -1,0 +1,1 @@
+"""The Lightning shell: the module, what a run has done, and what decides its results."""

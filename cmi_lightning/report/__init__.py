@@ -1,0 +1,1 @@
+"""A table's results as pages: HTML, Markdown, LaTeX and CSV."""
