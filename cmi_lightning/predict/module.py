@@ -114,8 +114,8 @@ class PosteriorSampler(L.LightningModule):
     :class:`cmi_lightning.data.MeasurementFolderData`); ``operator`` is then not used.
 
     Where callbacks write (they are :class:`cmi_lightning.predict.records.Recorder`), every finished
-    sample has a record in the trainer's ``default_root_dir``, and predicting again restores what has none.
-    Several processes share the batches; a sample's noise does not depend on how.
+    sample has a record in the trainer's ``default_root_dir``, and predicting again restores what
+    has none. Several processes share the batches; a sample's noise does not depend on how.
 
     Args:
         denoiser: the prior.
