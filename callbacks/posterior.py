@@ -19,6 +19,7 @@ from cmi_lightning.errors import InputError
 from cmi_lightning.files import write_json
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.predict.module import PosteriorSampler, Restoration
+from cmi_lightning.statistics import mean_and_error
 
 INTERVALS = (0.5, 0.9)  # probabilities of the central intervals
 TINY = 1e-9  # rounding errors
@@ -261,13 +262,8 @@ def summary(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _mean(values: Sequence[float]) -> Estimate:
     """Return a mean and its standard error."""
-    count = len(values)
-    if not count:
-        return {"value": None, "standard_error": None}
-    mean = math.fsum(values) / count
-    squares = math.fsum((v - mean) ** 2 for v in values)
-    error = math.sqrt(squares / (count - 1) / count) if count > 1 else None
-    return {"value": mean, "standard_error": error}
+    found = mean_and_error(values)
+    return {"value": found.mean, "standard_error": found.se}
 
 
 def _root_ratio(pairs: Sequence[tuple[float, float]]) -> Estimate:

@@ -15,6 +15,7 @@ import rich
 from rich.table import Table
 
 from cmi_lightning.paths import inside
+from cmi_lightning.statistics import mean_and_error
 
 Statistics = dict[str, float | int | None]
 ROWS = {  # metric: label, and digits shown
@@ -112,12 +113,8 @@ def statistics(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Statistics]
                 f"{name} is {kind} for {len(odd)} of {len(values)} images, so it has no mean; see "
                 "metrics.csv."
             )
-        mean = None if odd or not values else math.fsum(values) / len(values)
-        error = None
-        if mean is not None and len(values) > 1:
-            squares = math.fsum((v - mean) ** 2 for v in values)
-            error = math.sqrt(squares / (len(values) - 1) / len(values))
-        result[name] = {"mean": mean, "standard_error": error, "count": len(values)}
+        found = mean_and_error([] if odd else values)
+        result[name] = {"mean": found.mean, "standard_error": found.se, "count": len(values)}
     if len(rows) == 1:
         notes.append("One image has no standard error.")
     return result, notes

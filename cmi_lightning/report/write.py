@@ -46,7 +46,7 @@ def render(results: Mapping[str, Any], folder: Path) -> str:
 @cache
 def _environment() -> Environment:
     return Environment(
-        loader=PackageLoader("cmi_lightning.table"),
+        loader=PackageLoader("cmi_lightning.report"),
         autoescape=True,  # labels and ids come from users' files
         undefined=StrictUndefined,
         trim_blocks=True,
