@@ -48,7 +48,7 @@ def test_mcg_lands_on_the_noised_measurement(mixture, dense, level):
     guidance = MCG(0.5, level=level)
     before = proposal_of(step)
     x = guidance.guide_sample(step, guidance.guide_transition(step, before).sample())
-    noised = getattr(step, level)
+    noised = {"now": step.t, "then": step.s}[level]
     target = noised.alpha * step.problem.y + noised.sigma * dense(step.normal("mcg"))
     torch.testing.assert_close(dense(x), target, rtol=1e-6, atol=1e-6)
     # What A does not see is left as the gradient step made it.

@@ -23,17 +23,19 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cmi_lightning import GaussianNoise, InputError, PosteriorSampler, runs
+from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
 from cmi_lightning.callbacks import ImageWriter, RestorationMetrics, SamplingProgress
 from cmi_lightning.callbacks import TrajectoryLogger as Trajectory
 from cmi_lightning.cli import main
 from cmi_lightning.denoisers import Denoiser
 from cmi_lightning.exact import GaussianMixture
+from cmi_lightning.files import write
 from cmi_lightning.guidance import CMI, DPS, Guidance
 from cmi_lightning.information import Lanczos
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import BoxMask, Identity, RandomMask
+from cmi_lightning.predict import records
 from cmi_lightning.predict.fingerprint import differences, options
 from cmi_lightning.predict.records import Run
 from cmi_lightning.problem import Problem
@@ -236,7 +238,7 @@ def test_options_of_custom_parts_are_found():
 
 def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     path = tmp_path / "a/b.json"
-    runs.write(path, b"one")
+    write(path, b"one")
 
     def fail(*args: Any) -> None:
         raise OSError(errno.EIO, "broken")
@@ -245,7 +247,7 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(os, function, fail)
             with pytest.raises(OSError, match="broken"):
-                runs.write(path, b"two")
+                write(path, b"two")
         assert [p.name for p in path.parent.iterdir()] == ["b.json"]
         assert path.read_bytes() == b"one"
 
@@ -306,12 +308,12 @@ def test_a_signal_ends_the_run_with_a_line(tmp_path, signum, code, capsys, monke
 
 
 def test_a_further_rank_ends_with_the_process_that_started_it(monkeypatch):
-    runs.leave_if_orphaned()
-    monkeypatch.setattr(runs, "_parent", -1)
-    runs.leave_if_orphaned()  # rank 0 has no such parent
+    records.leave_if_orphaned()
+    monkeypatch.setattr(records, "_parent", -1)
+    records.leave_if_orphaned()  # rank 0 has no such parent
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
-        runs.leave_if_orphaned()
+        records.leave_if_orphaned()
 
 
 # ---------------------------------------------------------------------------------------------

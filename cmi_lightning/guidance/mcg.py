@@ -56,6 +56,6 @@ class MCG(Guidance):
 
     def guide_sample(self, step: Step, x: Tensor) -> Tensor:
         """Project x_s onto {x : A x = y_s}."""
-        A, level = step.problem.operator, getattr(step, self.level)
+        A, level = step.problem.operator, {"now": step.t, "then": step.s}[self.level]
         noised = level.alpha * step.problem.y + level.sigma * A(step.normal("mcg"))
         return x - A.pinv(A(x) - noised)
