@@ -19,11 +19,32 @@ from PIL import Image
 
 from cmi_lightning.data.crops import PHOTOGRAPHS, crop, five_squares
 
-TEST = (
-    "badlands3 beach1 beach2 beach3 canyon5 fields1 fields3 fields7 forest1 mountain11-sfiera "
-    "mountain16-striker mountain3 mountain5 sea1 sea3 sea7 sea8 sky0 snow0 snow10-sfiera valley2 "
-    "valley8 water2 water8"
-).split()
+TEST = [
+    "badlands3",
+    "beach1",
+    "beach2",
+    "beach3",
+    "canyon5",
+    "fields1",
+    "fields3",
+    "fields7",
+    "forest1",
+    "mountain11-sfiera",
+    "mountain16-striker",
+    "mountain3",
+    "mountain5",
+    "sea1",
+    "sea3",
+    "sea7",
+    "sea8",
+    "sky0",
+    "snow0",
+    "snow10-sfiera",
+    "valley2",
+    "valley8",
+    "water2",
+    "water8",
+]
 
 
 def stem(photo: str) -> str:

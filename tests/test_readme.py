@@ -134,7 +134,9 @@ def test_measured_numbers_are_those_of_the_results():
     assert len(quoted) == 6
     assert all(line in page for line in quoted)
     table = (docs / "results" / "table.md").read_text(encoding="utf-8").splitlines()
-    rows = [[part.strip() for part in line.split("|")[1:4]] for line in table if line.startswith("| ")]
+    rows = [
+        [part.strip() for part in line.split("|")[1:4]] for line in table if line.startswith("| ")
+    ]
     bases = [row for row in rows if row[1] in ("measurement A⁺y", "DPS", "ΠGDM", "MCG", "DSG")]
     assert len(bases) == 6 * 5
     for row in bases:

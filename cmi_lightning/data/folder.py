@@ -29,6 +29,10 @@ SHIPPED = {
     "fashion-mnist-test": ASSETS / "fashion_mnist_test",
     "fashion-mnist-table": ASSETS / "fashion_mnist_table",
     "fashion-mnist-validation": ASSETS / "fashion_mnist_validation",
+    "photos-test": ASSETS / "photos" / "test",
+    "photos-test-64": ASSETS / "photos" / "test-64",
+    "photos-validation": ASSETS / "photos" / "validation",
+    "photos-validation-64": ASSETS / "photos" / "validation-64",
 }
 
 
@@ -116,8 +120,9 @@ class ImageFolderData(L.LightningDataModule):
     PNG, JPEG, BMP, TIFF or WebP, of 8 bits or (gray) 16.
 
     Args:
-        folder: path of the folder, or "fashion-mnist-test" for the 64 garments that ship with the
-            package (32×32, gray).
+        folder: path of the folder, or images that ship with the package: "photos-test" (24
+            landscapes, 256×192), "photos-test-64" (five crops of each, 64×64), "photos-validation"
+            and "photos-validation-64" (16 others), "fashion-mnist-test" (64 garments, 32×32, gray).
         size: resize the shorter side to this many pixels (antialiased bicubic), then cut out the
             centre; None takes the images as they are.
         channels: convert to 1 (gray), 3 (RGB) or 4 (RGBA) channels; None keeps what the files have.
