@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import tomllib
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
-from setuptools import find_packages
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_package_is_listed():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    listed = set(project["tool"]["setuptools"]["packages"])
-    found = set(find_packages(str(ROOT), include=["cmi_lightning*"]))
-    assert listed == found | {"cmi_lightning.callbacks", "cmi_lightning.configs"}
+def shipped() -> set[str]:
+    """Every module, configuration and template of the package, links followed."""
+    return {
+        (Path(folder) / file).relative_to(ROOT).as_posix()
+        for folder, _, files in os.walk(ROOT / "cmi_lightning", followlinks=True)
+        for file in files
+        if file.endswith((".py", ".yaml", ".j2", ".typed", ".safetensors", ".png"))
+    }
+
+
+def test_callbacks_and_configs_are_linked_into_the_package():
+    for name in ("callbacks", "configs"):
+        assert (ROOT / "cmi_lightning" / name).samefile(ROOT / name)
+        assert f"cmi_lightning/{name}/__init__.py" in shipped()
 
 
 @pytest.mark.slow
@@ -27,23 +36,14 @@ def test_wheel_and_sdist_work_from_elsewhere(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     (sdist,) = tmp_path.glob("*.tar.gz")
     assert sdist.stat().st_size < 20e6
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {
-        "cmi_lightning/callbacks/__init__.py",
-        "cmi_lightning/configs/demo.yaml",
-        "cmi_lightning/configs/guidance/dps.yaml",
-        "cmi_lightning/assets/fashion_mnist_prior.safetensors",
-        "cmi_lightning/assets/fashion_mnist_test/00063.png",
-        "cmi_lightning/assets/fashion_mnist_table/00319.png",
-        "cmi_lightning/assets/fashion_mnist_validation/58976.png",
-        "cmi_lightning/assets/fashion_mnist_classifier.safetensors",
-        "cmi_lightning/table/templates/report.html.j2",
-        "cmi_lightning/py.typed",
-    } <= set(names)
+    with tarfile.open(sdist) as archive:
+        assert not any(member.issym() for member in archive)  # whole on every system
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert shipped() <= names
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
-        "import cmi_lightning, cmi_lightning.callbacks as c, cmi_lightning.cli as cli; "
-        "print(cmi_lightning.__file__, c.__file__, 'demo' in cli.shipped_configs())"
+        "import cmi_lightning, cmi_lightning.callbacks as c, cmi_lightning.configs as g; "
+        "print(cmi_lightning.__file__, c.__file__, g.__file__)"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code],
@@ -53,5 +53,37 @@ def test_wheel_and_sdist_work_from_elsewhere(tmp_path):
         text=True,
         check=True,
     ).stdout
-    assert printed.count(str(tmp_path / "site")) == 2
-    assert printed.strip().endswith("True")
+    assert printed.count(str(tmp_path / "site")) == 3
+    listed = subprocess.run(
+        [sys.executable, "-m", "cmi_lightning", "configs"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "guidance/dps" in listed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_type_checkers_find_the_installed_package(checker, tmp_path):
+    pytest.importorskip(checker)
+    (tmp_path / "mine.py").write_text(
+        "import cmi_lightning.configs\n"
+        "from cmi_lightning import PosteriorSampler\n"
+        "from cmi_lightning.callbacks import ImageWriter\n"
+        "reveal_type(PosteriorSampler)\n"
+        "reveal_type(ImageWriter)\n"
+    )
+    options = {"mypy": ["--follow-imports=silent"], "pyright": ["--pythonpath", sys.executable]}
+    found = subprocess.run(
+        [sys.executable, "-m", checker, *options[checker], "mine.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "Any" not in found.stdout
+    assert "Unknown" not in found.stdout
+    assert "ImageWriter" in found.stdout
