@@ -1,21 +1,22 @@
 """cmi-lightning: restore images with pretrained diffusion models by conditional mutual information.
 
-The core is pure PyTorch; :class:`PosteriorSampler`, the Lightning module, is imported on first use,
-because Lightning loads much that the mathematics does not need.
+The core is pure PyTorch. Every name is imported on first use: Lightning loads much that the
+mathematics does not need, and PyTorch much that ``cmi-lightning --help`` does not.
 """
 
 from __future__ import annotations
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from cmi_lightning.errors import InputError
-from cmi_lightning.problem import GaussianNoise, Problem
-from cmi_lightning.sampler import Sampler
-from cmi_lightning.schedule import Schedule
 
 if TYPE_CHECKING:
     from cmi_lightning.predict.module import PosteriorSampler
+    from cmi_lightning.problem import GaussianNoise, Problem
+    from cmi_lightning.sampler import Sampler
+    from cmi_lightning.schedule import Schedule
 
 try:
     __version__ = version("cmi-lightning")
@@ -32,10 +33,16 @@ __all__ = [
     "__version__",
 ]
 
+HOMES = {
+    "GaussianNoise": "problem",
+    "PosteriorSampler": "predict.module",
+    "Problem": "problem",
+    "Sampler": "sampler",
+    "Schedule": "schedule",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "PosteriorSampler":
-        from cmi_lightning.predict.module import PosteriorSampler
-
-        return PosteriorSampler
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"cmi_lightning.{HOMES[name]}"), name)

@@ -11,3 +11,9 @@ class InputError(ValueError):
 def first_line(error: Exception) -> str:
     """Return the first line of another library's message, to be told as the reason in ours."""
     return str(error).strip().partition("\n")[0]
+
+
+def one_sentence(message: str) -> str:
+    """Return a parser message on one line, without its repetitions."""
+    parts = [part.strip(" -") for part in message.splitlines()]
+    return " ".join(dict.fromkeys(part for part in parts if part))

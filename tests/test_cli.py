@@ -14,8 +14,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cmi_lightning.cli import configs, main, shipped_configs
+from cmi_lightning.cli import main
 from cmi_lightning.denoisers.network import SHIPPED
+from cmi_lightning.predict.options import configs, shipped_configs
 
 FAST = [
     "--data.limit=2",

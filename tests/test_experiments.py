@@ -15,9 +15,9 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
-from cmi_lightning.cli import _lightning_cli, configs, main, resolved
+from cmi_lightning.cli import main
 from cmi_lightning.denoisers import ffhq_unet
-from cmi_lightning.predict.module import PosteriorSampler
+from cmi_lightning.predict.options import configs, prediction_cli, resolved
 
 TASKS = [
     "inpaint_random",
@@ -29,7 +29,6 @@ TASKS = [
     "denoise",
 ]
 GUIDANCES = ["dps", "pigdm", "mcg", "dsg"]
-BASE = [str(configs() / "base.yaml")]
 WEIGHTS = {"ffhq": "ffhq_10m.pt", "imagenet": "256x256_diffusion_uncond.pt"}
 OPERATORS = {
     "inpaint_random": ("RandomMask", {"fraction": 0.9}),
@@ -55,7 +54,7 @@ def combinations(prior: str) -> list[tuple[str, str, bool]]:
 def parser():
     """The parser of ``cmi-lightning predict``; it reads configurations and makes nothing."""
     with mock.patch.object(LightningCLI, "instantiate_classes"):
-        return _lightning_cli(PosteriorSampler, [], default_config_files=BASE).parser
+        return prediction_cli([]).parser
 
 
 @pytest.mark.parametrize("prior", ["ffhq", "imagenet"])
@@ -156,7 +155,7 @@ def test_every_combination_restores(weights, photographs, task, guidance, cmi):
         *(CMI_IN_TWO_STEPS if cmi else []),
         "--step_sizes.dsg_interval=1",
     ]
-    cli = _lightning_cli(PosteriorSampler, args, default_config_files=BASE)
+    cli = prediction_cli(args)
     cli.datamodule.setup("predict")
     (batch,) = cli.datamodule.predict_dataloader()
     result = cli.model.predict_step(batch)

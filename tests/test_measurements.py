@@ -13,14 +13,12 @@ from PIL import Image
 from skimage.restoration import estimate_sigma as skimage_estimate
 from torch import Tensor
 
-from cmi_lightning import PosteriorSampler
 from cmi_lightning.cli import main
 from cmi_lightning.data import ImageFolderData, MeasurementFolderData
 from cmi_lightning.data.noise_levels import estimate_sigma
 from cmi_lightning.errors import InputError
-from cmi_lightning.guidance import DPS
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.problem import GaussianNoise
+from cmi_lightning.operators import Identity
 
 
 def save(x: Tensor, path: Path) -> None:
@@ -185,15 +183,14 @@ def test_tables_that_are_none(tmp_path):
 # What the sampler makes of it -----------------------------------------------------------------
 
 
-def test_the_sampler_takes_each_images_sigma(tmp_path, prior):
+def test_the_problem_takes_each_images_sigma(tmp_path):
     folder(tmp_path / "y", 2, 32)
     csv_file = table(tmp_path / "s.csv", "id,sigma\n0,0.1\n1,0.4\n")
-    sampler = PosteriorSampler(prior, guidances=[DPS()], num_steps=3, noise=GaussianNoise(7.0))
-    problem, _ = sampler._given(
-        batch_of(ready(tmp_path / "y", sigmas=csv_file)), SampleNoise(0, ["0", "1"])
-    )
+    noise = SampleNoise(0, ["0", "1"])
+    data = ready(tmp_path / "y", sigmas=csv_file)
+    problem, _ = data.problem(batch_of(data), Identity(), 7.0, noise)
     assert torch.allclose(problem.std.flatten(), torch.tensor([0.1, 0.4]))
-    plain, _ = sampler._given(batch_of(ready(tmp_path / "y")), SampleNoise(0, ["0", "1"]))
+    plain, _ = data.problem(batch_of(ready(tmp_path / "y")), Identity(), 7.0, noise)
     assert plain.noise_std == 7.0
 
 

@@ -23,8 +23,9 @@ import yaml
 
 from cmi_lightning.callbacks.distances import frechet
 from cmi_lightning.callbacks.feature_metrics import embedding_path
-from cmi_lightning.cli import configs, main
+from cmi_lightning.cli import main
 from cmi_lightning.errors import InputError
+from cmi_lightning.predict.options import configs
 from cmi_lightning.report.tables import csv as to_csv
 from cmi_lightning.report.tables import latex, markdown
 from cmi_lightning.table.cells import SET_RESAMPLES

@@ -1,5 +1,6 @@
 """Lightning data modules: image folders, given measurements, and Fashion-MNIST."""
 
+from cmi_lightning.data.base import RestorationData
 from cmi_lightning.data.crops import PhotoCropsData
 from cmi_lightning.data.fashion import FashionMNIST, FashionMNISTData
 from cmi_lightning.data.folder import ImageFolder, ImageFolderData
@@ -13,4 +14,5 @@ __all__ = [
     "MeasurementFolder",
     "MeasurementFolderData",
     "PhotoCropsData",
+    "RestorationData",
 ]

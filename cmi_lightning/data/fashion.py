@@ -7,13 +7,13 @@ import zlib
 from pathlib import Path
 from typing import Literal
 
-import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from cmi_lightning.data.base import RestorationData
 from cmi_lightning.data.files import (
     check_at_least_1,
     check_num_workers,
@@ -87,7 +87,7 @@ def _download() -> Path:
     return cache / "FashionMNIST" / "raw"
 
 
-class FashionMNISTData(L.LightningDataModule):
+class FashionMNISTData(RestorationData):
     """Training, validation and prediction batches of Fashion-MNIST.
 
     The last 1,024 training images are held back from training: they are the validation set, and

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning as L
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from cmi_lightning.data.base import RestorationData
 from cmi_lightning.data.files import (
     Channels,
     check_alike,
@@ -113,7 +113,7 @@ def crop_to(x: Tensor, size: int) -> Tensor:
     return x[:, top : top + size, left : left + size]
 
 
-class ImageFolderData(L.LightningDataModule):
+class ImageFolderData(RestorationData):
     """Prediction batches of a folder of clean images, in natural order of their names.
 
     Subfolders are searched too; an image's id is its path in the folder, without suffix. Files are
@@ -153,7 +153,6 @@ class ImageFolderData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.val_count, self.strict = val_count, strict
-        self.skipped: dict[str, str] = {}
         self.folder, self.size, self.channels, self.limit = folder, size, channels, limit
         self.batch_size, self.num_workers = batch_size, num_workers
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import unicodedata
 import warnings
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cmi_lightning.data.base import RestorationData, measured
 from cmi_lightning.data.files import (
     Channels,
     UnreadableError,
@@ -28,7 +28,10 @@ from cmi_lightning.data.files import (
 )
 from cmi_lightning.data.noise_levels import Range, estimate_of, read_sigmas, report_estimates
 from cmi_lightning.errors import InputError
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators import LinearOperator
 from cmi_lightning.paths import printable
+from cmi_lightning.problem import Problem
 
 Kind = Literal["denoise", "inpaint", "blur", "downsample"]
 NEEDS = {"inpaint": "masks", "blur": "kernels", "downsample": "factor"}
@@ -250,7 +253,7 @@ def _load_array(path: Path) -> np.ndarray:
         ) from error
 
 
-class MeasurementFolderData(L.LightningDataModule):
+class MeasurementFolderData(RestorationData):
     """Prediction batches of given measurements, for which no ground truth is known.
 
     The noise level is the module's ``noise`` option, as for simulated measurements, unless
@@ -308,7 +311,6 @@ class MeasurementFolderData(L.LightningDataModule):
         self.channels, self.limit = channels, limit
         self.batch_size, self.num_workers = batch_size, num_workers
         self.sigmas, self.sigma_range, self.strict = sigmas, sigma_range, strict
-        self.skipped: dict[str, str] = {}
         self.estimates: dict[str, float] = {}
         if kind not in get_args(Kind):
             raise InputError(f"data.kind must be one of {get_args(Kind)}, got '{kind}'.")
@@ -334,6 +336,12 @@ class MeasurementFolderData(L.LightningDataModule):
         if self.sigmas == ESTIMATE and self.images.sigmas != self.estimates:
             report_estimates(self.images.sigmas, self.images.clipped)
             self.estimates = self.images.sigmas
+
+    def problem(
+        self, batch: dict[str, Any], operator: LinearOperator, std: float, noise: SampleNoise
+    ) -> tuple[Problem, Tensor]:
+        """Return the problem of a batch; ``operator`` has no part in it."""
+        return measured(batch, self.kind, std, noise)
 
     @property
     def given(self) -> str:

@@ -17,19 +17,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from cmi_lightning.data.base import LoaderData, RestorationData
 from cmi_lightning.denoisers.base import Autocast, Denoiser
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import (
-    Convolution,
-    Downsample,
-    Identity,
-    LinearOperator,
-    PixelMask,
-    Recipe,
-)
+from cmi_lightning.operators import Identity, LinearOperator, Recipe
 from cmi_lightning.predict.fingerprint import digest, options
 from cmi_lightning.predict.records import Recorder, Run, leave_if_orphaned
 from cmi_lightning.problem import GaussianNoise, Problem
@@ -111,7 +105,7 @@ class PosteriorSampler(L.LightningModule):
 
     A batch ``{"x": (B, C, H, W) in [−1, 1], "id": [...]}`` is measured, y = A x + n, and restored.
     A batch with ``"y_image"`` instead holds given measurements (see
-    :class:`cmi_lightning.data.MeasurementFolderData`); ``operator`` is then not used.
+    :class:`cmi_lightning.data.MeasurementFolderData`); an ``operator`` is then refused.
 
     Where callbacks write (they are :class:`cmi_lightning.predict.records.Recorder`), every finished
     sample has a record in the trainer's ``default_root_dir``, and predicting again restores what
@@ -230,11 +224,13 @@ class PosteriorSampler(L.LightningModule):
             folder = Path(trainer.default_root_dir).expanduser()
             if (folder / "run.json").is_file():
                 self.run.refuse_other(folder, self.identity(trainer, datamodule))
+        if given := getattr(datamodule, "given", None):
+            self._refuse_operator(f"the data are {given}")
         shape = getattr(datamodule, "image_shape", None)
         if shape is None:
             return
         self._check_shape(tuple(shape))
-        if isinstance(self.operator, Recipe) and getattr(datamodule, "given", None) is None:
+        if isinstance(self.operator, Recipe):
             self.operator.bind(shape, SampleNoise(self.seed, ["check"]), torch.zeros(1))
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
@@ -328,12 +324,11 @@ class PosteriorSampler(L.LightningModule):
         ids = list(batch["id"])
         noise = SampleNoise(self.seed, ids)
         truth = batch.get("x")
+        problem, like = self._data().problem(
+            batch, self.operator, self.measurement_noise.std, noise
+        )
         if truth is None:
-            problem, like = self._given(batch, noise)
-        else:
-            operator = self.operator.bind(tuple(truth.shape[1:]), noise, truth)
-            problem = Problem.simulate(truth, operator, self.measurement_noise.std, noise)
-            like = truth
+            self._refuse_operator("the batch holds measurements, which say how they were made")
         self._check_shape(tuple(like.shape[1:]))
         observers = [c for c in self._callbacks() if isinstance(c, SamplingObserver)]
         draws, cost = [], Cost()
@@ -374,27 +369,21 @@ class PosteriorSampler(L.LightningModule):
             details=Details(problem, record, cost, _peak_memory(self.device)),
         )
 
+    def _data(self) -> RestorationData:
+        """Return what knows the batches' problems."""
+        data = getattr(self._trainer, "datamodule", None)
+        return data if isinstance(data, RestorationData) else LoaderData()
+
+    def _refuse_operator(self, reason: str) -> None:
+        """Refuse an operator that would not be used."""
+        if not isinstance(self.operator, Identity):
+            raise InputError(
+                f"model.operator={type(self.operator).__name__} would not be used: {reason}. Set "
+                "model.operator=Identity."
+            )
+
     def _callbacks(self) -> list[Any]:
         return self._trainer.callbacks if self._trainer is not None else []  # type: ignore[attr-defined]
-
-    def _given(self, batch: dict[str, Any], noise: SampleNoise) -> tuple[Problem, Tensor]:
-        """Return the problem of given measurements, and a tensor of the images' shape."""
-        y = batch["y_image"]
-        batch_size, channels, height, width = y.shape
-        factor = int(batch["factor"][0]) if "factor" in batch else 1
-        like = y.new_zeros(batch_size, channels, height * factor, width * factor)
-        operator: LinearOperator
-        if "mask" in batch:
-            operator = PixelMask.from_mask(batch["mask"], like)
-            y = operator(y)
-        elif "kernel" in batch:
-            operator = Convolution(batch["kernel"].to(y)).bind(tuple(like.shape[1:]), noise, like)
-        elif factor > 1:
-            operator = Downsample(factor).bind(tuple(like.shape[1:]), noise, like)
-        else:
-            operator = Identity()
-        std = batch["sigma"].to(y) if "sigma" in batch else self.measurement_noise.std
-        return Problem(y, operator, std), like
 
 
 def _take(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmi_lightning.cli import one_sentence, resolved
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, one_sentence
 from cmi_lightning.files import write_json
+from cmi_lightning.predict.options import resolved
 from cmi_lightning.report.tables import write_tables
 from cmi_lightning.report.write import write_report
 from cmi_lightning.table.results import aggregate

@@ -173,7 +173,7 @@ def restore(arguments: list[str], cell: Cell) -> None:
     """
     import lightning.pytorch  # noqa: F401  # before the redirection: its log handler keeps stderr
 
-    from cmi_lightning.cli import predict
+    from cmi_lightning.predict.command import predict
 
     cell.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
