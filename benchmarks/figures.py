@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from cmi_lightning.callbacks.drawing import save_png, tile, to_tile
 from cmi_lightning.denoisers import shipped_prior
@@ -22,19 +22,31 @@ from cmi_lightning.solvers import DDIM
 
 DOCS = Path(__file__).parent.parent / "docs"
 CELLS = Path("runs/table/fashion/cells")
-SHOWN = ["inpaint_box", "super_resolution", "inpaint_random"]
+SHOWN = {"inpaint_box": "box", "super_resolution": "quarter size", "inpaint_random": "90 % missing"}
 
 
-def demo(count: int = 12) -> None:
+def labelled(picture: Image.Image, labels: list[str], width: int = 200) -> Image.Image:
+    """Return a picture with a label to the left of each of its equally high rows."""
+    canvas = Image.new("RGB", (width + picture.width, picture.height), "white")
+    canvas.paste(picture, (width, 0))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(27)
+    height = picture.height / len(labels)
+    for i, label in enumerate(labels):
+        draw.text((width - 14, (i + 0.5) * height), label, "black", font, anchor="rm")
+    return canvas
+
+
+def demo(count: int = 8) -> None:
     """The table's first images: truth, then measurement and CMI+DPS of each task."""
 
     def row(task: str, kind: str) -> list[Image.Image]:
         paths = sorted((CELLS / task / "DPS-cmi" / kind).glob("*.png"))[:count]
         return [Image.open(path).convert("L") for path in paths]
 
-    rows = [row(SHOWN[0], "truth")]
+    rows = [row(next(iter(SHOWN)), "truth")]
     rows += [row(task, kind) for task in SHOWN for kind in ("measurement", "restored")]
-    save_png(tile(rows), DOCS / "demo.png")
+    labels = ["truth", *(label for shown in SHOWN.values() for label in (shown, "restored"))]
+    save_png(labelled(tile(rows), labels), DOCS / "demo.png")
 
 
 def samples(count: int = 48, columns: int = 16) -> None:

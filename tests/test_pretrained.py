@@ -1,22 +1,16 @@
-"""Other people's networks: every wrapper against exact priors; the README's examples."""
+"""Other people's networks: every wrapper against exact priors."""
 
 from __future__ import annotations
 
 import math
-import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import SHAPE
-from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cmi_lightning import PosteriorSampler
-from cmi_lightning.cli import main
 from cmi_lightning.denoisers import (
     AsGray,
     AsRGB,
@@ -369,88 +363,3 @@ def test_gray_sampling_end_to_end():
     restored = sampler.predict_step({"x": x, "id": ["a", "b"]})["restored"]
     assert restored.shape == x.shape
     assert bool(torch.isfinite(restored).all())
-
-
-# The README's own examples
-
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-EXAMPLES = {
-    match[1]: match[0]
-    for match in re.findall(r"```yaml\n(# (\w+)\.yaml.*?)```", README, flags=re.DOTALL)
-}
-
-MY_NETWORKS = '''
-import torch
-from torch import nn
-
-
-def score(x, sigma):
-    """The score of N(1/2, 1/16), images in [0, 1]."""
-    return (0.5 - x) / (1 / 16 + sigma[:, None, None, None] ** 2)
-
-
-class EDMPrecond(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1)
-        )
-
-    def forward(self, x, sigma):
-        sigma = sigma[:, None, None, None]
-        return x / (1 + sigma**2) + self.net(x / (1 + sigma**2).sqrt())
-
-
-class ScoreNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Conv2d(3, 3, 3, padding=1)
-
-    def forward(self, x, t):
-        assert 0 < float(t[0]) <= 1
-        return -x + self.net(x)
-'''
-
-
-@pytest.fixture
-def home(request, tmp_path, monkeypatch):
-    """What the examples take for granted: my_networks.py, photos and weights."""
-    (tmp_path / "my_networks.py").write_text(MY_NETWORKS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
-    rng = np.random.default_rng(0)
-    for i in range(2):
-        (tmp_path / "photos").mkdir(exist_ok=True)
-        image = Image.fromarray(rng.integers(0, 256, (70, 64, 3), np.uint8))
-        image.save(tmp_path / f"photos/{i}.png")
-    scope: dict = {}
-    exec(compile(MY_NETWORKS, "my_networks.py", "exec"), scope)
-    save_file(scope["EDMPrecond"](16).state_dict(), "edm.safetensors")
-    torch.save({"state_dict": scope["ScoreNet"]().state_dict()}, "score_net.pt")
-    network = UNet(3, 64, (1, 2, 2), attention_levels=(2,), learn_variance=True)
-    torch.save(network.state_dict(), "unet.pt")
-    if "diffusers" in request.node.name:
-        diffusers = pytest.importorskip("diffusers")
-        network = diffusers.UNet2DModel(
-            sample_size=64,
-            block_out_channels=(16, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            norm_num_groups=4,
-        )
-        diffusers.DDPMPipeline(network, diffusers.DDPMScheduler()).save_pretrained("my_pipeline")
-    yield tmp_path
-    sys.modules.pop("my_networks", None)
-
-
-def test_the_readme_has_an_example_of_every_source():
-    assert list(EXAMPLES) == ["unet", "callable", "diffusers", "edm", "vp"]
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_readme_examples(home, name, capsys):
-    Path(f"{name}.yaml").write_text(EXAMPLES[name])
-    arguments = ["predict", "-c", f"{name}.yaml", "-c", "task/inpaint_box", "-c", "guidance/dps"]
-    short = ["--data.limit=2", "--model.num_steps=3", "--trainer.default_root_dir=out"]
-    assert main([*arguments, *short]) == 0, capsys.readouterr().err
-    assert (home / "out/restored/1.png").is_file()

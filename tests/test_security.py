@@ -340,8 +340,8 @@ def test_yaml_is_read_as_data(tmp_path, capsys, monkeypatch, content):
     assert [p.name for p in tmp_path.iterdir()] == ["bad.yaml"]
 
 
-def test_readme_says_that_a_class_path_runs_code(tmp_path, monkeypatch):
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+def test_the_security_page_says_that_a_class_path_runs_code(tmp_path, monkeypatch):
+    text = " ".join((ROOT / "SECURITY.md").read_text(encoding="utf-8").split())
     assert "class_path runs code" in text.replace("`", "")
     (tmp_path / "mine_that_runs.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
     monkeypatch.chdir(tmp_path)

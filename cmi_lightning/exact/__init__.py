@@ -1,6 +1,6 @@
 """Closed-form priors, and exact posteriors and conditional mutual information of small problems."""
 
-from cmi_lightning.exact.covariance import (
+from cmi_lightning.exact.covariances import (
     Covariance,
     DenseCovariance,
     DiagonalCovariance,

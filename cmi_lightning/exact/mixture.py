@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmi_lightning.denoisers.base import Denoiser, Prediction
 from cmi_lightning.errors import InputError
-from cmi_lightning.exact.covariance import (
+from cmi_lightning.exact.covariances import (
     KINDS,
     Covariance,
     DenseCovariance,

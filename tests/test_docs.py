@@ -1,0 +1,327 @@
+"""The README and the site: their code and commands are run (on fewer images and steps), and built.
+
+A block that cannot run here follows a comment <!-- not run: the reason -->.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from cmi_lightning.cli import main
+from cmi_lightning.denoisers import UNet
+from cmi_lightning.noise import SampleNoise
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = (ROOT, DOCS, DOCS / "guides", DOCS / "results")
+PAGES = {str(p.relative_to(ROOT)): p.read_text("utf-8") for f in FOLDERS for p in f.glob("*.md")}
+SHORT = ["--data.limit=2", "--data.batch_size=2", "--model.num_steps=3"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page; ``reason`` says why it is not run, or is empty."""
+
+    page: str
+    reason: str
+    language: str
+    code: str
+
+
+BLOCKS = [
+    Block(page, *match)
+    for page, text in PAGES.items()
+    for match in re.findall(r"(?:<!-- not run: (.*?) -->\n)?```(\w+)\n(.*?)```", text, re.DOTALL)
+]
+
+
+def of(language: str) -> list[Block]:
+    """The blocks of a language that are run."""
+    return [block for block in BLOCKS if block.language == language and not block.reason]
+
+
+def commands(blocks: list[Block]) -> list[list[str]]:
+    """The blocks' command lines as arguments, every one once."""
+    lines = [
+        line for block in blocks for line in block.code.replace("\\\n", " ").splitlines() if line
+    ]
+    return [
+        list(c) for c in dict.fromkeys(tuple(shlex.split(line, comments=True)) for line in lines)
+    ]
+
+
+def arguments(command: list[str]) -> list[str]:
+    """The arguments of cmi-lightning in a command, which may start with torchrun or srun."""
+    start = [i for i, word in enumerate(command) if word in ("cmi-lightning", "cmi_lightning")]
+    return command[start[0] + 1 :] if start else []
+
+
+OURS = [a for a in map(arguments, commands(of("bash"))) if a]
+MANY = [c for c in commands(of("bash")) if "mine.yaml" in c and "predict" in c]
+RUN = [
+    a for a in OURS if a[0] == "predict" and not {"mine.yaml", "--print_config", "--help"} & {*a}
+]
+EXAMPLES = {
+    match[1]: block.code
+    for block in of("yaml")
+    if (match := re.match(r"# (\w+)\.yaml", block.code))
+}
+FILES = {
+    match[1]: block.code
+    for block in of("python")
+    if (match := re.match(r"# (\w+\.py)\n", block.code))
+}
+
+PYTHON = ["README.md", "docs/index.md"]  # pages with code that is not a file of the user's
+
+MY_NETWORKS = '''
+import torch
+from torch import nn
+
+
+def score(x, sigma):
+    """The score of N(1/2, 1/16), images in [0, 1]."""
+    return (0.5 - x) / (1 / 16 + sigma[:, None, None, None] ** 2)
+
+
+class EDMPrecond(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1)
+        )
+
+    def forward(self, x, sigma):
+        sigma = sigma[:, None, None, None]
+        return x / (1 + sigma**2) + self.net(x / (1 + sigma**2).sqrt())
+
+
+class ScoreNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x, t):
+        assert 0 < float(t[0]) <= 1
+        return -x + self.net(x)
+'''
+
+
+def images(folder: Path, size: tuple[int, ...]) -> None:
+    """Write two images of noise."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(folder / f"{i}.png")
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory):
+    """The user's folder: what the pages take for granted."""
+    home = tmp_path_factory.mktemp("home")
+    for name, code in {"my_networks.py": MY_NETWORKS, **FILES}.items():
+        (home / name).write_text(code, encoding="utf-8")
+    for name, code in EXAMPLES.items():
+        (home / f"{name}.yaml").write_text(code, encoding="utf-8")
+    (home / "colour.yaml").write_text(EXAMPLES["callable"], encoding="utf-8")
+    (home / "runs/table/thousand").mkdir(parents=True)
+    (home / "runs/table/thousand/step_sizes.yaml").write_text("step_sizes: {}\n", encoding="utf-8")
+    (home / "mine.yaml").write_text("model: {num_steps: 3}\n", encoding="utf-8")
+    for name, size in {
+        "photos": (70, 64, 3),
+        "broken": (32, 32),
+        "blurred": (32, 32),
+        "noisy": (32, 32),
+        "small": (8, 8),
+        "masks": (32, 32),
+    }.items():
+        images(home / name, size)
+    for i in range(2):
+        mask = np.full((32, 32), 255, np.uint8)
+        mask[8:20, 8 : 20 + i] = 0
+        Image.fromarray(mask).save(home / f"masks/{i}.png")
+    np.save(home / "kernel.npy", np.ones((3, 3)))
+    scope: dict = {}
+    exec(compile(MY_NETWORKS, "my_networks.py", "exec"), scope)
+    save_file(scope["EDMPrecond"](16).state_dict(), home / "edm.safetensors")
+    torch.save({"state_dict": scope["ScoreNet"]().state_dict()}, home / "score_net.pt")
+    network = UNet(3, 64, (1, 2, 2), attention_levels=(2,), learn_variance=True)
+    torch.save(network.state_dict(), home / "unet.pt")
+    return home
+
+
+@pytest.fixture
+def home(house, monkeypatch):
+    """The user is in this folder; nothing else is done to find the files there."""
+    monkeypatch.chdir(house)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(house))])
+    yield house
+    for name in ("my_networks.py", *FILES):
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+def run(words: list[str], out: Path) -> int:
+    """Run a command on fewer images and steps."""
+    short = [a for a in SHORT if a.split("=")[0] not in words]
+    return main([*words, *short, f"--trainer.default_root_dir={out}"])
+
+
+@pytest.mark.parametrize("words", RUN, ids=" ".join)
+def test_commands_restore(home, words, tmp_path):
+    assert run(words, tmp_path) == 0
+    assert (tmp_path / "grid.png").is_file()
+    if "MeasurementFolderData" in words:
+        assert (tmp_path / "restored/1.png").is_file()
+        header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+        assert "psnr" not in header
+        assert "residual" in header
+
+
+@pytest.mark.parametrize("words", [a for a in OURS if a not in RUN], ids=" ".join)
+def test_commands_parse(home, words, capsys):
+    if words == ["verify"]:
+        return  # tests/test_verify.py
+    with pytest.raises(SystemExit) as ended:
+        main(words if {"--print_config", "--help"} & {*words} else [*words, "--print_config"])
+    assert ended.value.code in (0, None)
+    if "bf16-mixed" in words:
+        assert "bf16-mixed" in capsys.readouterr().out
+
+
+def test_commands_for_many_devices(home, capsys):
+    assert [c[0] for c in MANY] == ["cmi-lightning"] * 2 + ["torchrun", "srun"]
+    for command in MANY:
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments(command), "--print_config"])
+        assert ended.value.code in (0, None)
+        assert ("strategy: ddp" in capsys.readouterr().out) == ("ddp" in command)
+
+
+def test_few_blocks_are_not_run():
+    assert sum(bool(block.reason) for block in BLOCKS) == 3
+    assert {block.language for block in BLOCKS} == {"bash", "python", "yaml"}
+    assert {b.page for b in of("python") if b.code not in FILES.values()} == set(PYTHON)
+
+
+def test_scripts_exist():
+    for block in of("bash"):
+        if "git checkout" not in block.code:
+            for script in re.findall(r"python ((?:benchmarks|tests)/\S+)", block.code):
+                assert (ROOT / script).is_file(), script
+
+
+def test_there_is_an_example_of_every_source():
+    assert list(EXAMPLES) == ["unet", "callable", "diffusers", "edm", "vp"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_networks(home, name, tmp_path, capsys):
+    if name == "diffusers" and not (home / "my_pipeline").exists():
+        diffusers = pytest.importorskip("diffusers")
+        network = diffusers.UNet2DModel(
+            sample_size=64,
+            block_out_channels=(16, 16),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+        )
+        diffusers.DDPMPipeline(network, diffusers.DDPMScheduler()).save_pretrained("my_pipeline")
+    words = ["predict", "-c", f"{name}.yaml", "-c", "task/inpaint_box", "-c", "guidance/dps"]
+    assert run(words, tmp_path) == 0, capsys.readouterr().err
+    assert (tmp_path / "restored/1.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "page", sorted({b.page for b in of("python") if b.code not in FILES.values()})
+)
+def test_python(home, page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    for block in of("python"):
+        if block.page == page:
+            code = re.sub(r"\blimit=\d+", "limit=2", block.code)
+            code = re.sub(r"\bnum_steps=\d+", "num_steps=3", code)
+            code = code.replace("L.Trainer(", 'L.Trainer(accelerator="cpu", ')
+            exec(compile(code, page, "exec"), scope)
+    for folder in re.findall(r'default_root_dir="(.*?)"', PAGES[page]):
+        assert (tmp_path / folder / "metrics.csv").is_file()
+
+
+def test_the_guidance_is_short():
+    lines = [line for line in FILES["my_terms.py"].splitlines() if line.strip()]
+    assert len([line for line in lines if not line.startswith("#")]) <= 15
+
+
+def test_operator(shipped_images):
+    scope: dict = {}
+    exec(compile(FILES["my_operators.py"], "my_operators.py", "exec"), scope)
+    x = shipped_images[:2].repeat(1, 3, 1, 1)
+    A = scope["Luminance"]().bind((3, 32, 32), SampleNoise(0, ["a", "b"]), x)
+    y = A(x)
+    torch.testing.assert_close(A(A.pinv(y)), y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(A.adjoint(y), y.repeat(1, 3, 1, 1) / 3)
+
+
+def test_nothing_is_left_to_fill_in():
+    card = (ROOT / "cmi_lightning/assets/MODEL_CARD.md").read_text(encoding="utf-8")
+    for text in (*PAGES.values(), card):
+        assert not re.search(r"@\w+@|<!--(?! not run: )|TODO", text)
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
+        assert target.startswith("https://arxiv.org/") or (ROOT / target).exists(), target
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 140
+
+
+def test_measured_numbers_are_those_of_the_results():
+    """The README quotes docs/results.md, and that the table of all cells."""
+    page = PAGES["docs/results.md"]
+    quoted = [line for line in README.splitlines() if "±" in line and line.startswith("| ")]
+    assert len(quoted) == 6
+    assert all(line in page for line in quoted)
+    table = PAGES["docs/results/table.md"].splitlines()
+    rows = [[part.strip() for part in line.split("|")[1:4]] for line in table if line[:2] == "| "]
+    bases = [row for row in rows if row[1] in ("measurement A⁺y", "DPS", "ΠGDM", "MCG", "DSG")]
+    assert len(bases) == 6 * 5
+    for row in bases:
+        assert any(row[2] in line for line in quoted), row
+
+
+# The site
+
+
+def test_the_site(tmp_path):
+    """A broken link or an unknown name stops the build; the pages are whole and fetch nothing."""
+    pytest.importorskip("mkdocstrings_handlers.python", reason="the extra docs is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    site = {str(p.relative_to(tmp_path)): p.read_text("utf-8") for p in tmp_path.rglob("*.html")}
+    for page in PAGES:
+        if page.startswith("docs/"):
+            assert f"{page.removeprefix('docs/').removesuffix('.md')}.html" in site
+    for page, html in site.items():
+        for tag in re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", html):
+            assert not re.search(r'(?:src|href)="(?:https?:)?//', tag), (page, tag)
+    assert site["method.html"].count("<math") == PAGES["docs/method.md"].count("$$") // 2
+    reference = "".join(html for page, html in site.items() if page.startswith("reference/"))
+    shown = set(re.findall(r'id="(cmi_lightning[^"]*)"', reference))
+    folders = [p.parent for p in (ROOT / "cmi_lightning").glob("*/__init__.py")]
+    for package in ("cmi_lightning", *sorted(f"cmi_lightning.{f.name}" for f in folders)):
+        names = getattr(importlib.import_module(package), "__all__", [])
+        missing = [n for n in names if n != "__version__" and f"{package}.{n}" not in shown]
+        assert not missing, f"{package}: {missing}"
