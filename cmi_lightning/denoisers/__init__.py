@@ -1,6 +1,6 @@
 """Priors: pretrained networks, the U-Net of guided-diffusion's layout, and what wraps them."""
 
-from cmi_lightning.denoisers.base import Autocast, Denoiser, Prediction
+from cmi_lightning.denoisers.base import Autocast, Denoiser, DenoiserSpec, Prediction
 from cmi_lightning.denoisers.channels import AsGray, AsRGB
 from cmi_lightning.denoisers.network import NetworkDenoiser, shipped_prior
 from cmi_lightning.denoisers.presets import ffhq, ffhq_unet, imagenet, imagenet_unet
@@ -14,6 +14,7 @@ __all__ = [
     "AsRGB",
     "Autocast",
     "Denoiser",
+    "DenoiserSpec",
     "DiffusersDenoiser",
     "EDMDenoiser",
     "NetworkDenoiser",

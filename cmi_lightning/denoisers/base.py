@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Level, Schedule
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of x_t.
+    """A denoiser's answer to x_t.
 
     Attributes:
         x0: x̂₀ = E[x₀ | x_t], (B, *), in the dtype of x_t.
@@ -23,9 +26,19 @@ class Prediction(NamedTuple):
     x0: Tensor
     variance_fraction: Tensor | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Prediction:
+        """Return the prediction with ``function`` applied to its tensors.
 
-class Denoiser(nn.Module, ABC):
-    """A prior p(x₀), given by its posterior mean at every noise level.
+        >>> Prediction(torch.ones(2, 1)).map(torch.neg).x0.tolist()
+        [[-1.0], [-1.0]]
+        """
+        fraction = self.variance_fraction
+        return Prediction(function(self.x0), None if fraction is None else function(fraction))
+
+
+@dataclass(frozen=True)
+class DenoiserSpec:
+    """What a denoiser says of itself; wrappers take it over by ``dataclasses.replace``.
 
     Attributes:
         schedule: the noise levels that the denoiser knows.
@@ -35,6 +48,9 @@ class Denoiser(nn.Module, ABC):
         learns_variance: predictions carry a variance fraction.
         derivatives: how often x̂₀ can be differentiated.
         size_multiple: both sides of an image must be multiples of this.
+
+    >>> DenoiserSpec(Schedule.linear(), (3, 64, 64)).derivatives
+    2
     """
 
     schedule: Schedule
@@ -44,9 +60,68 @@ class Denoiser(nn.Module, ABC):
     derivatives: int = 2
     size_multiple: int = 1
 
+
+class Denoiser(nn.Module, ABC):
+    """A prior p(x₀), given by its posterior mean at every noise level.
+
+    A subclass sets the attributes of :class:`DenoiserSpec`, of which only ``schedule`` has no
+    default. A wrapper sets ``spec``, and so all of them, from those of the denoiser it wraps.
+
+    >>> class Normal(Denoiser):  # x₀ ~ N(0, I): x̂₀ = α x_t / (α² + σ²)
+    ...     schedule = Schedule.linear()
+    ...     def forward(self, x, level):
+    ...         return Prediction(level.alpha * x / (level.alpha**2 + level.sigma**2))
+    >>> Normal()(torch.ones(1, 3, 8, 8), Level(0.6, 0.8, 500.0)).x0.unique()
+    tensor([0.6000])
+    """
+
+    schedule: Schedule
+    image_shape: tuple[int | None, ...] | None = None
+    value_range: tuple[float, float] | None = None
+    learns_variance: bool = False
+    derivatives: int = 2
+    size_multiple: int = 1
+
+    @property
+    def spec(self) -> DenoiserSpec:
+        """All that the denoiser says of itself."""
+        return DenoiserSpec(*(getattr(self, field.name) for field in fields(DenoiserSpec)))
+
+    @spec.setter
+    def spec(self, spec: DenoiserSpec) -> None:
+        for field in fields(DenoiserSpec):
+            setattr(self, field.name, getattr(spec, field.name))
+
     @abstractmethod
     def forward(self, x: Tensor, level: Level) -> Prediction:
         """Return x̂₀ of x_t (B, *) = α x₀ + σ ε at ``level``."""
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuse images of ``shape`` (C, H, W) that the denoiser does not take.
+
+        Raises:
+            InputError: for other channels or sizes, with the remedy.
+        """
+        wanted, multiple, given = self.image_shape, self.size_multiple, size_text(shape)
+        if wanted and any(w not in (None, n) for w, n in zip(wanted, shape, strict=True)):
+            latent = ""
+            if wanted[0] in (4, 16) and shape[0] in (1, 3):
+                latent = f" ({wanted[0]} channels are usually latents, not pixels)"
+            raise InputError(
+                f"The images are {given} (channels×height×width) and the network takes "
+                f"{size_text(wanted)}{latent}; set data.channels or data.size, or use another "
+                "network."
+            )
+        if any(n % multiple for n in shape[1:]):
+            raise InputError(
+                f"The images are {given} (channels×height×width) and the network needs sides that "
+                f"are multiples of {multiple}; set data.size."
+            )
+
+
+def size_text(shape: tuple[int | None, ...]) -> str:
+    """Return "3×256×any" of (3, 256, None)."""
+    return "×".join("any" if n is None else str(n) for n in shape)
 
 
 class Autocast(Denoiser):
@@ -55,20 +130,23 @@ class Autocast(Denoiser):
     Args:
         denoiser: the denoiser to run.
         dtype: what autocast lowers to.
+
+    >>> from cmi_lightning.denoisers import shipped_prior
+    >>> prior = Autocast(shipped_prior(), torch.bfloat16)
+    >>> prior(torch.zeros(1, 1, 32, 32), prior.schedule[500]).x0.dtype
+    torch.float32
     """
 
     def __init__(self, denoiser: Denoiser, dtype: torch.dtype) -> None:
         super().__init__()
-        self.denoiser, self.dtype = denoiser, dtype
-        self.schedule, self.image_shape = denoiser.schedule, denoiser.image_shape
-        self.value_range, self.learns_variance = denoiser.value_range, denoiser.learns_variance
-        self.derivatives, self.size_multiple = denoiser.derivatives, denoiser.size_multiple
+        self.denoiser, self.dtype, self.spec = denoiser, dtype, denoiser.spec
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
         """Return the denoiser's prediction of x_t (B, *)."""
         with torch.autocast(x.device.type, dtype=self.dtype):
             prediction = self.denoiser(x, level)
-        fraction = prediction.variance_fraction
-        return Prediction(
-            prediction.x0.to(x.dtype), None if fraction is None else fraction.to(x.dtype)
-        )
+        return prediction.map(lambda part: part.to(x.dtype))
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuse what the wrapped denoiser refuses."""
+        self.denoiser.check(shape)

@@ -4,55 +4,57 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from cmi_lightning.denoisers.base import Denoiser, Prediction
+from cmi_lightning.denoisers.base import Denoiser, DenoiserSpec, Prediction
 from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Level
 
 
-def _wrap(wrapper: Denoiser, denoiser: Denoiser, channels: int, needed: int) -> None:
-    """Take over what a denoiser says of itself, but for the channels of its images."""
+def _spec(wrapper: Denoiser, denoiser: Denoiser, channels: int, needed: int) -> DenoiserSpec:
+    """Return a denoiser's spec for images of other channels."""
     shape = denoiser.image_shape or (None, None, None)
     if shape[0] not in (needed, None):
         raise InputError(
             f"{type(wrapper).__name__} wraps a prior for images of {needed} channels, and this "
             f"one's have {shape[0]}."
         )
-    wrapper.image_shape = (channels, *shape[1:])
-    wrapper.value_range, wrapper.learns_variance = denoiser.value_range, denoiser.learns_variance
-    wrapper.derivatives, wrapper.size_multiple = denoiser.derivatives, denoiser.size_multiple
+    return replace(denoiser.spec, image_shape=(channels, *shape[1:]))
 
 
 class AsGray(Denoiser):
-    """Gray images under an RGB prior: the mean over channels of what it says of a gray RGB image.
+    """Gray images under an RGB prior: the mean over channels of its x̂₀ of a gray RGB image.
 
-    A gray image as RGB has three equal channels, and noise at an RGB level (α, σ_c) splits into its
-    mean over the channels, of standard deviation σ_c/√3, and the rest, which lies in the colour
-    directions and says nothing of a gray image. So the gray level (α, σ) is the RGB level
-    (α, √3 σ), and the network is shown g_t plus noise √3 σ n with n ~ N(0, I − 11ᵀ/3), which is
-    distributed as what it was trained on; ĝ₀ is the mean over channels of its x̂₀.
+    A gray image as RGB has three equal channels. Noise at an RGB level (α, σ_c) splits into its
+    mean over the channels, of standard deviation σ_c/√3, and colour directions that say nothing of
+    a gray image. So the gray level (α, σ) is the RGB level (α, √3 σ). The network sees g_t plus
+    noise √3 σ n with n ~ N(0, I − 11ᵀ/3), distributed as in its training; ĝ₀ is the mean over
+    channels of its x̂₀, and so is a learned variance.
 
     Exact, whatever n, for priors of gray images and for Gaussian ones whose channels are
-    exchangeable. For other colour priors an approximation: they are told, with the uncertainty of
-    noise √3 σ, that the image has no colour. n is one fixed pattern per level and image
-    size, the same for every image, so that x̂₀ stays a differentiable function of x_t alone. A
-    learned variance is averaged over the channels, too.
+    exchangeable. Other colour priors learn, with the uncertainty of noise √3 σ, that the image has
+    no colour: an approximation. n is one fixed pattern per level and image size, the same for
+    every image, so that x̂₀ stays a differentiable function of x_t alone.
 
     Args:
         denoiser: a prior for RGB images.
 
     Raises:
         InputError: if its images have not 3 channels.
+
+    >>> from cmi_lightning.denoisers import NetworkDenoiser
+    >>> AsGray(NetworkDenoiser(lambda x, t: x, None, image_shape=(3, 8, 8))).image_shape
+    (1, 8, 8)
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
-        _wrap(self, denoiser, channels=1, needed=3)
+        gray = denoiser.schedule.scale_noise(1 / math.sqrt(3))
+        self.spec = replace(_spec(self, denoiser, channels=1, needed=3), schedule=gray)
         self.denoiser = denoiser
-        self.schedule = denoiser.schedule.scale_noise(1 / math.sqrt(3))
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
         """Return ĝ₀ of g_t (B, 1, H, W)."""
@@ -64,18 +66,19 @@ class AsGray(Denoiser):
         noise = torch.randn(1, 3, *x.shape[-2:], generator=generator).to(x)
         colour = sigma * (noise - noise.mean(dim=1, keepdim=True))
         prediction = self.denoiser(x + colour, Level(level.alpha, sigma, level.time))
-        fraction = prediction.variance_fraction
-        return Prediction(
-            prediction.x0.mean(dim=1, keepdim=True),
-            None if fraction is None else fraction.mean(dim=1, keepdim=True),
-        )
+        return prediction.map(lambda part: part.mean(dim=1, keepdim=True))
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuse images (1, H, W) whose colour version the RGB prior refuses."""
+        super().check(shape)
+        self.denoiser.check((3, *shape[1:]))
 
 
 class AsRGB(Denoiser):
     """Colour images under a gray prior: every channel is a gray image of its own.
 
-    Exact for a prior under which the channels are independent; what real channels have in common
-    is not used, so that colours may drift apart where little is measured.
+    Exact for a prior under which the channels are independent. It does not use what real channels
+    have in common, so that colours may drift apart where little is measured.
 
     Args:
         denoiser: a prior for gray images.
@@ -83,16 +86,23 @@ class AsRGB(Denoiser):
 
     Raises:
         InputError: if its images have not 1 channel.
+
+    >>> from cmi_lightning.denoisers import shipped_prior
+    >>> AsRGB(shipped_prior()).image_shape
+    (3, 32, 32)
     """
 
     def __init__(self, denoiser: Denoiser, channels: int = 3) -> None:
         super().__init__()
-        _wrap(self, denoiser, channels=channels, needed=1)
-        self.denoiser, self.schedule = denoiser, denoiser.schedule
+        self.spec = _spec(self, denoiser, channels=channels, needed=1)
+        self.denoiser = denoiser
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
         """Return x̂₀ of x_t (B, C, H, W)."""
-        x0, fraction = self.denoiser(x.flatten(0, 1)[:, None], level)
-        return Prediction(
-            x0.reshape(x.shape), None if fraction is None else fraction.reshape(x.shape)
-        )
+        gray = self.denoiser(x.flatten(0, 1)[:, None], level)
+        return gray.map(lambda part: part.reshape(x.shape))
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuse images (C, H, W) whose channels the gray prior refuses."""
+        super().check(shape)
+        self.denoiser.check((1, *shape[1:]))

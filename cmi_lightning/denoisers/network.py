@@ -1,19 +1,27 @@
-"""A pretrained network as a denoiser: what it predicts, what it is told, and its image range."""
+"""A pretrained network as a denoiser: its prediction, its notion of time, and its image range."""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from cmi_lightning.denoisers.base import Denoiser, Prediction
+from cmi_lightning.denoisers.base import Denoiser, Prediction, size_text
 from cmi_lightning.denoisers.unet import UNet
-from cmi_lightning.denoisers.weights import SHIPPED, load_weights
-from cmi_lightning.errors import InputError
+from cmi_lightning.denoisers.weights import SHIPPED, find_weights, hub_folder, load_weights
+from cmi_lightning.errors import InputError, first_line
+from cmi_lightning.files import write, write_json
 from cmi_lightning.schedule import Level, Schedule
 
 __all__ = ["SHIPPED", "NetworkDenoiser", "WrappedNetwork", "load_weights", "shipped_prior"]
@@ -39,16 +47,7 @@ class WrappedNetwork(Denoiser):
     u_t = c x_t + α m = α u₀ + (c σ) ε. So its level (α, σ_u) is our (α, σ_u/c), with the same
     time, and x̂₀ = (û₀ − m)/c, exactly.
 
-    Args:
-        network: see :class:`NetworkDenoiser`, as are the others.
-        weights: see there.
-        schedule: see there.
-        prediction: see there.
-        image_shape: see there.
-        value_range: see there.
-        learns_variance: see there.
-        sha256: see there.
-        weights_part: see there.
+    The arguments are those of :class:`NetworkDenoiser`.
     """
 
     def __init__(
@@ -67,9 +66,10 @@ class WrappedNetwork(Denoiser):
         low, high = value_range or (-1.0, 1.0)
         if not low < high:
             raise InputError(f"value_range must be (smallest, largest), got ({low:g}, {high:g}).")
-        self.network = network
+        self.network, self.own_schedule = network, Schedule.named(schedule)
+        self._refuse_conditional(network)
         self.gain, self.offset = (high - low) / 2, (high + low) / 2
-        self.schedule = Schedule.named(schedule)
+        self.schedule = self.own_schedule
         if self.gain != 1:
             self.schedule = self.schedule.scale_noise(1 / self.gain)
         self.prediction = prediction
@@ -137,6 +137,62 @@ class WrappedNetwork(Denoiser):
             return (u + level.sigma**2 * output) / level.alpha
         return output
 
+    @staticmethod
+    def _refuse_conditional(network: nn.Module | Callable) -> None:
+        """Refuse a network that must be told more than x_t and its time."""
+        try:
+            call = network.forward if isinstance(network, nn.Module) else network
+            parameters = list(inspect.signature(call).parameters.values())
+        except (TypeError, ValueError):  # built-in functions have no signature
+            return
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        more = [
+            p.name
+            for i, p in enumerate(parameters)
+            if p.default is p.empty
+            and (p.kind is p.KEYWORD_ONLY or (p.kind in positional and i >= 2))
+        ]
+        if more:
+            raise InputError(
+                f"The network {_called(network)} needs {', '.join(more)} besides x_t and its time "
+                "(a class or another condition): wrap it in a module that supplies the value, or "
+                "use an unconditional network."
+            )
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuse images of ``shape`` (C, H, W), after trying the network on one.
+
+        A large module is tried on PyTorch's "meta" device, without arithmetic. Where it cannot run
+        there, and of other networks, one image of zeros is tried.
+        """
+        super().check(shape)
+        network = self.network
+        own = next(self.parameters(), torch.empty(0))
+        level = self.schedule[len(self.schedule) // 2]
+        meta = {k: v.to("meta") for k, v in self.state_dict(keep_vars=True).items()}
+        work = shape[-1] * shape[-2] * sum(p.numel() for p in self.parameters())
+        with torch.no_grad(), contextlib.suppress(Exception):  # else tried in earnest
+            if work > 1e11:  # below, a second or so: less than "meta" takes to be imported
+                functional_call(self, meta, (torch.zeros(1, *shape, device="meta"), level))
+                return
+        try:
+            with torch.no_grad():
+                self(torch.zeros(1, *shape, device=own.device), level)
+        except InputError:
+            raise
+        except Exception as error:
+            classes = next((n for n in _CLASSES if getattr(network, n, None) is not None), None)
+            raise InputError(
+                f"The network {_called(network)} does not take images of {size_text(shape)} "
+                f"({type(error).__name__}: {first_line(error)}): "
+                + (
+                    f"it has {classes}, so wrap it in a module that supplies the class."
+                    if classes
+                    else "set data.size to the size it was trained on (or a multiple of its total "
+                    "downsampling), and image_shape to the sizes that it takes."
+                )
+            ) from error
+
     def _check_images(self, x: Tensor) -> None:
         # Sizes are PosteriorSampler's to check: a convolutional network takes others too.
         channels = self.image_shape[0] if self.image_shape else None
@@ -171,6 +227,13 @@ class WrappedNetwork(Denoiser):
             )
 
 
+_CLASSES = ("num_classes", "label_dim", "num_class_embeds", "class_embed_type")
+
+
+def _called(network: Any) -> str:
+    return getattr(network, "__name__", type(network).__name__)
+
+
 class NetworkDenoiser(WrappedNetwork):
     """x̂₀ = (x_t − σ ε_θ(x_t, time)) / α, for any network that predicts ε, x₀, v or the score.
 
@@ -183,8 +246,7 @@ class NetworkDenoiser(WrappedNetwork):
             Three attributes are read where present: ``learn_variance``, and ``size_multiple`` and
             ``derivatives`` (see :class:`Denoiser`).
         weights: a ``.safetensors``, ``.pt`` or ``.pth`` file, a folder with one, a URL, or the name
-            of a shipped prior ("fashion-mnist"), see :func:`load_weights`. None takes the network
-            as it is, for networks that load their own.
+            of a shipped prior, see :func:`load_weights`. None takes the network as it is.
         schedule: the levels the network was trained on, or their name: "linear" (the DDPM chain of
             1000), "cosine", "edm" or "vp" (continuous).
         prediction: what the network predicts.
@@ -200,9 +262,14 @@ class NetworkDenoiser(WrappedNetwork):
         weights_part: which part of a checkpoint that holds the network twice, such as "ema".
 
     Raises:
-        InputError: if the weights are missing, unreadable or do not fit the network exactly; and,
-            when it is called, if the images have other channels than declared, or the output
-            another shape than the images.
+        InputError: if the weights are missing, unreadable or do not fit the network exactly, or the
+            network needs a class; and, when it is called, if the images have other channels than
+            declared, or the output another shape than the images.
+
+    >>> prior = NetworkDenoiser(lambda x, times: x, None, image_shape=(3, None, None))
+    >>> level = prior.schedule[500]
+    >>> prior(torch.ones(1, 3, 8, 8), level).x0.shape  # (1 − σ) / α everywhere
+    torch.Size([1, 3, 8, 8])
     """
 
     def __init__(
@@ -238,14 +305,110 @@ class NetworkDenoiser(WrappedNetwork):
         output: Tensor = self.network(u, times.round().long() if self.time == "index" else times)
         return output
 
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write ``model.safetensors`` and ``config.json``, for :meth:`from_pretrained`.
 
-def shipped_prior() -> NetworkDenoiser:
-    """Return the Fashion-MNIST prior that ships with the package: 1 channel, 32x32."""
-    network = UNet(
-        in_channels=1,
-        model_channels=32,
-        channel_mult=(1, 2, 2, 2),
-        num_res_blocks=1,
-        attention_levels=(2,),
-    )
-    return NetworkDenoiser(network, "fashion-mnist", image_shape=(1, 32, 32))
+        Args:
+            folder: where, made if absent.
+            dtype: precision on disk, such as ``torch.float16``; None keeps the network's.
+
+        Raises:
+            InputError: for a network without ``config``, its constructor's arguments.
+        """
+        config = getattr(self.network, "config", None)
+        if not isinstance(config, dict) or not isinstance(self.network, nn.Module):
+            raise InputError(
+                f"The network {_called(self.network)} has no dictionary 'config' of its "
+                "constructor's arguments, without which it cannot be made again: set one."
+            )
+        names = [n for n in get_args(ScheduleName) if Schedule.named(n) == self.own_schedule]
+        spec = {
+            "network": config,
+            "schedule": names[0] if names else asdict(self.own_schedule),
+            "prediction": self.prediction,
+            "image_shape": self.image_shape,
+            "value_range": self.value_range and (self.offset - self.gain, self.offset + self.gain),
+            "time": self.time,
+            "learns_variance": self.learns_variance,
+        }
+        state = {
+            k: v.detach().cpu().to(dtype if v.is_floating_point() else None).contiguous()
+            for k, v in self.network.state_dict().items()
+        }
+        write(Path(folder) / "model.safetensors", save(state))
+        write_json(Path(folder) / "config.json", spec)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, network: nn.Module | None = None
+    ) -> NetworkDenoiser:
+        """Return what :meth:`save_pretrained` wrote, in float32.
+
+        Args:
+            folder: the folder, or "hf://owner/name" on the Hugging Face hub.
+            network: the network to fill, for another class than :class:`UNet`: a file from
+                elsewhere does not choose what code runs.
+
+        Raises:
+            InputError: for a folder without either file, or weights that do not fit.
+
+        >>> import tempfile
+        >>> prior = NetworkDenoiser(UNet(1, 32, (1,), attention_levels=()), None)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     prior.save_pretrained(folder, torch.float16)
+        ...     NetworkDenoiser.from_pretrained(folder).network.config["in_channels"]
+        1
+        """
+        home = hub_folder(str(folder))
+        try:
+            spec = json.loads((home / "config.json").read_text(encoding="utf-8"))
+            made = UNet(**spec.pop("network")) if network is None else network
+            spec.pop("network", None)
+            if isinstance(spec["schedule"], dict):
+                spec["schedule"] = Schedule(**{k: tuple(v) for k, v in spec["schedule"].items()})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"'{home}' has no config.json that NetworkDenoiser.save_pretrained wrote for a "
+                f"UNet ({type(error).__name__}: {first_line(error)})."
+            ) from error
+        return cls(made, str(home / "model.safetensors"), **spec)
+
+
+_SHIPPED_NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, int | None, int | None]]] = {
+    "fashion-mnist": (
+        {"in_channels": 1, "channel_mult": (1, 2, 2, 2), "attention_levels": (2,)},
+        (1, 32, 32),
+    ),
+    "photos-64": (
+        {
+            "patch_size": 2,
+            "channel_mult": (1, 2, 4),
+            "attention_levels": (),
+            "middle_attention": False,
+        },
+        (3, None, None),
+    ),
+}
+
+
+def shipped_prior(
+    name: Literal["fashion-mnist", "photos-64"] = "fashion-mnist",
+) -> NetworkDenoiser:
+    """Return a prior that ships with the package.
+
+    Args:
+        name: "fashion-mnist" (gray garments, 32×32), or "photos-64" (colour photographs, trained on
+            64×64; sides that are multiples of 8).
+
+    Raises:
+        InputError: for another name.
+
+    >>> shipped_prior().image_shape
+    (1, 32, 32)
+    """
+    if name not in _SHIPPED_NETWORKS:
+        raise InputError(f"There is no shipped prior '{name}': use {', '.join(SHIPPED)}.")
+    find_weights(name)  # before the network is made
+    options, image_shape = _SHIPPED_NETWORKS[name]
+    network = UNet(model_channels=32, num_res_blocks=1, **options)
+    return NetworkDenoiser(network, name, image_shape=image_shape)

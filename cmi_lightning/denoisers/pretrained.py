@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cmi_lightning.denoisers.network import Output, ScheduleName, WrappedNetwork
-from cmi_lightning.denoisers.weights import SUFFIXES, _kind, misfit
+from cmi_lightning.denoisers.weights import SUFFIXES, _kind, hub_folder, misfit
 from cmi_lightning.errors import InputError, first_line
 from cmi_lightning.schedule import Level, Schedule
 
@@ -129,7 +128,7 @@ class DiffusersDenoiser(WrappedNetwork):
             raise InputError(
                 f"The network '{model}' needs diffusers: pip install 'cmi-lightning[diffusers]'."
             ) from error
-        folder = _local(model)
+        folder = hub_folder(model)
         network = _unet(diffusers, folder, variant)
         scheduler = _scheduler_config(folder)
         if schedule is None:
@@ -177,32 +176,6 @@ class DiffusersDenoiser(WrappedNetwork):
 
 
 _PREDICTIONS: dict[str, Output] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
-
-
-def _local(model: str) -> Path:
-    """Return the folder of a model, downloaded if it is the id of one on the hub."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        raise InputError(
-            f"There is no folder '{model}': give one that diffusers' save_pretrained wrote, or a "
-            "model's id on the Hugging Face hub, 'owner/name'."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
-        if not any(folder.rglob("*.safetensors")):
-            snapshot_download(model, allow_patterns=["*.bin"])
-        return folder
-    except Exception as error:
-        reason = first_line(error)
-        raise InputError(
-            f"There is no folder '{model}', and the Hugging Face hub gave none "
-            f"({type(error).__name__}: {reason}): correct the name, or download the model and give "
-            "its folder."
-        ) from error
 
 
 def _config(path: Path) -> dict[str, Any]:

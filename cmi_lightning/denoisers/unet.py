@@ -178,6 +178,10 @@ class UNet(nn.Module):
 
     References:
         Dhariwal & Nichol (2021), Diffusion models beat GANs on image synthesis.
+
+    >>> network = UNet(3, 32, (1, 2), attention_levels=(), patch_size=2, middle_attention=False)
+    >>> network.size_multiple, network(torch.zeros(1, 3, 12, 20), torch.tensor([500.0])).shape
+    (4, torch.Size([1, 3, 12, 20]))
     """
 
     def __init__(
@@ -196,7 +200,10 @@ class UNet(nn.Module):
         patch_size: int = 1,
         middle_attention: bool = True,
     ) -> None:
+        options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
+        #: The constructor's arguments, as JSON can hold them.
+        self.config = {k: list(v) if isinstance(v, Sequence) else v for k, v in options.items()}
         if model_channels % 32:
             raise InputError(f"model_channels must be a multiple of 32, got {model_channels}.")
         self.in_channels, self.model_channels = in_channels, model_channels
@@ -280,7 +287,7 @@ class UNet(nn.Module):
 
         # The first convolution sees x_t in full precision: bfloat16 resolves 1 to 0.008, no finer
         # than the noise of the last levels.
-        device = x.device.type
+        device = x.device.type.replace("meta", "cpu")  # shapes alone: autocast knows no meta
         with torch.autocast(device, enabled=False):
             patches = F.pixel_unshuffle(x.to(dtype), self.patch_size)
             h = self.input_blocks[0](embedding, patches, run=run)

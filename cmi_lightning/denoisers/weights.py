@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from cmi_lightning.errors import InputError, first_line
 
 ASSETS = Path(__file__).parent.parent / "assets"
-SHIPPED = {"fashion-mnist": ASSETS / "fashion_mnist_prior.safetensors"}
+SHIPPED = {
+    "fashion-mnist": ASSETS / "fashion_mnist_prior.safetensors",
+    "photos-64": ASSETS / "photos" / "photos64.safetensors",
+}
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -129,6 +132,33 @@ def find_weights(
                 "again, or correct sha256."
             )
     return path
+
+
+def hub_folder(model: str) -> Path:
+    """Return a folder, or the copy of "hf://owner/name" or "owner/name", downloaded once."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    name = model.removeprefix("hf://")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise InputError(
+            f"There is no folder '{model}': give one that save_pretrained wrote, or a model's id "
+            "on the Hugging Face hub, 'owner/name'."
+        )
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.rglob("*.safetensors")):
+            snapshot_download(name, allow_patterns=["*.bin"])
+        return folder
+    except Exception as error:
+        reason = first_line(error)
+        raise InputError(
+            f"There is no folder '{model}', and the Hugging Face hub gave none "
+            f"({type(error).__name__}: {reason}): correct the name, or download the model and give "
+            "its folder."
+        ) from error
 
 
 def _absent(source: str, name: str) -> str:

@@ -1,0 +1,261 @@
+"""Networks as denoisers: kept and made again, patches of pixels, images they do not take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cmi_lightning.denoisers import (
+    AsGray,
+    Autocast,
+    EDMDenoiser,
+    NetworkDenoiser,
+    UNet,
+    ffhq_unet,
+    shipped_prior,
+)
+from cmi_lightning.errors import InputError
+from cmi_lightning.schedule import Schedule
+
+SMALL = dict(model_channels=32, channel_mult=(1, 2), attention_levels=())
+
+
+def filled(network: nn.Module, std: float = 0.05) -> nn.Module:
+    """The network with all layers at work."""
+    generator = torch.Generator().manual_seed(0)
+    for p in network.parameters():
+        nn.init.normal_(p, std=std, generator=generator)
+    return network.requires_grad_(False).eval()
+
+
+# Kept and made again
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"schedule": Schedule.cosine(50), "prediction": "v", "time": "log_snr"},
+        {"value_range": (0.0, 1.0), "schedule": "edm", "image_shape": (3, None, 16)},
+        {"value_range": None, "image_shape": (3, 8, 8)},
+    ],
+)
+def test_pretrained_networks_come_back(tmp_path, options):
+    ours = NetworkDenoiser(filled(UNet(3, learn_variance=True, **SMALL)), None, **options)
+    ours.save_pretrained(tmp_path / "kept")
+    back = NetworkDenoiser.from_pretrained(tmp_path / "kept")
+    assert back.spec == ours.spec
+    x, level = torch.randn(1, 3, 8, 16), ours.schedule[20]
+    for a, b in zip(ours(x, level), back(x, level), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_pretrained_networks_in_half_precision(tmp_path):
+    ours = NetworkDenoiser(filled(UNet(3, **SMALL)), None)
+    ours.save_pretrained(tmp_path / "half", torch.float16)
+    ours.save_pretrained(tmp_path / "full")
+    half, full = (tmp_path / n / "model.safetensors" for n in ("half", "full"))
+    assert half.stat().st_size < 0.6 * full.stat().st_size
+    back = NetworkDenoiser.from_pretrained(tmp_path / "half")
+    for a, b in zip(ours.parameters(), back.parameters(), strict=True):
+        assert b.dtype == torch.float32
+        assert torch.equal(a.half().float(), b)
+
+
+class Timeless(nn.Module):
+    """A network of the user's own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, width, padding="same")
+
+    def forward(self, x, times):
+        return self.layer(x)
+
+
+def test_pretrained_networks_of_other_classes(tmp_path):
+    network = filled(Timeless(3))
+    with pytest.raises(InputError, match="Timeless has no dictionary 'config'"):
+        NetworkDenoiser(network, None).save_pretrained(tmp_path)
+    network.config = {"width": 3}
+    NetworkDenoiser(network, None).save_pretrained(tmp_path)
+    back = NetworkDenoiser.from_pretrained(tmp_path, Timeless(3))
+    assert torch.equal(back.network.layer.weight, network.layer.weight)
+    with pytest.raises(InputError, match="for a UNet"):  # files choose no class
+        NetworkDenoiser.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="There is no folder"):
+        NetworkDenoiser.from_pretrained(tmp_path / "absent")
+    with pytest.raises(InputError, match="misshapen"):
+        NetworkDenoiser.from_pretrained(tmp_path, Timeless(5))
+
+
+def test_shipped_priors_have_names():
+    assert shipped_prior("fashion-mnist").image_shape == (1, 32, 32)
+    with pytest.raises(InputError, match="no shipped prior 'faces': use fashion-mnist, photos-64"):
+        shipped_prior("faces")
+
+
+# Patches of pixels
+
+
+PATCHED = dict(SMALL, patch_size=2, middle_attention=False)
+TIMES = torch.full((1,), 300.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("learn_variance", [False, True])
+def test_patches_are_channels_of_a_plain_network(learn_variance):
+    # pixel-unshuffle by hand: channel c at (i, j) of a patch is channel 4c + 2i + j
+    patched = filled(UNet(3, learn_variance=learn_variance, **PATCHED)).double()
+    plain = UNet(12, learn_variance=learn_variance, **{**PATCHED, "patch_size": 1}).double()
+    plain.load_state_dict(patched.state_dict())
+    x = torch.randn(1, 3, 8, 12, dtype=torch.float64)
+    patches = torch.stack([x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=2)
+    out = plain(patches.flatten(1, 2), TIMES).unflatten(1, (-1, 2, 2))
+    expected = torch.empty(1, 6 if learn_variance else 3, 8, 12, dtype=torch.float64)
+    for i in (0, 1):
+        for j in (0, 1):
+            expected[..., i::2, j::2] = out[:, :, i, j]
+    torch.testing.assert_close(patched(x, TIMES), expected)
+
+
+def test_learned_variance_of_patches_is_split_off():
+    network = filled(UNet(3, learn_variance=True, **PATCHED))
+    denoiser = NetworkDenoiser(network, None)
+    level, x = denoiser.schedule[300], torch.randn(2, 3, 8, 8)
+    epsilon, v = network(x, torch.full((2,), 300.0)).split(3, dim=1)
+    prediction = denoiser(x, level)
+    torch.testing.assert_close(prediction.x0, (x - level.sigma * epsilon) / level.alpha)
+    torch.testing.assert_close(prediction.variance_fraction, (v + 1) / 2)
+
+
+@pytest.mark.parametrize(("patch", "levels"), [(1, 2), (2, 2), (2, 3), (4, 2)])
+def test_sizes_of_patches(patch, levels):
+    network = filled(UNet(3, **dict(PATCHED, patch_size=patch, channel_mult=(1,) * levels)))
+    multiple = network.size_multiple
+    assert multiple == patch * 2 ** (levels - 1)
+    assert not any("qkv" in name for name in network.state_dict())
+    for height, width in ((multiple, 2 * multiple), (3 * multiple, 5 * multiple)):  # any size
+        assert network(torch.zeros(1, 3, height, width), TIMES).shape == (1, 3, height, width)
+    with pytest.raises(InputError, match=f"multiples of {multiple}; got"):
+        network(torch.zeros(1, 3, multiple + 1, multiple), TIMES)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_derivatives_through_patches(checkpoint):
+    network = filled(UNet(1, checkpoint=checkpoint, **PATCHED), 0.2).double()
+    x, u, p = torch.randn(3, 1, 1, 4, 8, generator=torch.manual_seed(1)).double()
+
+    def product(z, create_graph=False):
+        z = z.detach().requires_grad_()
+        return z, torch.autograd.grad(network(z, TIMES), z, u, create_graph=create_graph)[0]
+
+    h = 1e-5
+    difference = (network(x + h * p, TIMES) - network(x - h * p, TIMES)) / (2 * h)
+    z, first = product(x, create_graph=True)
+    assert float((first.detach() * p).sum()) == pytest.approx(
+        float((difference * u).sum()), rel=1e-5
+    )
+    (second,) = torch.autograd.grad((first * p).sum(), z)
+    difference = (product(x + h * p)[1] - product(x - h * p)[1]) / (2 * h)
+    torch.testing.assert_close(second, difference, rtol=1e-4, atol=1e-7)
+    assert float(second.abs().max()) > 1e-4
+
+
+# Images and networks that do not go together are found out before anything runs
+
+
+class Halving(nn.Module):
+    """Takes multiples of 4 alone, without saying so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 8, 3, 2, 1), nn.Upsample(scale_factor=2)
+        self.deep, self.out = nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x, times):
+        a = self.down(x)
+        return self.up(self.out(torch.cat([self.up(self.deep(a)), a], dim=1)))
+
+
+class Positions(nn.Module):
+    """Has one size, by a table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(3, 8, 8))
+
+    def forward(self, x, times):
+        return x + self.table
+
+
+class AssertsClass(Halving):
+    """guided-diffusion's way."""
+
+    num_classes = 10
+
+    def forward(self, x, times, y=None):
+        assert (y is not None) == (self.num_classes is not None), "must specify y"
+        return super().forward(x, times)
+
+
+@pytest.mark.parametrize(
+    ("network", "size", "words"),
+    [
+        (
+            Halving(),
+            50,
+            r"Halving does not take images of 3×50×50 \(RuntimeError: Sizes.*data.size",
+        ),
+        (Positions(), 16, r"Positions does not take images of 3×16×16 .*set data.size"),
+        (lambda x, t: x.reshape(-1, 3, 100), 16, r"<lambda> does not take .*shape .*is invalid"),
+        (lambda x, t: x[..., 1:], 16, "image_shape and the network's channels must agree"),
+        (AssertsClass(), 16, "must specify y.* it has num_classes, so wrap it"),
+    ],
+)
+def test_sizes_are_tried_before_anything_runs(network, size, words):
+    denoiser = NetworkDenoiser(network, None, image_shape=(3, None, None))
+    for wrapper in (denoiser, Autocast(denoiser, torch.bfloat16)):
+        with pytest.raises(InputError, match=words):
+            wrapper.check((3, size, size))
+
+
+@pytest.mark.parametrize("network", [Halving(), lambda x, t: x, UNet(3, **SMALL)])
+def test_sizes_that_do(network):
+    denoiser = NetworkDenoiser(network, None, image_shape=(3, None, None))
+    denoiser.check((3, 16, 24))
+    AsGray(denoiser).check((1, 16, 24))
+
+
+def test_large_networks_are_tried_without_arithmetic():
+    with torch.device("meta"):  # whose weights have no numbers to compute with
+        denoiser = NetworkDenoiser(ffhq_unet(), None, image_shape=(3, None, None))
+    denoiser.check((3, 256, 256))
+
+
+def class_needed(x, t, y): ...
+def class_by_name(x, t, *, labels): ...
+
+
+class Embedded(nn.Module):
+    def forward(self, sample, timestep, encoder_hidden_states, return_dict=True): ...
+
+
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [(class_needed, "y"), (class_by_name, "labels"), (Embedded(), "encoder_hidden_states")],
+)
+@pytest.mark.parametrize("kind", [NetworkDenoiser, EDMDenoiser])
+def test_networks_that_need_a_class(network, name, kind):
+    with pytest.raises(InputError, match=f"needs {name} besides x_t and its time"):
+        kind(network, None)
+
+
+def test_networks_with_further_options():
+    NetworkDenoiser(lambda x, t, y=None, *rest, **more: x, None)
+
+
+def test_latents_are_no_pixels():
+    denoiser = NetworkDenoiser(lambda x, t: x, None, image_shape=(4, 64, 64))
+    with pytest.raises(InputError, match="4 channels are usually latents"):
+        denoiser.check((3, 64, 64))
