@@ -217,20 +217,20 @@ def test_sizes_are_tried_before_anything_runs(network, size, words):
     denoiser = NetworkDenoiser(network, None, image_shape=(3, None, None))
     for wrapper in (denoiser, Autocast(denoiser, torch.bfloat16)):
         with pytest.raises(InputError, match=words):
-            wrapper.check((3, size, size))
+            wrapper.rehearse((3, size, size))
 
 
 @pytest.mark.parametrize("network", [Halving(), lambda x, t: x, UNet(3, **SMALL)])
 def test_sizes_that_do(network):
     denoiser = NetworkDenoiser(network, None, image_shape=(3, None, None))
-    denoiser.check((3, 16, 24))
-    AsGray(denoiser).check((1, 16, 24))
+    denoiser.rehearse((3, 16, 24))
+    AsGray(denoiser).rehearse((1, 16, 24))
 
 
 def test_large_networks_are_tried_without_arithmetic():
     with torch.device("meta"):  # whose weights have no numbers to compute with
         denoiser = NetworkDenoiser(ffhq_unet(), None, image_shape=(3, None, None))
-    denoiser.check((3, 256, 256))
+    denoiser.rehearse((3, 256, 256))
 
 
 def class_needed(x, t, y): ...
@@ -258,4 +258,4 @@ def test_networks_with_further_options():
 def test_latents_are_no_pixels():
     denoiser = NetworkDenoiser(lambda x, t: x, None, image_shape=(4, 64, 64))
     with pytest.raises(InputError, match="4 channels are usually latents"):
-        denoiser.check((3, 64, 64))
+        denoiser.rehearse((3, 64, 64))

@@ -97,7 +97,7 @@ class Denoiser(nn.Module, ABC):
         """Return x̂₀ of x_t (B, *) = α x₀ + σ ε at ``level``."""
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Refuse images of ``shape`` (C, H, W) that the denoiser does not take.
+        """Refuse images of ``shape`` (C, H, W) that the spec excludes.
 
         Raises:
             InputError: for other channels or sizes, with the remedy.
@@ -117,6 +117,10 @@ class Denoiser(nn.Module, ABC):
                 f"The images are {given} (channels×height×width) and the network needs sides that "
                 f"are multiples of {multiple}; set data.size."
             )
+
+    def rehearse(self, shape: tuple[int, ...]) -> None:
+        """Refuse what :meth:`check` refuses, and what fails when it is tried on one image."""
+        self.check(shape)
 
 
 def size_text(shape: tuple[int | None, ...]) -> str:
@@ -147,6 +151,6 @@ class Autocast(Denoiser):
             prediction = self.denoiser(x, level)
         return prediction.map(lambda part: part.to(x.dtype))
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Refuse what the wrapped denoiser refuses."""
-        self.denoiser.check(shape)
+    def rehearse(self, shape: tuple[int, ...]) -> None:
+        """Rehearse the wrapped denoiser."""
+        self.denoiser.rehearse(shape)

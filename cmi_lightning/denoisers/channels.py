@@ -68,10 +68,10 @@ class AsGray(Denoiser):
         prediction = self.denoiser(x + colour, Level(level.alpha, sigma, level.time))
         return prediction.map(lambda part: part.mean(dim=1, keepdim=True))
 
-    def check(self, shape: tuple[int, ...]) -> None:
+    def rehearse(self, shape: tuple[int, ...]) -> None:
         """Refuse images (1, H, W) whose colour version the RGB prior refuses."""
-        super().check(shape)
-        self.denoiser.check((3, *shape[1:]))
+        self.check(shape)
+        self.denoiser.rehearse((3, *shape[1:]))
 
 
 class AsRGB(Denoiser):
@@ -102,7 +102,7 @@ class AsRGB(Denoiser):
         gray = self.denoiser(x.flatten(0, 1)[:, None], level)
         return gray.map(lambda part: part.reshape(x.shape))
 
-    def check(self, shape: tuple[int, ...]) -> None:
+    def rehearse(self, shape: tuple[int, ...]) -> None:
         """Refuse images (C, H, W) whose channels the gray prior refuses."""
-        super().check(shape)
-        self.denoiser.check((1, *shape[1:]))
+        self.check(shape)
+        self.denoiser.rehearse((1, *shape[1:]))

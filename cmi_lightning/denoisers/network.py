@@ -159,13 +159,13 @@ class WrappedNetwork(Denoiser):
                 "use an unconditional network."
             )
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Refuse images of ``shape`` (C, H, W), after trying the network on one.
+    def rehearse(self, shape: tuple[int, ...]) -> None:
+        """Refuse images of ``shape`` (C, H, W) that the spec excludes or the network fails on.
 
         A large module is tried on PyTorch's "meta" device, without arithmetic. Where it cannot run
         there, and of other networks, one image of zeros is tried.
         """
-        super().check(shape)
+        self.check(shape)
         network = self.network
         own = next(self.parameters(), torch.empty(0))
         level = self.schedule[len(self.schedule) // 2]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.data.base import LoaderData, RestorationData
-from cmi_lightning.denoisers.base import Autocast, Denoiser
+from cmi_lightning.denoisers.base import Autocast, Denoiser, size_text
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.linalg import norm
@@ -170,7 +170,7 @@ class PosteriorSampler(L.LightningModule):
         """Return what will be run, for people."""
         std = self.measurement_noise.std
         shape = self.denoiser.image_shape
-        size = _size(shape) if shape else "any"
+        size = size_text(shape) if shape else "any"
         datamodule = getattr(self._trainer, "datamodule", None)
         return {
             "prior": f"{_name(self.denoiser)}, images {size}",
@@ -229,24 +229,9 @@ class PosteriorSampler(L.LightningModule):
         shape = getattr(datamodule, "image_shape", None)
         if shape is None:
             return
-        self._check_shape(tuple(shape))
+        self.denoiser.rehearse(tuple(shape))
         if isinstance(self.operator, Recipe):
             self.operator.bind(shape, SampleNoise(self.seed, ["check"]), torch.zeros(1))
-
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        """Refuse images (C, H, W) that the network does not take."""
-        wanted, multiple = self.denoiser.image_shape, self.denoiser.size_multiple
-        given = _size(shape)
-        if wanted and any(w is not None and w != n for w, n in zip(wanted, shape, strict=True)):
-            raise InputError(
-                f"The images are {given} (channels×height×width) and the network takes "
-                f"{_size(wanted)}; set data.channels or data.size, or use another network."
-            )
-        if any(n % multiple for n in shape[1:]):
-            raise InputError(
-                f"The images are {given} (channels×height×width) and the network needs sides that "
-                f"are multiples of {multiple}; set data.size."
-            )
 
     def on_predict_start(self) -> None:
         """Let SIGTERM end the run as Ctrl-C does, not after the last batch as Lightning would."""
@@ -329,7 +314,7 @@ class PosteriorSampler(L.LightningModule):
         )
         if truth is None:
             self._refuse_operator("the batch holds measurements, which say how they were made")
-        self._check_shape(tuple(like.shape[1:]))
+        self.denoiser.check(tuple(like.shape[1:]))
         observers = [c for c in self._callbacks() if isinstance(c, SamplingObserver)]
         draws, cost = [], Cost()
         failed: dict[str, str] = {}
@@ -477,11 +462,6 @@ def _plain_autograd(device: str) -> Iterator[None]:
     """Leave Lightning's inference mode and autocast: guidance needs gradients in full precision."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         yield
-
-
-def _size(shape: tuple[int | None, ...]) -> str:
-    """Return a shape as text, "any" for sides that are free."""
-    return "×".join("any" if n is None else str(n) for n in shape)
 
 
 def _name(part: object) -> str:
