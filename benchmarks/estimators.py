@@ -45,7 +45,7 @@ from cmi_lightning.information.base import (
 )
 from cmi_lightning.linalg import dot, krylov, norm, per_sample
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import BoxMask, Downsample, LinearOperator
+from cmi_lightning.operators import BoxMask, Dense, Downsample
 from cmi_lightning.problem import Problem
 from cmi_lightning.step import Step
 
@@ -62,7 +62,7 @@ class Curvature(ProbeEstimator):
 
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
         A, std, x = step.problem.operator, step.problem.std, step.x.detach()
-        v = A.white(draw, step.problem.y)
+        v = A.sample_noise(draw, step.problem.y)
         space = krylov(whitened(step, std), v, self.krylov)
         w, residual = space.apply(lambda s: torch.where(s > 1, s.clamp_min(1) ** -0.5, 0.0))
         value = 0.5 * space.quadratic(lambda s: s.clamp_min(1).log())
@@ -136,17 +136,6 @@ def timed(estimator: Estimator, step: Step) -> tuple[Information, int, float]:
     return information, step.cost.forwards - before[0] + step.cost.vjps - before[1], seconds
 
 
-class DenseOperator(LinearOperator):
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.image_shape = matrix, (1, 1, matrix.shape[1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.matrix.T
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        return (y @ self.matrix).reshape(-1, *self.image_shape)
-
-
 def mixture(d: int) -> GaussianMixture:
     """Five overlapping components; with covariances of their own up to d = 100, dense ones."""
     g = torch.Generator().manual_seed(d)
@@ -163,7 +152,7 @@ def on_mixtures(probes: int, indices: tuple[int, ...] = (150, 300, 500)) -> None
     for d, m in ((6, 3), (80, 40), (800, 100)):
         prior, g = mixture(d), torch.Generator().manual_seed(1)
         matrix = torch.randn(m, d, generator=g, dtype=torch.float64) / math.sqrt(d)
-        operator, rows = DenseOperator(matrix), min(probes, 200_000 // d)
+        operator, rows = Dense(matrix, (1, 1, d)), min(probes, 200_000 // d)
         noise = SampleNoise(0, [str(i) for i in range(rows)])
         steps, truths = [], []
         for index in indices:
@@ -207,7 +196,7 @@ def on_network(
     for task, operator in (("×4", Downsample(4)), ("box 14×14", BoxMask(14, 4))):
         for index in indices:
             noise = SampleNoise(0, ids)
-            problem = Problem.simulate(x0, operator.bind((1, 32, 32), noise, x0), 0.05, noise)
+            problem = Problem.simulate(x0, operator, 0.05, noise)
             t, s = prior.schedule[index], prior.schedule[index - 1]
             x = t.alpha * x0 + t.sigma * noise.normal("benchmark", index, x0)
 
@@ -260,12 +249,12 @@ def step_lengths(count: int) -> None:
     for task, operator in (("×4", Downsample(4)), ("box", BoxMask(14, 4))):
         for index in (50, 200, 400, 600, 800):
             noise = SampleNoise(0, ids)
-            problem = Problem.simulate(x0, operator.bind((1, 32, 32), noise, x0), 0.05, noise)
+            problem = Problem.simulate(x0, operator, 0.05, noise)
             t, s = prior.schedule[index], prior.schedule[index - 1]
             x = t.alpha * x0 + t.sigma * noise.normal("benchmark", index, x0)
             step, lowered = (Step(index, x, t, s, problem, d, noise) for d in (prior, low))
             A, std = problem.operator, problem.std
-            v = A.white(lambda like: noise.signs("steps", index, like), problem.y)  # noqa: B023
+            v = A.sample_noise(lambda like: noise.signs("steps", index, like), problem.y)  # noqa: B023
             space = krylov(whitened(step, std), v, 6)
             w, _ = space.apply(clipped_inverse)
             root, _ = space.apply(lambda s: clipped_inverse(s).sqrt())

@@ -74,8 +74,7 @@ def measure(method: str, checkpoint: bool, batch: int, size: int, device: str) -
     like = torch.zeros(batch, 3, size, size, device=device)
     noise = SampleNoise(0, [str(i) for i in range(batch)])
     x = noise.normal("image", 0, like).clamp(-1, 1)
-    operator = Downsample(4).bind(tuple(x.shape[1:]), noise, x)
-    problem = Problem.simulate(x, operator, 0.05, noise)
+    problem = Problem.simulate(x, Downsample(4), 0.05, noise)
     before, cost = peak(device), Cost()
     t, s = sampler.schedule[INDEX], sampler.schedule[INDEX - 1]
     started = time.perf_counter()

@@ -30,9 +30,8 @@ from torch import Tensor
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import CMI, DPS, DSG, MCG, Guidance, MomentMatching, PiGDM
 from cmi_lightning.information import Lanczos
-from cmi_lightning.linalg import per_sample
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators.base import LinearOperator
+from cmi_lightning.operators import Dense
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.schedule import Schedule
@@ -142,27 +141,6 @@ def weights(dim: int) -> Tensor:
     """Return the components' weights, ∝ χ²₁, drawn once per dimension."""
     w = torch.randn(25, generator=generator("weights", dim), dtype=torch.float64) ** 2
     return w / w.sum()
-
-
-class Dense(LinearOperator):
-    """y = A x on vectors (B, d), with closed forms."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.image_shape = matrix, matrix.shape[1:]  # type: ignore[assignment]
-        self.gram, self.inverse = matrix @ matrix.mT, torch.linalg.pinv(matrix)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.matrix.mT
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        return y @ self.matrix
-
-    def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
-        system = self.gram + torch.diag_embed(per_sample(shift, y).expand_as(y))
-        return torch.linalg.solve(system, y)
-
-    def pinv(self, y: Tensor) -> Tensor:
-        return y @ self.inverse.mT
 
 
 def measurement(cell: Cell, g: torch.Generator) -> tuple[Tensor, Tensor, float]:

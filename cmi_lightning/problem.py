@@ -61,10 +61,18 @@ class Problem:
     def simulate(
         cls, x: Tensor, operator: LinearOperator, noise_std: float | Tensor, noise: SampleNoise
     ) -> Self:
-        """Measure clean images x (B, C, H, W) in [−1, 1] with a bound operator."""
-        clean = operator(x)
-        white = operator.white(lambda like: noise.normal("measurement", 0, like), clean)
-        return cls(clean + per_sample(noise_std, clean) * white, operator, noise_std)
+        """Measure clean images x (B, C, H, W) in [−1, 1].
+
+        The problem's operator is the given one made concrete for these images: masks and kernels
+        are drawn, matrices take the images' dtype and device.
+
+        Raises:
+            InputError: if the operator cannot act on such images.
+        """
+        bound = operator.bind(tuple(x.shape[1:]), noise, x)
+        clean = bound(x)
+        n = bound.sample_noise(lambda like: noise.normal("measurement", 0, like), clean)
+        return cls(clean + per_sample(noise_std, clean) * n, bound, noise_std)
 
     @property
     def std(self) -> Tensor:
@@ -74,7 +82,7 @@ class Problem:
     @property
     def noise_norm(self) -> Tensor:
         """√(Σ std²) (B,), the residual that noise alone leaves: σ√m for m measured entries."""
-        return norm(self.operator.measured(self.std.expand_as(self.y)))
+        return norm(self.operator.zero_padding(self.std.expand_as(self.y)))
 
     @property
     def noisy(self) -> bool:

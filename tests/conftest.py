@@ -12,23 +12,13 @@ from torch import Tensor
 from cmi_lightning.denoisers import NetworkDenoiser, shipped_prior
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators.base import LinearOperator
+from cmi_lightning.operators import Dense, LinearOperator
 from cmi_lightning.problem import Problem
 from cmi_lightning.schedule import CLEAN, Level, Schedule
 from cmi_lightning.step import Step
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: more threads would only wait
     torch.set_num_threads(1)
-
-
-class Dense(LinearOperator):
-    """y = A x on flattened images, A (m, n); the base class derives everything else."""
-
-    def __init__(self, matrix: Tensor, image_shape: tuple[int, ...]) -> None:
-        self.matrix, self.image_shape = matrix, image_shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.flatten(1)[:, None] * self.matrix).sum(2)
 
 
 SHAPE = (1, 2, 3)

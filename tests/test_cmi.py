@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import SHAPE, Dense, jacobian, make_step
+from conftest import SHAPE, jacobian, make_step
 from torch import Tensor
 
 from cmi_lightning.errors import InputError
@@ -17,7 +17,7 @@ from cmi_lightning.guidance import CMI
 from cmi_lightning.information import ImageProbes, Lanczos, Ridge, TraceLimit, TwoTraces
 from cmi_lightning.linalg import dot, norm
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import PixelMask
+from cmi_lightning.operators import Dense, PixelMask
 from cmi_lightning.problem import Problem
 from cmi_lightning.schedule import Level
 from cmi_lightning.solvers import DDPM

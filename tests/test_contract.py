@@ -21,9 +21,9 @@ from cmi_lightning.operators import (
     GaussianBlur,
     Identity,
     MotionBlur,
+    OperatorFactory,
     PixelMask,
     RandomMask,
-    Recipe,
 )
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
@@ -40,7 +40,7 @@ BASES = {
 }
 
 
-class Ragged(Recipe):
+class Ragged(OperatorFactory):
     """A mask that keeps a different number of pixels in every image."""
 
     def bind(self, image_shape, noise, like):
@@ -84,8 +84,7 @@ def guidances_of(base: str, cmi: bool) -> list:
 
 def restore(sampler: Sampler, operator, x: torch.Tensor, ids: list[str]):
     noise = SampleNoise(0, ids)
-    bound = operator.bind(tuple(x.shape[1:]), noise, x)
-    problem = Problem.simulate(x, bound, 0.05, noise)
+    problem = Problem.simulate(x, operator, 0.05, noise)
     *_, record = sampler.iterate(problem, noise, x)
     return record
 
@@ -148,7 +147,7 @@ def test_low_precision_keeps_the_direction_of_cmi(prior, shipped_images, index):
     x0, noise = shipped_images[:4], SampleNoise(0, list("abcd"))
     t, s = prior.schedule[index], prior.schedule[index - 1]
     x = t.alpha * x0 + t.sigma * noise.normal("test", 0, x0)
-    problem = Problem.simulate(x0, Downsample(4).bind((1, 32, 32), noise, x0), 0.05, noise)
+    problem = Problem.simulate(x0, Downsample(4), 0.05, noise)
 
     def cosines(estimator: Estimator) -> torch.Tensor:
         full, low = (
@@ -236,8 +235,7 @@ def test_heun_runs_every_guidance_but_dsg(prior, garments):
 
 def test_log_tells_what_happened(prior, garments):
     noise = SampleNoise(0, list("abcd"))
-    bound = BoxMask(8, 2).bind((1, 16, 16), noise, garments)
-    problem = Problem.simulate(garments, bound, 0.05, noise)
+    problem = Problem.simulate(garments, BoxMask(8, 2), 0.05, noise)
     sampler = Sampler(prior, DDPM(), [CMI(estimator=Lanczos(krylov=2)), MCG()], 4)
     records = list(sampler.iterate(problem, noise, garments))
     expected = {"residual", "step/MCG", "sample/MCG"}
@@ -245,5 +243,5 @@ def test_log_tells_what_happened(prior, garments):
     acting = {"step/CMI", "cmi/value", "cmi/gradient", "cmi/residual"}
     assert any(set(r.log) >= acting for r in records)
     first = records[0]
-    residual = problem.y - bound(first.x0)
+    residual = problem.y - problem.operator(first.x0)
     torch.testing.assert_close(first.log["residual"], residual.flatten(1).norm(dim=1))

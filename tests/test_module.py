@@ -44,7 +44,7 @@ def test_predict_equals_the_core_in_either_mode(module, prior, shipped_images, i
     trainer = L.Trainer(**QUIET, inference_mode=inference_mode)
     (restoration,) = trainer.predict(module, loader(x))
     noise = SampleNoise(0, [f"img/{i}" for i in range(4)])
-    problem = Problem.simulate(x, BoxMask(14, 4).bind((1, 32, 32), noise, x), 0.05, noise)
+    problem = Problem.simulate(x, BoxMask(14, 4), 0.05, noise)
     expected = Sampler(prior, DDPM(), [CMI(estimator=Lanczos(krylov=2)), DPS()], 4).run(
         problem, noise, x
     )
@@ -104,7 +104,7 @@ def test_double_precision_measures_in_double_precision(shipped_images):
     y = restoration["details"].problem.y
     assert y.dtype == restoration["restored"].dtype == torch.float64
     torch.testing.assert_close(y, wanted, rtol=0, atol=1e-14)
-    single = Problem.simulate(x, Downsample(4).bind((1, 32, 32), noise, x), 0.05, noise).y
+    single = Problem.simulate(x, Downsample(4), 0.05, noise).y
     assert float((single.double() - wanted).abs().max()) > 1e-9  # what single precision loses
 
 

@@ -335,8 +335,7 @@ def test_bf16_is_as_good_and_faster(prior, shipped_images, base, cmi):
         restored, began = [], time.process_time()
         for i, part in enumerate(x.split(20)):
             noise = SampleNoise(0, [f"{i}/{j}" for j in range(len(part))])
-            operator = Downsample(4).bind((1, 32, 32), noise, part)
-            problem = Problem.simulate(part, operator, 0.05, noise)
+            problem = Problem.simulate(part, Downsample(4), 0.05, noise)
             result = chain.run(problem, noise, part)
             assert result.dtype == torch.float32
             restored.append(result)

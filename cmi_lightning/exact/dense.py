@@ -43,7 +43,7 @@ def as_matrix(operator: LinearOperator, y: Tensor, row: int = 0) -> Tensor:
         y: measurements of that batch (B, *m); only shape, dtype and device are read.
         row: the sample. m counts what is measured of it: padding is left out.
     """
-    keep = operator.measured(torch.ones_like(y))[row].flatten() > 0
+    keep = operator.zero_padding(torch.ones_like(y))[row].flatten() > 0
     columns = []
     with torch.no_grad():
         for unit in torch.eye(_size(operator.image_shape), dtype=y.dtype, device=y.device):
@@ -55,7 +55,7 @@ def as_matrix(operator: LinearOperator, y: Tensor, row: int = 0) -> Tensor:
 def as_dense(problem: Problem, row: int = 0) -> DenseProblem:
     """Return one sample of a batch's problem by dense tensors; see :func:`as_matrix`."""
     y = problem.y
-    keep = problem.operator.measured(torch.ones_like(y))[row].flatten() > 0
+    keep = problem.operator.zero_padding(torch.ones_like(y))[row].flatten() > 0
     std = problem.std.expand_as(y)[row].flatten()[keep]
     return DenseProblem(as_matrix(problem.operator, y, row), y[row].flatten()[keep], std)
 

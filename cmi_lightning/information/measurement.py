@@ -67,7 +67,7 @@ class Lanczos(ProbeEstimator):
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
         """Return the estimate from one sign vector."""
         A, std = step.problem.operator, self.noise_std(step)
-        v = A.white(draw, step.problem.y)
+        v = A.sample_noise(draw, step.problem.y)
         space = krylov(whitened(step, std), v, self.krylov)
         w, residual = space.apply(clipped_inverse)
         value = 0.5 * space.quadratic(clipped_log)
@@ -137,7 +137,7 @@ class TraceLimit(ProbeEstimator):
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
         """Return the estimate from one sign vector."""
         A, std = step.problem.operator, _ridge_std(step, self.delta)
-        p = A.adjoint(A.white(draw, step.problem.y) / std)
+        p = A.adjoint(A.sample_noise(draw, step.problem.y) / std)
         graph = self.derivative == "autograd"
         quadratic = step.covariance_factor * dot(step.vjp(p, create_graph=graph), p)
         gradient = step.grad(quadratic) if graph else self.contraction(step, p, p)

@@ -17,29 +17,35 @@ from cmi_lightning.noise import SampleNoise
 class LinearOperator(ABC):
     """A in y = A x₀ + n: images (B, C, H, W) to measurements (B, *m), every sample on its own.
 
-    A measurement holds measured entries only: the y of a mask is the list of kept pixels. An
-    operator is first *bound* to the images it will act on (:meth:`bind`), which is where masks and
-    kernels are drawn and matrices are made. A new operator needs :meth:`forward` alone; the adjoint
-    then comes from automatic differentiation, and the pseudo-inverse and the solve from conjugate
-    gradients. Closed forms override them.
+    A measurement holds measured entries only: the y of a mask is the list of kept pixels. A new
+    operator needs :meth:`forward` alone; the adjoint then comes from automatic differentiation, and
+    the pseudo-inverse and the solve from conjugate gradients. Closed forms override them.
+
+    >>> class Grey(LinearOperator):
+    ...     def forward(self, x):
+    ...         return x.mean(1)
+    >>> from cmi_lightning import Problem
+    >>> problem = Problem.simulate(torch.ones(2, 3, 4, 4), Grey(), 0.0, SampleNoise(0, ["a", "b"]))
+    >>> problem.operator.pinv(problem.y).shape
+    torch.Size([2, 3, 4, 4])
 
     Attributes:
-        image_shape: (C, H, W) of one image; set by :meth:`bind`.
+        image_shape: shape of one image, (C, H, W); set where the operator meets images.
         cg_iterations: the most conjugate-gradient iterations of the defaults.
         cg_tolerance: relative residual at which they stop, per sample.
     """
 
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     cg_iterations: int = 100
     cg_tolerance: float = 1e-6
 
     def bind(
-        self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor
+        self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor
     ) -> LinearOperator:
-        """Return this operator made concrete for a batch.
+        """Return this operator made concrete for a batch: a hook that ``Problem.simulate`` calls.
 
         Args:
-            image_shape: (C, H, W) of one image.
+            image_shape: shape of one image, (C, H, W).
             noise: the batch's own random numbers, for masks and kernels.
             like: a tensor whose dtype and device the operator's tensors take.
 
@@ -61,11 +67,11 @@ class LinearOperator(ABC):
             x = y.new_zeros(y.shape[0], *self.image_shape, requires_grad=True)
             return torch.autograd.grad(self.forward(x), x, y, create_graph=keep_graph)[0]
 
-    def measured(self, y: Tensor) -> Tensor:
+    def zero_padding(self, y: Tensor) -> Tensor:
         """Return y (B, *m) with zeros where a batch's common shape holds no measurement."""
         return y
 
-    def white(self, draw: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    def sample_noise(self, draw: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
         """Return independent random numbers, one per measurement, shaped like y (B, *m).
 
         Args:
@@ -98,37 +104,28 @@ class LinearOperator(ABC):
         return self.forward(x)
 
 
-class Recipe(LinearOperator):
-    """An operator that is drawn or built by :meth:`bind`, and is of no use before.
+class OperatorFactory(LinearOperator):
+    """Options of an operator that is drawn or built for each batch of images.
 
-    A subclass holds the options and overrides :meth:`bind` to return the operator they describe.
+    A subclass overrides :meth:`bind` to return the operator that the options describe. The factory
+    itself has no forward map.
     """
 
     @abstractmethod
     def bind(
-        self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor
+        self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor
     ) -> LinearOperator:
-        """Return the operator for a batch; see :meth:`LinearOperator.bind`."""
+        """Return the operator for a batch."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Refuse: only what :meth:`bind` returns acts on images.
+    def forward(self, x: Tensor, shift: object = None) -> Tensor:
+        """Refuse: there is no operator before there are images.
 
         Raises:
             InputError: always.
         """
         raise InputError(
-            f"{type(self).__name__} is not bound to images yet; call "
-            "operator.bind(image_shape, noise, like) and use the operator that it returns."
+            f"{type(self).__name__} is made for each batch of images: give it to Problem.simulate, "
+            "and use the problem's operator."
         )
 
-    def adjoint(self, y: Tensor) -> Tensor:
-        """Refuse, like :meth:`forward`."""
-        return self.forward(y)
-
-    def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
-        """Refuse, like :meth:`forward`."""
-        return self.forward(y)
-
-    def pinv(self, y: Tensor) -> Tensor:
-        """Refuse, like :meth:`forward`."""
-        return self.forward(y)
+    adjoint = solve = pinv = forward  # type: ignore[assignment]

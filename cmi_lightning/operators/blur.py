@@ -13,7 +13,7 @@ from torch import Tensor
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators.base import LinearOperator, Recipe
+from cmi_lightning.operators.base import LinearOperator, OperatorFactory
 from cmi_lightning.operators.separable import (
     Padding,
     boundary,
@@ -55,8 +55,8 @@ class Convolution(LinearOperator):
             )
         check_rcond(self.rcond)
 
-    def bind(self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor) -> Self:
-        """Take on the dtype and device of ``like``; see :meth:`LinearOperator.bind`.
+    def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Self:
+        """Take on the dtype and device of ``like``.
 
         Raises:
             InputError: if the number of kernels is neither 1 nor the number of images.
@@ -138,13 +138,13 @@ class Convolution(LinearOperator):
 
 
 @dataclass(frozen=True)
-class MotionBlur(Recipe):
+class MotionBlur(OperatorFactory):
     """Blur along the path of a shaken camera, a random one for each image.
 
     The path is a chain of steps: lengths ~ Beta(1, 30), directions ~ triangular with a side that
     rarely flips; both spreads grow with ``intensity``. It is drawn at twice the size, softened and
     reduced. Kernels are ≥ 0 and sum to 1, and depend on the seed and the image's id alone.
-    :meth:`bind` returns a :class:`Convolution`.
+    It becomes a :class:`Convolution`.
 
     Args:
         kernel_size: side of the kernel in pixels, at least 1.
@@ -192,10 +192,8 @@ class MotionBlur(Recipe):
             kernel[self.kernel_size // 2, self.kernel_size // 2] = 1
         return kernel / kernel.sum()
 
-    def bind(
-        self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor
-    ) -> Convolution:
-        """Draw the kernels; see :meth:`LinearOperator.bind`."""
+    def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Convolution:
+        """Draw the kernels."""
         kernels = []
         for row in range(len(noise.ids)):
             seed = torch.randint(2**62, (), generator=noise.generator(row, "kernel"))

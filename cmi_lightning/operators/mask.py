@@ -12,7 +12,7 @@ from torch import Tensor
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators.base import LinearOperator, Recipe
+from cmi_lightning.operators.base import LinearOperator, OperatorFactory
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PixelMask(LinearOperator):
 
     index: Tensor
     valid: Tensor
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
 
     @classmethod
     def from_mask(cls, mask: Tensor, like: Tensor) -> Self:
@@ -85,8 +85,8 @@ class PixelMask(LinearOperator):
         valid = torch.arange(longest, device=like.device) < counts[:, None]
         return cls(index, valid, (channels, height, width))
 
-    def bind(self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor) -> Self:
-        """Check the images against the mask; see :meth:`LinearOperator.bind`.
+    def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Self:
+        """Check the images against the mask.
 
         Raises:
             InputError: if the mask is made for images of another size or number.
@@ -105,13 +105,13 @@ class PixelMask(LinearOperator):
     def forward(self, x: Tensor) -> Tensor:
         """Return the known pixels, (B, C, H, W) → (B, C, m)."""
         index = self.index[:, None].expand(*x.shape[:2], -1)
-        return self.measured(x.flatten(2).gather(2, index))
+        return self.zero_padding(x.flatten(2).gather(2, index))
 
-    def measured(self, y: Tensor) -> Tensor:
+    def zero_padding(self, y: Tensor) -> Tensor:
         """Return y (B, C, m) with zeros at padding."""
         return y.masked_fill(~self.valid[:, None], 0)
 
-    def white(self, draw: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    def sample_noise(self, draw: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
         """Return one random number per known pixel, drawn per pixel of the image; 0 at padding."""
         return self.forward(draw(y.new_empty(len(y), *self.image_shape)))
 
@@ -120,7 +120,7 @@ class PixelMask(LinearOperator):
         height, width = self.image_shape[1:]
         flat = y.new_zeros(*y.shape[:2], height * width)
         index = self.index[:, None].expand(*y.shape[:2], -1)
-        flat = flat.scatter(2, index, self.measured(y))
+        flat = flat.scatter(2, index, self.zero_padding(y))
         return flat.unflatten(2, (height, width))
 
     def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
@@ -134,11 +134,11 @@ class PixelMask(LinearOperator):
 
 
 @dataclass(frozen=True)
-class RandomMask(Recipe):
+class RandomMask(OperatorFactory):
     """Remove round(fraction·H·W) pixels of each image, drawn without replacement.
 
     Every image has a mask of its own, which depends on the seed and the image's id alone.
-    :meth:`bind` returns a :class:`PixelMask`; measurements are (B, C, m).
+    It becomes a :class:`PixelMask`; measurements are (B, C, m).
 
     Args:
         fraction: the share of pixels to remove, in [0, 1).
@@ -158,10 +158,8 @@ class RandomMask(Recipe):
                 f"below 1, got {self.fraction}."
             )
 
-    def bind(
-        self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor
-    ) -> PixelMask:
-        """Draw the masks; see :meth:`LinearOperator.bind`.
+    def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> PixelMask:
+        """Draw the masks.
 
         Raises:
             InputError: if the fraction leaves no pixel of such small images.
@@ -177,11 +175,11 @@ class RandomMask(Recipe):
 
 
 @dataclass(frozen=True)
-class BoxMask(Recipe):
+class BoxMask(OperatorFactory):
     """Remove one box of each image, placed uniformly with a margin on all sides.
 
     top ~ U{margin, …, H − margin − h}, left ~ U{margin, …, W − margin − w}. Every image has a box
-    of its own, which depends on the seed and the image's id alone. :meth:`bind` returns a
+    of its own, which depends on the seed and the image's id alone. It becomes a
     :class:`PixelMask`; measurements are (B, C, H·W − h·w).
 
     Args:
@@ -208,10 +206,8 @@ class BoxMask(Recipe):
     def _box(self) -> tuple[int, int]:
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
-    def bind(
-        self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor
-    ) -> PixelMask:
-        """Draw the boxes; see :meth:`LinearOperator.bind`.
+    def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> PixelMask:
+        """Draw the boxes.
 
         Raises:
             InputError: if box and margins do not fit into such images, or leave no pixel.

@@ -12,7 +12,7 @@ from torch import Tensor
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators.base import LinearOperator, Recipe
+from cmi_lightning.operators.base import LinearOperator, OperatorFactory
 
 Padding = Literal["reflect", "circular"]
 
@@ -75,8 +75,8 @@ class Separable(LinearOperator):
     def __post_init__(self) -> None:
         check_rcond(self.rcond)
 
-    def bind(self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor) -> Self:
-        """Take on the dtype and device of ``like``; see :meth:`LinearOperator.bind`.
+    def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Self:
+        """Take on the dtype and device of ``like``.
 
         Raises:
             InputError: if the matrices are made for images of another size.
@@ -139,11 +139,11 @@ class Separable(LinearOperator):
 
 
 @dataclass(frozen=True)
-class GaussianBlur(Recipe):
+class GaussianBlur(OperatorFactory):
     """Blur by the kernel k_j ∝ exp(−j² / 2 sd²), |j| ≤ r, Σ k_j = 1, along both axes.
 
     r = min(⌊4 sd + ½⌋, ⌊(kernel_size − 1)/2⌋). Measurements have the size of the images, which may
-    be smaller than the kernel. :meth:`bind` returns a :class:`Separable`.
+    be smaller than the kernel. It becomes a :class:`Separable`.
 
     Args:
         kernel_size: the most taps of the kernel, at least 1.
@@ -178,21 +178,19 @@ class GaussianBlur(Recipe):
         taps = torch.arange(-radius, radius + 1, dtype=torch.float64)
         return torch.softmax(-(taps**2) / (2 * self.sd**2), 0)
 
-    def bind(
-        self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor
-    ) -> Separable:
-        """Build the two matrices; see :meth:`LinearOperator.bind`."""
+    def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Separable:
+        """Build the two matrices."""
         height, width = (_blur_matrix(self.kernel(), n, self.padding) for n in image_shape[1:])
         return Separable(height, width, self.rcond).bind(image_shape, noise, like)
 
 
 @dataclass(frozen=True)
-class Downsample(Recipe):
+class Downsample(OperatorFactory):
     """Bicubic downsampling with antialiasing, as MATLAB's imresize: (H, W) → (H/f, W/f).
 
     Along each axis y_i = Σ_j w_ij x_j with w_ij ∝ h((u_i − j)/f), u_i = (i + ½) f − ½ and
     Σ_j w_ij = 1. h is Keys' cubic kernel with a = −½, and the image is mirrored at its edges.
-    :meth:`bind` returns a :class:`Separable`. A is well conditioned, so that A⁺ is exact.
+    It becomes a :class:`Separable`. A is well conditioned, so that A⁺ is exact.
 
     Args:
         factor: f, at least 1.
@@ -209,10 +207,8 @@ class Downsample(Recipe):
         if self.factor < 1:
             raise InputError(f"Downsample.factor must be at least 1, got {self.factor}.")
 
-    def bind(
-        self, image_shape: tuple[int, int, int], noise: SampleNoise, like: Tensor
-    ) -> Separable:
-        """Build the two matrices; see :meth:`LinearOperator.bind`.
+    def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Separable:
+        """Build the two matrices.
 
         Raises:
             InputError: if the factor does not divide both sides of the images.

@@ -23,7 +23,7 @@ from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import Identity, LinearOperator, Recipe
+from cmi_lightning.operators import Identity, LinearOperator, OperatorFactory
 from cmi_lightning.predict.fingerprint import digest, options
 from cmi_lightning.predict.records import Recorder, Run, leave_if_orphaned
 from cmi_lightning.problem import GaussianNoise, Problem
@@ -230,7 +230,7 @@ class PosteriorSampler(L.LightningModule):
         if shape is None:
             return
         self.denoiser.rehearse(tuple(shape))
-        if isinstance(self.operator, Recipe):
+        if isinstance(self.operator, OperatorFactory):
             self.operator.bind(shape, SampleNoise(self.seed, ["check"]), torch.zeros(1))
 
     def on_predict_start(self) -> None:

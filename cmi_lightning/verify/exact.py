@@ -24,6 +24,7 @@ from cmi_lightning.linalg import dot, norm, unit
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import (
     BoxMask,
+    Dense,
     Downsample,
     GaussianBlur,
     Identity,
@@ -42,17 +43,6 @@ SHAPE = (1, 2, 3)
 SIZE, MEASURED, STD = 6, 3, 0.1
 INDICES = (100, 300, 600, 900)  # of the linear DDPM chain: ᾱ from 0.9 to 2·10⁻⁴
 PROBES = 4000
-
-
-class DenseOperator(LinearOperator):
-    """y = A x on flattened images, for A (m, n); the base class derives everything else."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.image_shape = matrix, SHAPE
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return A x (B, m)."""
-        return (x.flatten(1)[:, None] * self.matrix).sum(2)
 
 
 def exact_checks() -> Iterator[Check]:
@@ -91,8 +81,8 @@ def _gaussian_prior() -> GaussianPrior:
     return GaussianPrior(_random(3, *SHAPE), DenseCovariance(_covariances(4, 1)))
 
 
-def _operator() -> DenseOperator:
-    return DenseOperator(_random(5, MEASURED, SIZE))
+def _operator() -> Dense:
+    return Dense(_random(5, MEASURED, SIZE), SHAPE)
 
 
 def _step(
@@ -340,13 +330,13 @@ def _operators() -> Iterator[Check]:
     for operator in operators:
         A = operator.bind(shape, noise, x)
         z = A(x)
-        y = A.measured(_random(13, *z.shape))
+        y = A.zero_padding(_random(13, *z.shape))
         gap = (dot(z, y) - dot(x, A.adjoint(y))).abs() / (norm(z) * norm(y))
         adjoint = max(adjoint, float(gap.max()))
         shift = 0.1
         u = A.solve(y, shift)
         left = A(A.adjoint(u)) + shift * u
-        solve = max(solve, float((norm(A.measured(left) - y) / norm(y)).max()))
+        solve = max(solve, float((norm(A.zero_padding(left) - y) / norm(y)).max()))
         if not isinstance(operator, MotionBlur | GaussianBlur):  # theirs leave out small values
             inverse = max(inverse, float((norm(A(A.pinv(z)) - z) / norm(z)).max()))
     yield Check("operators: ⟨Ax, y⟩ = ⟨x, Aᵀy⟩", adjoint, 1e-12)

@@ -194,12 +194,11 @@ def test_dps_and_pigdm_on_the_shipped_network(
     """The same equalities on a Jacobian that is not symmetric."""
     images = shipped_images[:BATCH, :, 8:24, 8:24].double()
     noise = SampleNoise(0, IDS)
-    operator = recipe.bind((1, 16, 16), noise, images)
     t, s = network.schedule[index], network.schedule[index - 1]
     x = t.alpha * images + t.sigma * noise.normal("test", 0, images)
-    problem = Problem.simulate(images, operator, STD, noise)
+    problem = Problem.simulate(images, recipe, STD, noise)
     step, x, denoiser, sigma = exploding(Step(index, x, t, s, problem, network, noise))
-    physics = LinearPhysics(A=operator.forward)
+    physics = LinearPhysics(A=problem.operator.forward)
     gradient = DPSDataFidelity(denoiser).grad(x, problem.y, physics, sigma) / t.alpha
     assert per_row(residual_gradient(step), gradient) < 1e-6
     physics, y = physics_of(problem)
