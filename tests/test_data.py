@@ -16,9 +16,9 @@ from cmi_lightning.data import (
     ImageFolderData,
     MeasurementFolderData,
 )
+from cmi_lightning.data.extras import read_kernel
 from cmi_lightning.data.fashion import DEBIAN_FOLDER
 from cmi_lightning.data.folder import SHIPPED, crop_to
-from cmi_lightning.data.measurements import read_kernel
 from cmi_lightning.errors import InputError
 
 RNG = np.random.default_rng(0)

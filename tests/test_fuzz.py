@@ -32,7 +32,7 @@ from PIL import Image
 
 from cmi_lightning.cli import main
 from cmi_lightning.data import ImageFolderData, MeasurementFolderData
-from cmi_lightning.data.measurements import read_kernel
+from cmi_lightning.data.extras import read_kernel
 from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Convolution, PixelMask

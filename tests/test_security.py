@@ -23,8 +23,8 @@ from cmi_lightning.callbacks import ImageWriter, RestorationMetrics, SamplingPro
 from cmi_lightning.callbacks.drawing import path_of, save_png
 from cmi_lightning.cli import main
 from cmi_lightning.data import FashionMNIST, ImageFolderData, MeasurementFolderData
-from cmi_lightning.data.files import read_image
-from cmi_lightning.data.measurements import read_kernel
+from cmi_lightning.data.extras import read_kernel
+from cmi_lightning.data.images import read_image
 from cmi_lightning.denoisers.weights import _read as read_weights
 from cmi_lightning.errors import InputError
 from cmi_lightning.paths import inside, printable, safe_name
@@ -218,7 +218,7 @@ def test_other_formats_are_not_decoded_whatever_the_suffix(tmp_path, kind):
     Image.new("L", (8, 8)).save(buffer, kind)
     (tmp_path / "x.png").write_bytes(buffer.getvalue())
     with pytest.raises(InputError, match="Cannot read the image"):
-        read_image(tmp_path / "x.png", None, "data.channels")
+        read_image(tmp_path / "x.png")
 
 
 class Payload:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cmi_lightning.data.files import check_at_least_1, check_num_workers, local_path
+from cmi_lightning.data.files import check_least, local_path
 from cmi_lightning.errors import InputError
 from cmi_lightning.paths import printable
 
@@ -161,15 +161,14 @@ class PhotoCropsData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Find the photographs."""
-        check_at_least_1(
-            {
-                "data.batch_size": self.batch_size,
-                "data.size": self.size,
-                "data.smallest": self.smallest,
-                "data.crops_per_epoch": self.crops_per_epoch,
-            }
+        check_least(
+            1,
+            batch_size=self.batch_size,
+            size=self.size,
+            smallest=self.smallest,
+            crops_per_epoch=self.crops_per_epoch,
         )
-        check_num_workers(self.num_workers)
+        check_least(0, num_workers=self.num_workers)
         if self.largest < self.smallest:
             raise InputError("data.largest must be at least data.smallest.")
         self.path = local_path(self.folder, "data.folder")

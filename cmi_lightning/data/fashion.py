@@ -14,11 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from cmi_lightning.data.base import RestorationData
-from cmi_lightning.data.files import (
-    check_at_least_1,
-    check_num_workers,
-    local_path,
-)
+from cmi_lightning.data.files import check_least, local_path
 from cmi_lightning.errors import InputError
 from cmi_lightning.paths import printable
 
@@ -117,8 +113,8 @@ class FashionMNISTData(RestorationData):
 
     def setup(self, stage: str) -> None:
         """Read the files once per stage."""
-        check_at_least_1({"data.batch_size": self.batch_size, "data.limit": self.limit})
-        check_num_workers(self.num_workers)
+        check_least(1, batch_size=self.batch_size, limit=self.limit)
+        check_least(0, num_workers=self.num_workers)
         if stage in ("fit", "validate") or self.predict_split == "val":
             train = FashionMNIST(True, self.root)
             cut = len(train) - NUM_HELD_OUT

@@ -1,44 +1,34 @@
-"""Image files as tensors in [−1, 1], with every complaint made before any sampling."""
+"""Files of a folder, with every complaint made before any sampling."""
 
 from __future__ import annotations
 
 import re
 import sys
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
-import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image, ImageOps
-from torch import Tensor
 
+from cmi_lightning.data.images import FOREIGN, SUFFIXES, UnreadableError
 from cmi_lightning.errors import InputError
 from cmi_lightning.paths import printable
 
 T = TypeVar("T")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-Channels = Literal[1, 3, 4]
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Only these decoders: among Pillow's others are ones that start programs, whatever the suffix.
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 MAX_PIXELS = 1024**3 // 12  # Pillow's default limit of an image, for images made here as well
 NUM_REPORTED = 5
-
-
-class UnreadableError(InputError):
-    """A single file that no option can make readable; ``data.strict`` says what to do about it."""
+Shape = tuple[int, int, int]
 
 
 def local_path(given: str, option: str) -> Path:
     """Return the path of an option, with ``~`` resolved.
 
     Raises:
-        InputError: if there can be no such path on this machine.
+        InputError: if it is empty, or there can be no such path on this machine.
     """
     try:
+        if not given:
+            raise ValueError("it is empty")
         path = Path(given).expanduser()
         path.is_dir()  # asks the system, which refuses some names
     except (OSError, RuntimeError, ValueError) as error:
@@ -47,12 +37,42 @@ def local_path(given: str, option: str) -> Path:
     return path
 
 
-def find_images(folder: Path, option: str) -> dict[str, Path]:
-    """Return {id: file} of a folder and its subfolders in natural order ("2" before "10").
+def by_id(
+    folder: Path, suffixes: Iterable[str], apart: Path | None = None
+) -> dict[str, list[Path]]:
+    """Return {id: files} of a folder and its subfolders, for files of some suffixes.
 
     An id is the path relative to the folder, with slashes and without suffix, as
     :func:`printable` gives it. Hidden files and folders are passed over. A file may be a symbolic
     link to anywhere; folders that are links are not entered.
+
+    Args:
+        folder: the folder.
+        suffixes: lower-case suffixes; a file's own may be in capitals.
+        apart: a file or folder within, which is left out.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.suffix.lower() not in suffixes or any(p.startswith(".") for p in relative.parts):
+            continue
+        if apart is not None and (path.resolve() == apart or apart in path.resolve().parents):
+            continue
+        if path.is_file() or (path.is_symlink() and not path.exists()):  # that cannot be read
+            found.setdefault(printable(relative.with_suffix("").as_posix()), []).append(path)
+    return found
+
+
+def find_images(
+    folder: Path, option: str, strict: bool = False, apart: Path | None = None
+) -> tuple[dict[str, Path], list[str]]:
+    """Return {id: file} in natural order ("2" before "10"), and what to say of other files.
+
+    Args:
+        folder: a folder, see :func:`by_id`.
+        option: the option that names it.
+        strict: refuse image files of kinds that are not read here.
+        apart: a file or folder within, which is left out.
 
     Raises:
         InputError: if the folder is missing or holds no image, or two files share an id.
@@ -61,26 +81,27 @@ def find_images(folder: Path, option: str) -> dict[str, Path]:
         raise InputError(
             f"{option}: there is no folder '{printable(folder)}'; give a folder with image files."
         )
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        dangling = path.is_symlink() and not path.exists()  # an image that cannot be read
-        if hidden or path.suffix.lower() not in SUFFIXES or not (path.is_file() or dangling):
-            continue
-        name = printable(relative.with_suffix("").as_posix())
-        if name in found:
+    foreign = [path for paths in by_id(folder, FOREIGN, apart).values() for path in paths]
+    passed = ""
+    if foreign:
+        kinds = ", ".join(sorted({path.suffix.lower() for path in foreign}))
+        passed = f"{len(foreign)} image(s) of kinds that are not read here ({kinds}), such as "
+        passed += f"'{printable(foreign[0])}'; convert them to PNG"
+    found = by_id(folder, SUFFIXES, apart)
+    for name, (first, *others) in found.items():
+        if others:
             raise InputError(
-                f"{option}: '{printable(found[name])}' and '{printable(path)}' would share the id "
+                f"{option}: '{printable(first)}' and '{printable(others[0])}' would share the id "
                 f"'{name}'; rename one."
             )
-        found[name] = path
     if not found:
         raise InputError(
             f"{option}: the folder '{printable(folder)}' holds no image ({', '.join(SUFFIXES)}); "
-            "give a folder that does."
+            f"{passed or 'give a folder that does'}."
         )
-    return {name: found[name] for name in sorted(found, key=natural)}
+    if foreign and strict:
+        raise InputError(f"{option}: {passed}.")
+    return {name: found[name][0] for name in sorted(found, key=natural)}, [passed] * bool(foreign)
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -89,75 +110,25 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def read_image(path: Path, channels: Channels | None, option: str) -> Tensor:
-    """Decode a whole file to (C, H, W) float32 in [−1, 1], turned upright as its EXIF tag says.
+class Survey(NamedTuple, Generic[T]):
+    """What was read by id, why other files were not, by file, and what a person should know."""
 
-    8-bit values are divided by 255 and 16-bit gray ones by 65535; Pillow reads 16-bit colour with 8
-    bits. Of several pictures in a file the first is read.
-
-    Args:
-        path: the file.
-        channels: 1, 3 or 4 to convert to gray, RGB or RGBA; None for the file's own.
-        option: name of the option that sets ``channels``, for messages.
-
-    Raises:
-        UnreadableError: if the file cannot be decoded, has more pixels than Pillow's limit against
-            decompression bombs, or 32-bit pixels.
-        InputError: if it holds pixels of a kind that is not supported and ``channels`` is None.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # oddities of metadata; what is unreadable raises
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as opened:
-                opened.load()
-                image = ImageOps.exif_transpose(opened)
-            if channels is not None and image.mode not in ("I", "F") and image.mode[:4] != "I;16":
-                image = image.convert(MODES[channels])
-            elif image.mode == "1":
-                image = image.convert("L")
-            elif image.mode == "P":
-                image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableError(
-            f"The image '{printable(path)}' has more pixels than Pillow's limit of "
-            f"{Image.MAX_IMAGE_PIXELS} against decompression bombs; shrink or remove it."
-        ) from error
-    except Exception as error:  # Pillow's decoders raise all kinds
-        reason = printable(" ".join(str(error).split()))
-        raise UnreadableError(
-            f"Cannot read the image '{printable(path)}' ({type(error).__name__}: {reason}); repair "
-            "or remove it."
-        ) from error
-    if image.mode.startswith("I;16"):
-        pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / 32767.5 - 1)[None]
-        if channels in (3, 4):
-            opaque = torch.ones_like(pixels)
-            pixels = torch.cat([pixels] * 3 + [opaque] * (channels - 3))
-        return pixels
-    if image.mode in ("I", "F"):
-        raise UnreadableError(
-            f"'{printable(path)}' has 32-bit pixels (kind {image.mode}), whose range is unknown; "
-            "save it with 8 or 16 bits."
-        )
-    if image.mode not in MODES.values():
-        raise InputError(
-            f"'{printable(path)}' has pixels of kind {image.mode}; set {option} to 1, 3 or 4 to "
-            "convert it."
-        )
-    array = np.array(image)  # a copy: torch wants to own writable memory
-    array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-    return torch.from_numpy(array).float() / 127.5 - 1
+    read: dict[str, T]
+    skipped: dict[str, str]
+    notes: list[str]
 
 
 def read_all(
-    files: Iterable[tuple[str, Path]], read: Callable[[str, Path], T], strict: bool, option: str
-) -> tuple[dict[str, T], dict[str, str]]:
-    """Read every file, and return {id: what was read} and {file: why it was not}.
+    files: Mapping[str, Path],
+    read: Callable[[str, Path, Callable[[str], object]], T],
+    strict: bool,
+    option: str,
+) -> Survey[T]:
+    """Read every file.
 
     Args:
-        files: ids and files.
-        read: called with each of them.
+        files: files by id.
+        read: called with id, file, and a function that takes notes: predicates of "the images …".
         strict: refuse the first unreadable file instead of leaving it out.
         option: the option that names the folder, for the message.
 
@@ -165,34 +136,45 @@ def read_all(
         UnreadableError: with ``strict``, for the first unreadable file.
         InputError: if none is readable.
     """
-    found: dict[str, T] = {}
+    result: dict[str, T] = {}
     skipped: dict[str, str] = {}
-    for name, path in files:
+    noted: dict[str, list[str]] = {}
+    for name, path in files.items():
+        shown = printable(path)
+        notes: dict[str, None] = {}
         try:
-            found[name] = read(name, path)
+            result[name] = read(name, path, notes.setdefault)
         except UnreadableError as error:
             if strict:
                 raise
-            skipped[printable(path)] = str(error)
-    if not found:
+            skipped[shown] = str(error)
+        for note in notes:
+            noted.setdefault(note, []).append(shown)
+    if not result:
         count = f"none of {len(skipped)} images can be read. " if len(skipped) > 1 else ""
         raise InputError(f"{option}: {count}{next(iter(skipped.values()))}")
-    return found, skipped
+    said = [
+        f"{len(names)} of {len(files)} images {note} (such as '{names[0]}')"
+        for note, names in noted.items()
+    ]
+    return Survey(result, skipped, said)
 
 
 @rank_zero_only
-def report_skipped(skipped: dict[str, str], left: int) -> None:
-    """Print why files were left out: the first five, and how many there are."""
-    lines = [f"skipped: {reason}" for reason in list(skipped.values())[:NUM_REPORTED]]
-    lines.append(
-        f"skipped {len(skipped)} of {len(skipped) + left} images, which cannot be read "
-        "(data.strict=true refuses them)"
-    )
-    print("\n".join(lines), file=sys.stderr)
+def report(skipped: dict[str, str], left: int, notes: Iterable[str]) -> None:
+    """Print notes, and why files were left out: the first five, and how many there are."""
+    lines = [f"data: {note}" for note in notes]
+    lines += [f"skipped: {reason}" for reason in list(skipped.values())[:NUM_REPORTED]]
+    if skipped:
+        lines.append(
+            f"skipped {len(skipped)} of {len(skipped) + left} images, which cannot be read "
+            "(data.strict=true refuses them)"
+        )
+    print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
 
 
-def check_alike(shapes: dict[str, tuple[int, ...]], what: str, channels: str, size: str) -> None:
-    """Check that all of a folder's images have one shape (C, H, W).
+def check_alike(shapes: dict[str, Shape], what: str, channels: str, size: str) -> Shape:
+    """Return the one shape (C, H, W) that all of a folder's images have.
 
     Args:
         shapes: shape of each image, by name.
@@ -214,22 +196,14 @@ def check_alike(shapes: dict[str, tuple[int, ...]], what: str, channels: str, si
                 f"{what}: '{first}' is {shape[1]}×{shape[2]} (height×width) and '{name}' "
                 f"{other[1]}×{other[2]}; {size}."
             )
+    return shape
 
 
-def check_at_least_1(options: dict[str, int | None]) -> None:
-    """Raise InputError for the first option that is set below 1."""
-    _check_at_least(1, options)
-
-
-def check_num_workers(value: int) -> None:
-    """Raise InputError if ``data.num_workers`` is negative."""
-    _check_at_least(0, {"data.num_workers": value})
-
-
-def _check_at_least(least: int, options: dict[str, int | None]) -> None:
+def check_least(least: int, **options: int | None) -> None:
+    """Raise InputError for the first option of ``data`` that is set below ``least``."""
     for name, value in options.items():
         if value is not None and value < least:
-            raise InputError(f"{name} must be at least {least}, got {value}.")
+            raise InputError(f"data.{name} must be at least {least}, got {value}.")
 
 
 def check_pixels(height: int, width: int, what: str, remedy: str) -> None:

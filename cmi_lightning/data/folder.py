@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,17 +12,17 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from cmi_lightning.data.base import RestorationData
 from cmi_lightning.data.files import (
-    Channels,
+    Shape,
+    Survey,
     check_alike,
-    check_at_least_1,
-    check_num_workers,
+    check_least,
     check_pixels,
     find_images,
     local_path,
     read_all,
-    read_image,
-    report_skipped,
+    report,
 )
+from cmi_lightning.data.images import Channels, Decoding, read_image
 from cmi_lightning.errors import InputError
 from cmi_lightning.paths import printable
 
@@ -39,15 +41,25 @@ SHIPPED = {
 class ImageFolder(Dataset):
     """Images of a folder as ``{"x": (C, H, W) in [−1, 1], "id": "sub/name"}``, all of one shape.
 
+    Every file is decoded once at construction: a restoration takes seconds an image and a decoding
+    milliseconds, so this costs little, and no bad file can stop a long run half-way.
+
     Args:
-        folder: see :class:`ImageFolderData`, as are the others.
-        size: see there.
-        channels: see there.
-        limit: see there.
-        strict: see there.
+        folder: as the other arguments, an option of :class:`ImageFolderData`.
+        size: side of the squares to make.
+        channels: number of channels to convert to.
+        limit: the most images.
+        strict: refuse unreadable files.
+        background: colour behind transparent pixels.
+        white_level: the number that is white in files of 16 or 32 bits.
+        range: the numbers that are black and white in files of floating-point numbers.
 
     Raises:
-        InputError: see there; every file is decoded once here.
+        InputError: as :class:`ImageFolderData` has it.
+
+    Example:
+        >>> ImageFolder("fashion-mnist-test", limit=2)[1]["id"]
+        '00001'
     """
 
     def __init__(
@@ -57,30 +69,34 @@ class ImageFolder(Dataset):
         channels: Channels | None = None,
         limit: int | None = None,
         strict: bool = False,
+        background: str = "white",
+        white_level: int | None = None,
+        range: tuple[float, float] | None = None,
     ) -> None:
-        check_at_least_1({"data.size": size, "data.limit": limit})
+        check_least(1, size=size, limit=limit)
         if size is not None:
             check_pixels(size, size, "data.size", "choose a smaller one")
-        self.size, self.channels = size, channels
+        self.size = size
+        self.how = Decoding(channels, background, white_level, range)
         path = SHIPPED[folder] if folder in SHIPPED else local_path(folder, "data.folder")
-        files = dict(list(find_images(path, "data.folder").items())[:limit])
-        # A restoration takes seconds an image and a decoding milliseconds, so that decoding all
-        # of them first costs little and no bad file can stop a long run half-way.
-        shapes, self.skipped = read_all(
-            files.items(), lambda _, file: tuple(self._read(file).shape), strict, "data.folder"
-        )
-        self.files = [(name, files[name]) for name in shapes]
-        check_alike(
-            {printable(files[name]): shape for name, shape in shapes.items()},
+        found, passed = find_images(path, "data.folder", strict)
+        files = dict(list(found.items())[:limit])
+        self.survey = read_all(files, self._measure, strict, "data.folder")
+        self.survey.notes.extend(passed)
+        self.files = [(name, files[name]) for name in self.survey.read]
+        self.image_shape = check_alike(
+            {printable(files[name]): shape for name, shape in self.survey.read.items()},
             "data.folder",
             "set data.channels to 1, 3 or 4",
             "set data.size to resize them",
         )
-        channels_, height, width = next(iter(shapes.values()))
-        self.image_shape = (channels_, height, width)
 
-    def _read(self, file: Path) -> Tensor:
-        x = read_image(file, self.channels, "data.channels")
+    def _measure(self, _: str, file: Path, note: Callable[[str], object]) -> Shape:
+        channels, height, width = self._read(file, note).shape
+        return channels, height, width
+
+    def _read(self, file: Path, note: Callable[[str], object] = bool) -> Tensor:
+        x = read_image(file, self.how, note)
         if self.size is None:
             return x
         height, width = scaled(x, self.size)
@@ -113,11 +129,43 @@ def crop_to(x: Tensor, size: int) -> Tensor:
     return x[:, top : top + size, left : left + size]
 
 
-class ImageFolderData(RestorationData):
+class FolderData(RestorationData):
+    """What data modules of folders share: they read all files at set-up, and report once."""
+
+    images: Any = None
+    survey: Survey = Survey({}, {}, [])
+    batch_size: int
+    num_workers: int
+
+    def take(self, images: Any) -> None:
+        """Keep a folder's images, and report on them unless that was done.
+
+        Set-up runs twice: before and in the trainer.
+        """
+        if images.survey[1:] != self.survey[1:]:
+            report(images.survey.skipped, len(images), images.survey.notes)
+        self.images, self.survey, self.skipped = images, images.survey, images.survey.skipped
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image, known after set-up."""
+        return self.images.image_shape
+
+    def predict_dataloader(self) -> DataLoader:
+        """The images to restore."""
+        return self._loader(self.images)
+
+    def _loader(self, images: Dataset, shuffle: bool = False) -> DataLoader:
+        return DataLoader(
+            images, batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers
+        )
+
+
+class ImageFolderData(FolderData):
     """Prediction batches of a folder of clean images, in natural order of their names.
 
-    Subfolders are searched too; an image's id is its path in the folder, without suffix. Files are
-    PNG, JPEG, BMP, TIFF or WebP, of 8 bits or (gray) 16.
+    Subfolders are searched too; an image's id is its path in the folder, without suffix.
+    :func:`cmi_lightning.data.images.read_image` says how files are read.
 
     Args:
         folder: path of the folder, or images that ship with the package: "photos-test" (24
@@ -132,12 +180,21 @@ class ImageFolderData(RestorationData):
         val_count: for ``fit``: the last ``val_count`` images are not trained on but validate.
         strict: refuse a folder with a file that cannot be decoded; else such files are reported,
             left out and listed in ``skipped``, {file: reason}.
+        background: colour behind transparent pixels, by name or as "#rrggbb".
+        white_level: the number that is white in files of 16 or 32 bits, such as 4095; None: 65535.
+        range: the numbers that are black and white in files of floating-point numbers.
 
     Raises:
         InputError: at set-up, before any sampling: for a missing or empty folder, one with no
             readable image (with ``strict``: with an unreadable one), mixed sizes without ``size``,
             mixed channel counts without ``channels``, two files of one id, or an option out of
             range.
+
+    Example:
+        >>> data = ImageFolderData("fashion-mnist-test", limit=3, batch_size=2)
+        >>> data.setup("predict")
+        >>> next(iter(data.predict_dataloader()))["x"].shape
+        torch.Size([2, 1, 32, 32])
     """
 
     def __init__(
@@ -150,29 +207,22 @@ class ImageFolderData(RestorationData):
         num_workers: int = 0,
         val_count: int = 0,
         strict: bool = False,
+        background: str = "white",
+        white_level: int | None = None,
+        range: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        self.val_count, self.strict = val_count, strict
         self.folder, self.size, self.channels, self.limit = folder, size, channels, limit
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.val_count = batch_size, num_workers, val_count
+        self.strict, self.background = strict, background
+        self.white_level, self.range = white_level, range
 
     def setup(self, stage: str) -> None:
         """Find and check the images."""
-        check_at_least_1({"data.batch_size": self.batch_size})
-        check_num_workers(self.num_workers)
-        self.images = ImageFolder(self.folder, self.size, self.channels, self.limit, self.strict)
-        if self.images.skipped != self.skipped:  # set-up runs twice: before and in the trainer
-            report_skipped(self.images.skipped, len(self.images))
-        self.skipped = self.images.skipped
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image, known after :meth:`setup`."""
-        return self.images.image_shape
-
-    def predict_dataloader(self) -> DataLoader:
-        """The images to restore."""
-        return self._loader(self.images)
+        check_least(1, batch_size=self.batch_size)
+        check_least(0, num_workers=self.num_workers)
+        names = ("size", "channels", "limit", "strict", "background", "white_level", "range")
+        self.take(ImageFolder(self.folder, **{name: getattr(self, name) for name in names}))
 
     def train_dataloader(self) -> DataLoader:
         """All but the last ``val_count`` images, shuffled."""
@@ -190,8 +240,3 @@ class ImageFolderData(RestorationData):
                 f"{len(self.images)}."
             )
         return len(self.images) - self.val_count
-
-    def _loader(self, images: Dataset, shuffle: bool = False) -> DataLoader:
-        return DataLoader(
-            images, batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers
-        )

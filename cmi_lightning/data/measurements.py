@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import unicodedata
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from cmi_lightning.data.base import RestorationData, measured
+from cmi_lightning.data.base import measured
+from cmi_lightning.data.extras import Convention, companions, read_kernel, read_mask
 from cmi_lightning.data.files import (
-    Channels,
-    UnreadableError,
+    Shape,
     check_alike,
-    check_at_least_1,
-    check_num_workers,
+    check_least,
     check_pixels,
     find_images,
     local_path,
     read_all,
-    read_image,
-    report_skipped,
 )
+from cmi_lightning.data.folder import FolderData
+from cmi_lightning.data.images import Channels, Decoding, read_image
 from cmi_lightning.data.noise_levels import Range, estimate_of, read_sigmas, report_estimates
 from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
@@ -36,8 +33,6 @@ from cmi_lightning.problem import Problem
 Kind = Literal["denoise", "inpaint", "blur", "downsample"]
 NEEDS = {"inpaint": "masks", "blur": "kernels", "downsample": "factor"}
 ESTIMATE = "estimate"  # the value of data.sigmas that is no file
-MAX_KERNEL = 2048  # pixels a side
-MAX_GAIN = 100  # Σ|k| / Σk: how much more a kernel may magnify noise than a blur, which has 1
 
 
 class MeasurementFolder(Dataset):
@@ -50,66 +45,72 @@ class MeasurementFolder(Dataset):
         data: the options, and what they may be: :class:`MeasurementFolderData`.
 
     Raises:
-        InputError: see there; every file is read once here.
+        InputError: as :class:`MeasurementFolderData` has it; every file is read once here.
     """
 
     def __init__(self, data: MeasurementFolderData) -> None:
-        self.kind, self.channels, self.factor = data.kind, data.channels, data.factor
+        self.kind, self.factor = data.kind, data.factor
+        self.convention = data.kernel_convention
+        self.how = Decoding(data.channels, data.background, data.white_level, data.range)
         folder = local_path(data.measurements, "data.measurements")
-        found = find_images(folder, "data.measurements")
-        files = list(found.items())[: data.limit]
-        option, given, suffixes = {
-            "inpaint": ("data.masks", data.masks, (".png",)),
-            "blur": ("data.kernels", data.kernels, (".png", ".npy")),
-        }.get(self.kind, ("", None, ()))
+        source, option = None, f"data.{NEEDS.get(self.kind)}"
+        if given := data.masks or data.kernels:
+            source = local_path(given, option)
+        inside = source is not None and folder.resolve() in source.resolve().parents
+        found, passed = find_images(
+            folder,
+            "data.measurements",
+            data.strict,
+            source.resolve() if source and inside else None,
+        )
+        files = dict(list(found.items())[: data.limit])
         self.extras: dict[str, Path] = {}
-        self.extra_sizes: dict[Path, tuple[int, ...]] = {}
-        if given is not None:
-            self.extras = _companions(dict(files), folder, given, option, suffixes)
-            if local_path(given, option).is_file():  # it belongs to all: refused, not skipped
-                self._check_extra(files[0][0])
-        shapes, self.skipped = read_all(files, self._measure, data.strict, "data.measurements")
-        self.files = [(name, found[name]) for name in shapes]
-        check_alike(
-            {printable(found[name]): shape for name, shape in shapes.items()},
+        self.kernel_sizes: dict[str, Shape] = {}
+        self.missing: list[float] = []
+        self._last: tuple[Path | None, Tensor] = None, torch.empty(0)
+        if source is not None:
+            self.extras = companions(files, folder, source, option)
+            if source.is_file():  # it belongs to all: refused, not skipped
+                self._extra(next(iter(files)))
+        self.survey = read_all(files, self._measure, data.strict, "data.measurements")
+        self.survey.notes.extend(passed)
+        self.files = [(name, found[name]) for name in self.survey.read]
+        channels, height, width = check_alike(
+            {printable(found[name]): shape for name, shape in self.survey.read.items()},
             "data.measurements",
             "set data.channels to 1, 3 or 4",
             "restore each size in a run of its own",
         )
-        channels, height, width = next(iter(shapes.values()))
+        if self.kernel_sizes:
+            check_alike(self.kernel_sizes, "data.kernels", "", "pad the smaller ones with zeros")
         scale = self.factor or 1
         check_pixels(height * scale, width * scale, "data.factor", "choose a smaller one")
         self.image_shape = (channels, height * scale, width * scale)
-        if self.kind == "inpaint":
-            self._check_masks(height, width)
-        elif self.extras:
-            sizes = {printable(path): (1, *size) for path, size in self.extra_sizes.items()}
-            check_alike(sizes, "data.kernels", "", "pad the smaller ones with zeros")
         self.sigmas, self.clipped = self._noise_levels(data, found)
 
-    def _measure(self, name: str, file: Path) -> tuple[int, ...]:
-        """Return the shape of a measurement, and note the one of what goes with it."""
-        shape = tuple(read_image(file, self.channels, "data.channels").shape)
-        if self.extras:
-            self._check_extra(name)
-        return shape
+    def _measure(self, name: str, file: Path, note: Callable[[str], object]) -> Shape:
+        """Return the shape of a measurement, and look at what goes with it."""
+        y = read_image(file, self.how, note)
+        channels, height, width = y.shape
+        if self.kind == "blur":
+            sides = self._extra(name).shape
+            self.kernel_sizes[printable(self.extras[name])] = (1, sides[0], sides[1])
+        elif self.kind == "inpaint":
+            known = self._extra(name, (height, width))
+            self.missing.append(1 - float(known.float().mean()))
+            seen, hidden = y[:, known], y[:, ~known]
+            if bool((seen == seen[:, :1]).all()) and not bool((hidden == hidden[:, :1]).all()):
+                note("have known pixels of one value and missing ones that differ: inverted masks?")
+        return channels, height, width
 
-    def _check_extra(self, name: str) -> None:
-        if (path := self.extras[name]) not in self.extra_sizes:
-            self.extra_sizes[path] = tuple(self._read_extra(name).shape)
-
-    def _check_masks(self, height: int, width: int) -> None:
-        for path, size in self.extra_sizes.items():
-            if size != (height, width):
-                raise InputError(
-                    f"The mask '{printable(path)}' is {size[0]}×{size[1]} (height×width) and the "
-                    f"measurements are {height}×{width}; resize it without smoothing."
-                )
-
-    def _read_extra(self, name: str) -> Tensor:
-        """Return the mask or the kernel of a measurement."""
+    def _extra(self, name: str, size: tuple[int, int] | None = None) -> Tensor:
+        """Return the mask or the kernel of a measurement; the last one read is kept."""
         path = self.extras[name]
-        return read_mask(path) if self.kind == "inpaint" else read_kernel(path)
+        if path != self._last[0] or size not in (None, self._last[1].shape):
+            inpaint = self.kind == "inpaint"
+            extra = read_mask(path, size) if inpaint else read_kernel(path, self.convention)
+            self._last = path, extra
+        return self._last[1]
 
     def _noise_levels(
         self, data: MeasurementFolderData, found: dict[str, Path]
@@ -136,9 +137,8 @@ class MeasurementFolder(Dataset):
         sigmas: dict[str, float] = {}
         clipped = []
         for name, file in self.files:
-            y = read_image(file, self.channels, "data.channels")
-            known = self._read_extra(name) if self.kind == "inpaint" else None
-            sigmas[name], cut = estimate_of(name, y, known)
+            known = self._extra(name) if self.kind == "inpaint" else None
+            sigmas[name], cut = estimate_of(name, read_image(file, self.how), known)
             clipped += [name] * cut
         return sigmas, clipped
 
@@ -147,12 +147,9 @@ class MeasurementFolder(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str | int]:
         name, file = self.files[index]
-        y = read_image(file, self.channels, "data.channels")
-        item: dict[str, Tensor | str | int] = {"y_image": y, "id": name}
-        if self.kind == "inpaint":
-            item["mask"] = self._read_extra(name)
-        elif self.kind == "blur":
-            item["kernel"] = self._read_extra(name)
+        item: dict[str, Tensor | str | int] = {"y_image": read_image(file, self.how), "id": name}
+        if self.kind in ("inpaint", "blur"):
+            item["mask" if self.kind == "inpaint" else "kernel"] = self._extra(name)
         elif self.kind == "downsample" and self.factor is not None:
             item["factor"] = self.factor
         if self.sigmas:
@@ -160,100 +157,7 @@ class MeasurementFolder(Dataset):
         return item
 
 
-def _companions(
-    files: dict[str, Path], folder: Path, given: str, option: str, suffixes: tuple[str, ...]
-) -> dict[str, Path]:
-    """Return the mask or kernel of each image: one file for all, or the one of the same name."""
-    source = local_path(given, option)
-    if source.is_file():
-        return dict.fromkeys(files, source)
-    if not source.is_dir():
-        raise InputError(
-            f"{option}: there is no '{printable(source)}'; give a file for all images, or a folder "
-            "with one for each."
-        )
-    result: dict[str, Path] = {}
-    for name, file in files.items():
-        stem = file.relative_to(folder).with_suffix("")
-        # The same letters may be written as other characters, as macOS does (NFD).
-        forms = dict.fromkeys(
-            (str(stem), *(unicodedata.normalize(form, str(stem)) for form in ("NFC", "NFD")))
-        )
-        candidates = [source / f"{form}{suffix}" for form in forms for suffix in suffixes]
-        present = [path for path in candidates if path.is_file()]
-        if len(present) != 1:
-            what = "nothing" if not present else "more than one file"
-            raise InputError(
-                f"{option}: the folder '{printable(source)}' has {what} for the measurement "
-                f"'{name}'; there must be one '{name}{' or '.join(suffixes)}'."
-            )
-        result[name] = present[0]
-    return result
-
-
-def read_mask(path: Path) -> Tensor:
-    """Return a mask (h, w): True where the gray value is above one half.
-
-    Raises:
-        InputError: if it is unreadable, or black all over.
-    """
-    mask = read_image(path, 1, "data.masks")[0] > 0
-    if not mask.any():
-        raise InputError(
-            f"The mask '{printable(path)}' has no white (known) pixel; is it inverted?"
-        )
-    return mask
-
-
-def read_kernel(path: Path) -> Tensor:
-    """Return a blur kernel (kh, kw) of sum 1, float32, from a gray image or a 2-D ``.npy`` array.
-
-    Raises:
-        InputError: if it is unreadable, not 2-D, larger than 2048 pixels a side, not finite, or its
-            sum is not positive, or below 1 % of the sum of absolute values.
-    """
-    if path.suffix.lower() == ".npy":
-        array = _load_array(path)
-    else:
-        array = (read_image(path, 1, "data.kernels")[0].double().numpy() + 1) / 2
-    with np.errstate(all="ignore"):  # what overflows is refused
-        total, size = float(array.sum()), float(np.abs(array).sum())
-    if not 0 < total < np.inf or not size < np.inf:
-        raise InputError(
-            f"The kernel '{printable(path)}' must consist of finite numbers with a positive sum; "
-            f"its sum is {total:g}."
-        )
-    if size > MAX_GAIN * total:
-        raise InputError(
-            f"The values of the kernel '{printable(path)}' cancel: they cannot be divided by their "
-            "sum. Blur kernels are positive."
-        )
-    return torch.from_numpy((array / total).astype(np.float32))
-
-
-def _load_array(path: Path) -> np.ndarray:
-    """Return a 2-D ``.npy`` array of numbers as float64; its header is checked before its data."""
-    try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-            if not isinstance(mapped, np.ndarray):
-                mapped.close()
-                raise ValueError("an archive of arrays")
-            if mapped.dtype.kind not in "buif":
-                raise ValueError(f"values of type {mapped.dtype}")
-            if mapped.ndim != 2 or max(mapped.shape) > MAX_KERNEL:
-                raise ValueError(f"shape {mapped.shape}")
-            return np.array(mapped, np.float64)
-    except Exception as error:  # NumPy's parser raises all kinds
-        reason = printable(" ".join(str(error).split())[:200])
-        raise UnreadableError(
-            f"Cannot read the kernel '{printable(path)}' ({type(error).__name__}: {reason}); save "
-            f"one 2-D array of real numbers, at most {MAX_KERNEL} a side, with numpy.save."
-        ) from error
-
-
-class MeasurementFolderData(RestorationData):
+class MeasurementFolderData(FolderData):
     """Prediction batches of given measurements, for which no ground truth is known.
 
     The noise level is the module's ``noise`` option, as for simulated measurements, unless
@@ -265,10 +169,12 @@ class MeasurementFolderData(RestorationData):
             the image shows there is not used). "blur": correlation with a kernel, k_j x_{i+j−c}
             (as torch's conv2d and DPS have it), with reflected borders. "downsample": antialiased
             bicubic reduction by ``factor``.
-        masks: for "inpaint": one PNG for all images, or a folder with a PNG of the same relative
-            name for each; white is known, black is missing, cut at one half.
-        kernels: for "blur": one gray PNG or 2-D ``.npy`` for all, or a folder with one of the same
-            relative name for each, all of one size; divided by their sum.
+        masks: for "inpaint": one image or 2-D ``.npy`` for all, or a folder with one of the same
+            relative name for each; white is known, black is missing
+            (:func:`cmi_lightning.data.extras.read_mask` has the rules). Files within
+            ``measurements`` are not measurements then; so with ``kernels``.
+        kernels: for "blur": one gray image or 2-D ``.npy`` for all, or a folder with one of the
+            same relative name for each, all of one size; divided by their sum.
         factor: for "downsample": ≥ 2; restored images are this much larger.
         sigmas: a CSV file with the columns id,sigma, one line for each image; or "estimate", by
             wavelets (:func:`cmi_lightning.data.noise_levels.estimate_sigma`, which says how far to
@@ -282,6 +188,11 @@ class MeasurementFolderData(RestorationData):
         strict: refuse a folder with a file that cannot be decoded; else such files, and images
             whose own mask or kernel is one, are reported, left out and listed in ``skipped``,
             {file: reason}.
+        background: colour behind transparent pixels, by name or as "#rrggbb".
+        white_level: the number that is white in files of 16 or 32 bits, such as 4095; None: 65535.
+        range: the numbers that are black and white in files of floating-point numbers.
+        kernel_convention: "correlation", or "convolution" for kernels that are mirrored in it,
+            k_j x_{i−j+c}, as in scipy.ndimage.convolve.
 
     Raises:
         InputError: at construction, if the kind's option is missing or another kind's is given; at
@@ -304,6 +215,10 @@ class MeasurementFolderData(RestorationData):
         batch_size: int = 16,
         num_workers: int = 0,
         strict: bool = False,
+        background: str = "white",
+        white_level: int | None = None,
+        range: tuple[float, float] | None = None,
+        kernel_convention: Convention = "correlation",
     ) -> None:
         super().__init__()
         self.measurements, self.kind = measurements, kind
@@ -311,6 +226,8 @@ class MeasurementFolderData(RestorationData):
         self.channels, self.limit = channels, limit
         self.batch_size, self.num_workers = batch_size, num_workers
         self.sigmas, self.sigma_range, self.strict = sigmas, sigma_range, strict
+        self.background, self.white_level, self.range = background, white_level, range
+        self.kernel_convention = kernel_convention
         self.estimates: dict[str, float] = {}
         if kind not in get_args(Kind):
             raise InputError(f"data.kind must be one of {get_args(Kind)}, got '{kind}'.")
@@ -322,17 +239,16 @@ class MeasurementFolderData(RestorationData):
                 raise InputError(
                     f"data.{name} is not used by data.kind={kind}; remove it or change the kind."
                 )
+        if kernel_convention not in get_args(Convention):
+            raise InputError(f"data.kernel_convention must be one of {get_args(Convention)}.")
         if factor is not None and factor < 2:
             raise InputError(f"data.factor must be at least 2, got {factor}.")
 
     def setup(self, stage: str) -> None:
         """Find and check the files."""
-        check_at_least_1({"data.batch_size": self.batch_size, "data.limit": self.limit})
-        check_num_workers(self.num_workers)
-        self.images = MeasurementFolder(self)
-        if self.images.skipped != self.skipped:  # set-up runs twice: before and in the trainer
-            report_skipped(self.images.skipped, len(self.images))
-        self.skipped = self.images.skipped
+        check_least(1, batch_size=self.batch_size, limit=self.limit)
+        check_least(0, num_workers=self.num_workers)
+        self.take(MeasurementFolder(self))
         if self.sigmas == ESTIMATE and self.images.sigmas != self.estimates:
             report_estimates(self.images.sigmas, self.images.clipped)
             self.estimates = self.images.sigmas
@@ -340,14 +256,19 @@ class MeasurementFolderData(RestorationData):
     def problem(
         self, batch: dict[str, Any], operator: LinearOperator, std: float, noise: SampleNoise
     ) -> tuple[Problem, Tensor]:
-        """Return the problem of a batch; ``operator`` has no part in it."""
+        """Return the problem of given measurements; the sampler's operator has no part in it."""
         return measured(batch, self.kind, std, noise)
 
     @property
     def given(self) -> str:
-        """What was measured, for people."""
+        """What was measured, for people, with the share of pixels that is missing."""
         needed = NEEDS.get(self.kind)
         option = f", {needed} {printable(getattr(self, needed))}" if needed else ""
+        if self.kind == "inpaint" and self.images is not None:
+            shares = [f"{share:.3g} %" for share in sorted({100 * s for s in self.images.missing})]
+            option += f" ({' to '.join(dict.fromkeys((shares[0], shares[-1])))} missing)"
+        elif self.kind == "blur":
+            option += f" ({self.kernel_convention})"
         return f"given measurements, {self.kind}{option}"
 
     @property
@@ -360,12 +281,3 @@ class MeasurementFolderData(RestorationData):
         )
         values = sorted(self.images.sigmas.values())
         return f"σ of each image, {source}: {values[0]:.4g} to {values[-1]:.4g} on [−1, 1]"
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every restored image, known after :meth:`setup`."""
-        return self.images.image_shape
-
-    def predict_dataloader(self) -> DataLoader:
-        """The measurements to restore."""
-        return DataLoader(self.images, batch_size=self.batch_size, num_workers=self.num_workers)
