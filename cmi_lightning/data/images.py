@@ -267,6 +267,8 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         if space != mode:
             return None
         intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+        if mode == "L":
+            flags |= ImageCms.Flags.NOOPTIMIZE  # its table would be 10 levels off near black
         srgb = ImageCms.createProfile("sRGB")
         result = ImageCms.buildTransform(source, srgb, mode, "RGB", intent, flags)
     except (ImageCms.PyCMSError, ImportError, OSError, TypeError, ValueError):

@@ -1,0 +1,358 @@
+"""Image files as tensors: hidden colours, profiles, depths, formats that are and are not read."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image, ImageCms
+
+from cmi_lightning.data import ImageFolderData, MeasurementFolderData
+from cmi_lightning.data.images import Decoding, read_image
+from cmi_lightning.errors import InputError
+
+RNG = np.random.default_rng(0)
+
+
+def signed(array: np.ndarray, white: float = 255) -> torch.Tensor:
+    array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    return torch.from_numpy(array.astype(np.float64) / white * 2 - 1).float()
+
+
+def set_up(folder: Path, **options: object) -> ImageFolderData:
+    data = ImageFolderData(str(folder), **options)
+    data.setup("predict")
+    return data
+
+
+# Transparency ---------------------------------------------------------------------------------
+
+
+def rgba(path: Path) -> None:
+    a = np.zeros((4, 4, 4), np.uint8)
+    a[..., 0], a[1:3, 1:3] = 255, 255  # hidden red about white
+    Image.fromarray(a).save(path)
+
+
+def gray_alpha(path: Path) -> None:
+    a = np.zeros((4, 4, 2), np.uint8)
+    a[1:3, 1:3] = 255
+    Image.fromarray(a).save(path)
+
+
+def palette(path: Path) -> None:
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([255, 0, 0, 255, 255, 255])
+    image.paste(1, (1, 1, 3, 3))
+    image.save(path, transparency=0)
+
+
+def key_colour(path: Path) -> None:
+    image = Image.new("RGB", (4, 4), (255, 0, 0))
+    image.paste((255, 255, 255), (1, 1, 3, 3))
+    image.save(path, transparency=(255, 0, 0))
+
+
+def gray_key(path: Path) -> None:
+    image = Image.new("L", (4, 4), 7)
+    image.paste(255, (1, 1, 3, 3))
+    image.save(path, transparency=7)
+
+
+HIDDEN = [rgba, gray_alpha, palette, key_colour, gray_key]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("make", HIDDEN)
+def test_transparent_pixels_are_seen_on_the_background(tmp_path, capsys, make, channels):
+    make(tmp_path / "x.png")
+    for background, value in (("white", 1), ("black", -1), ("#808080", 128 / 127.5 - 1)):
+        x = read_image(tmp_path / "x.png", Decoding(channels, background))
+        assert x.shape == (channels, 4, 4)
+        assert torch.allclose(x[:, 0], torch.full((channels, 4), float(value)), atol=1e-6)
+        assert torch.allclose(x[:, 1, 1], torch.ones(channels), atol=1e-6)
+    data = set_up(tmp_path, channels=channels)
+    said = capsys.readouterr().err
+    assert "1 of 1 images have transparent pixels, seen on white (data.background)" in said
+    data.setup("predict")
+    assert not capsys.readouterr().err  # said once
+
+
+@pytest.mark.parametrize("make", HIDDEN)
+def test_alpha_is_kept_where_it_is_asked_for(tmp_path, capsys, make):
+    make(tmp_path / "x.png")
+    x = set_up(tmp_path, channels=4).images[0]["x"]
+    assert (x[3, 0] == -1).all()
+    assert x[3, 1, 1] == 1
+    assert not capsys.readouterr().err
+
+
+def test_half_transparent_pixels_are_mixed_and_opaque_ones_kept(tmp_path):
+    a = RNG.integers(0, 256, (6, 6, 4), dtype=np.uint8)
+    a[:3, :, 3] = 255
+    Image.fromarray(a).save(tmp_path / "x.png")
+    x = read_image(tmp_path / "x.png", Decoding(3))
+    alpha = a[..., 3:] / 255
+    assert torch.allclose(x, signed(a[..., :3] * alpha + 255 * (1 - alpha)), atol=1e-5)
+    assert torch.equal(x[:, :3], torch.from_numpy(a[:3, :, :3]).permute(2, 0, 1) / 127.5 - 1)
+    assert read_image(tmp_path / "x.png").shape[0] == 4  # its own channels
+
+
+def test_opaque_alpha_says_nothing(tmp_path, capsys):
+    a = RNG.integers(0, 256, (6, 6, 4), dtype=np.uint8)
+    a[..., 3] = 255
+    Image.fromarray(a).save(tmp_path / "x.png")
+    for channels, mode in ((1, "L"), (3, "RGB")):
+        x = set_up(tmp_path, channels=channels).images[0]["x"]
+        converted = torch.from_numpy(np.array(Image.fromarray(a).convert(mode)))
+        assert torch.equal(x.movedim(0, -1).squeeze(), converted / 127.5 - 1)
+    assert not capsys.readouterr().err
+
+
+# Colour profiles ------------------------------------------------------------------------------
+
+
+def profile(gamma: float, swap: bool = False, gray: bool = False) -> bytes:
+    """An ICC profile of sRGB's primaries (or two swapped, or gray) and a power as its curve."""
+
+    def fixed(*numbers: float) -> bytes:
+        return b"".join(struct.pack(">i", round(n * 65536)) for n in numbers)
+
+    xyz = [(0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)]
+    if swap:
+        xyz = [xyz[1], xyz[0], xyz[2]]
+    d50 = (0.9642, 1.0, 0.8249)
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    tags = [(b"wtpt", b"XYZ " + bytes(4) + fixed(*d50))]
+    if gray:
+        tags.append((b"kTRC", curve))
+    else:
+        for name, colour in zip((b"r", b"g", b"b"), xyz, strict=True):
+            tags += [(name + b"XYZ", b"XYZ " + bytes(4) + fixed(*colour)), (name + b"TRC", curve)]
+    start = 128 + 4 + 12 * len(tags)
+    table, data = struct.pack(">I", len(tags)), b""
+    for name, content in tags:
+        table += name + struct.pack(">II", start + len(data), len(content))
+        data += content
+    header = struct.pack(">I", start + len(data)) + bytes(4) + bytes([2, 0x10, 0, 0]) + b"mntr"
+    header += (b"GRAY" if gray else b"RGB ") + b"XYZ " + bytes(12) + b"acsp"
+    header = header.ljust(68, b"\0") + fixed(*d50)
+    return header.ljust(128, b"\0") + table + data
+
+
+def srgb(linear: np.ndarray) -> np.ndarray:
+    return np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_profiles_are_converted_to_srgb(tmp_path, capsys, suffix):
+    a = RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    options = {"lossless": True} if suffix == "webp" else {}
+    Image.fromarray(a).save(tmp_path / f"x.{suffix}", icc_profile=profile(1.0), **options)
+    x = set_up(tmp_path).images[0]["x"]
+    assert torch.allclose(x, signed(srgb(a / 255), 1), atol=0.03)
+    assert (
+        "1 of 1 images have a colour profile, which is converted to sRGB" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA"])
+def test_profiles_of_other_kinds_of_pixels(tmp_path, mode):
+    gray = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
+    icc = profile(1.0, gray=mode in ("L", "LA"))
+    Image.fromarray(gray).convert(mode).save(tmp_path / "x.png", icc_profile=icc)
+    x = read_image(tmp_path / "x.png", Decoding(1))
+    assert torch.allclose(x, signed(srgb(gray / 255), 1), atol=0.03)
+
+
+def test_swapped_primaries_are_put_right(tmp_path):
+    a = np.zeros((4, 4, 3), np.uint8)
+    a[..., 0] = 255
+    Image.fromarray(a).save(tmp_path / "x.png", icc_profile=profile(2.2, swap=True))
+    assert torch.allclose(
+        read_image(tmp_path / "x.png")[:, 0, 0], torch.tensor([-1.0, 1, -1]), atol=0.05
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+@pytest.mark.parametrize("icc", ["srgb", "nonsense", "other space"])
+def test_pixels_stay_without_a_profile_to_convert(tmp_path, capsys, mode, icc):
+    profiles = {
+        "srgb": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        "nonsense": b"nonsense" * 40,
+        "other space": profile(1.0, gray=mode != "L"),
+    }
+    image = Image.fromarray(RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)).convert(mode)
+    image.save(tmp_path / "x.png", icc_profile=profiles[icc])
+    image.save(tmp_path / "plain.png")
+    assert torch.equal(read_image(tmp_path / "x.png"), read_image(tmp_path / "plain.png"))
+    set_up(tmp_path)
+    assert not capsys.readouterr().err
+
+
+# Depths ---------------------------------------------------------------------------------------
+
+
+def save_png16(array: np.ndarray, path: Path) -> None:
+    """Write a 16-bit colour PNG, which Pillow cannot."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    height, width, channels = array.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def save_tif(**options: object) -> Callable[[np.ndarray, Path], None]:
+    return lambda array, path: tifffile.imwrite(path, array, photometric="rgb", **options)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize(
+    ("suffix", "save"),
+    [
+        ("png", save_png16),
+        ("tif", save_tif()),
+        ("tif", save_tif(byteorder=">")),
+        ("tif", save_tif(compression="zlib", predictor=True)),
+        ("tiff", save_tif(compression="zlib", byteorder=">")),
+    ],
+)
+def test_16_bit_colour_keeps_its_bits(tmp_path, suffix, save, channels):
+    array = RNG.integers(0, 65536, (5, 7, channels), dtype=np.uint16)
+    save(array, tmp_path / f"x.{suffix}")
+    x = read_image(tmp_path / f"x.{suffix}")
+    assert torch.allclose(x, signed(array, 65535), atol=1e-6)
+    gray = read_image(tmp_path / f"x.{suffix}", Decoding(1))
+    colour = array[..., :3] / 65535
+    if channels == 4:
+        alpha = array[..., 3:] / 65535
+        colour = colour * alpha + 1 - alpha
+    assert torch.allclose(gray, signed(colour @ [0.299, 0.587, 0.114], 1), atol=1e-5)
+
+
+def test_16_bit_colour_that_pillow_misreads_is_refused(tmp_path):
+    array = RNG.integers(0, 65536, (3, 5, 7), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "x.tif", array, photometric="rgb", planarconfig="separate")
+    with pytest.raises(InputError, match=r"Cannot read the image .*one colour after the other"):
+        read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("white", [1023, 4095])
+@pytest.mark.parametrize("kind", ["gray", "colour", "32 bits"])
+def test_white_level_of_fewer_bits(tmp_path, capsys, white, kind):
+    array = RNG.integers(0, white + 1, (6, 6, 3), dtype=np.uint16)
+    array[0, 0] = white
+    if kind == "colour":
+        save_png16(array, tmp_path / "x.png")
+    else:
+        array = array[..., 0]
+        Image.fromarray(array.astype(np.int32 if kind == "32 bits" else np.uint16)).save(
+            tmp_path / "x.tif"
+        )
+    if kind != "32 bits":  # whose range is unknown without
+        set_up(tmp_path)
+        assert "1 of 1 images use less than 10 % of 16 bits" in capsys.readouterr().err
+    x = set_up(tmp_path, white_level=white).images[0]["x"]
+    assert torch.allclose(x, signed(array, white), atol=1e-6)
+    assert not capsys.readouterr().err
+    with pytest.raises(
+        InputError, match=rf"from \d+ to {white}, outside of 0 to 500; set data\.white"
+    ):
+        set_up(tmp_path, white_level=500)
+
+
+def test_floating_point_needs_a_range(tmp_path):
+    array = RNG.random((6, 6), dtype=np.float32) * 4 - 1
+    Image.fromarray(array).save(tmp_path / "x.tif")
+    with pytest.raises(InputError, match=r"32-bit pixels \(kind F\), .*set data\.range"):
+        set_up(tmp_path)
+    x = set_up(tmp_path, range=(-1.0, 3.0), channels=3).images[0]["x"]
+    assert torch.allclose(x, signed((array + 1) / 4, 1).expand(3, 6, 6), atol=1e-6)
+    with pytest.raises(InputError, match=r"outside of 0 to 1; set data\.range"):
+        set_up(tmp_path, range=(0.0, 1.0))
+    array[0, 0] = np.nan
+    Image.fromarray(array).save(tmp_path / "x.tif")
+    with pytest.raises(InputError, match="from nan to nan"):
+        set_up(tmp_path, range=(-1.0, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"background": "whitish"}, r"data\.background: 'whitish' is no colour"),
+        ({"background": ""}, r"data\.background"),
+        ({"white_level": 0}, r"data\.white_level must be at least 1"),
+        ({"range": (1.0, 1.0)}, r"data\.range must be two finite numbers, black < white"),
+        ({"range": (0.0, float("inf"))}, r"data\.range must be two finite numbers"),
+        ({"channels": 2}, r"data\.channels must be 1, 3 or 4, got 2"),
+    ],
+)
+def test_senseless_options(tmp_path, options, words):
+    Image.new("L", (4, 4)).save(tmp_path / "x.png")
+    for kind in (ImageFolderData, MeasurementFolderData):
+        with pytest.raises(InputError, match=words):
+            kind(str(tmp_path), **options).setup("predict")
+
+
+# Formats --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["gif", "jfif", "avif", "jp2", "ppm", "pgm", "GIF"])
+def test_formats_that_are_read_too(tmp_path, suffix):
+    from PIL import features
+
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    format_ = "JPEG" if suffix == "jfif" else None
+    Image.new("L", (8, 8), 200).save(tmp_path / f"x.{suffix}", format=format_)
+    x = set_up(tmp_path, channels=1).images[0]["x"]
+    assert torch.allclose(x, torch.full((1, 8, 8), 200 / 127.5 - 1), atol=0.02)
+
+
+@pytest.mark.parametrize("suffix", ["heic", "JXL", "psd"])
+def test_formats_that_are_not_read_are_named(tmp_path, capsys, suffix):
+    (tmp_path / f"b.{suffix}").write_bytes(b"x")
+    with pytest.raises(InputError, match=rf"holds no image .*1 image\(s\) of kinds .*\.{suffix}"):
+        set_up(tmp_path)
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    data = set_up(tmp_path)
+    assert not data.skipped
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        f"kinds that are not read here (.{suffix.lower()}), such as '{tmp_path}/b.{suffix}'" in line
+    )
+    with pytest.raises(InputError, match="convert them to PNG"):
+        set_up(tmp_path, strict=True)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "png", "webp"])
+def test_the_first_of_several_pictures_is_read(tmp_path, capsys, suffix):
+    first, *others = (Image.new("L", (8, 8), value) for value in (10, 240, 120))
+    options = {"lossless": True} if suffix == "webp" else {}
+    first.save(tmp_path / f"x.{suffix}", save_all=True, append_images=others, **options)
+    x = set_up(tmp_path, channels=1).images[0]["x"]
+    assert torch.allclose(x, torch.full((1, 8, 8), 10 / 127.5 - 1), atol=0.02)
+    assert "hold several pictures, of which the first is read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [ImageFolderData, MeasurementFolderData])
+def test_an_empty_path_is_refused(kind):
+    with pytest.raises(InputError, match=r"is no path here \(it is empty\)"):
+        kind("").setup("predict")
