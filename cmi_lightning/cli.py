@@ -14,16 +14,18 @@ import os
 import sys
 from collections.abc import Sequence
 
+from cmi_lightning import configs
 from cmi_lightning.errors import InputError, one_sentence
-from cmi_lightning.predict.options import shipped_configs
 
-USAGE = """usage: cmi-lightning {predict,fit,verify,tune,table} [-c CONFIG]... [--option VALUE]...
+USAGE = """\
+usage: cmi-lightning {predict,fit,verify,tune,table,configs} [-c CONFIG]... [--option VALUE]...
 
   predict   restore images: measure them (or read measurements), sample, write images and metrics
   fit       train a score network
   verify    check the mathematics on exact priors; with --denoiser or -c, check that network
   tune      choose the step sizes of a table on validation images
   table     methods with and without CMI on tasks: restore, compare, write a report
+  configs   list the configurations that ship with the package
 
   cmi-lightning predict -c demo                                    sixteen garments under a box
   cmi-lightning predict -c demo -c task/super_resolution -c guidance/dps -c add_cmi
@@ -57,15 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = (args[0], args[1:]) if args else ("--help", [])
     try:
         if command in ("-h", "--help"):
-            print(USAGE + ", ".join(shipped_configs()))
+            print(USAGE + ", ".join(configs.summaries()))
         elif command == "--version":
             from cmi_lightning import __version__
 
             print(f"cmi-lightning {__version__}")
+        elif command == "configs":
+            for name, line in configs.summaries().items():
+                print(f"{name:26}{line}")
         elif command in COMMANDS:
             return getattr(importlib.import_module(COMMANDS[command]), command)(rest)
         else:
-            raise InputError(f"Unknown command '{command}': use {', '.join(COMMANDS)}.")
+            raise InputError(f"Unknown command '{command}': use {', '.join(COMMANDS)}, configs.")
     except Exception as error:
         # Lightning's own word for bad options; importing it here would slow down --help.
         lightnings = type(error).__name__ == "MisconfigurationException"

@@ -14,9 +14,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from cmi_lightning import configs
 from cmi_lightning.cli import main
 from cmi_lightning.denoisers.network import SHIPPED
-from cmi_lightning.predict.options import configs, shipped_configs
 
 FAST = [
     "--data.limit=2",
@@ -87,7 +87,7 @@ def test_add_cmi_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in shipped_configs() if n.split("/")[0] in ("task", "guidance", "solver")]
+    "name", [n for n in configs.summaries() if n.split("/")[0] in ("task", "guidance", "solver")]
 )
 def test_every_config_runs(tmp_path, name):
     assert run(tmp_path, "-c", name, *FAST, "--trainer.callbacks=[]", "--trainer.logger=false") == 0
@@ -240,8 +240,3 @@ def test_the_default_prior_leaves_nothing_behind(capsys, tmp_path):
     assert printed["network"] == "torch.tanh"
     assert printed["image_shape"] is None
     assert printed["weights"] is None
-
-
-def test_configs_are_packaged():
-    assert (configs() / "demo.yaml").is_file()
-    assert {"demo", "add_cmi", "guidance/dps", "task/denoise"} <= set(shipped_configs())

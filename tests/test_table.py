@@ -21,11 +21,11 @@ import scipy.stats
 import torch
 import yaml
 
+from cmi_lightning import configs
 from cmi_lightning.callbacks.distances import frechet
 from cmi_lightning.callbacks.feature_metrics import embedding_path
 from cmi_lightning.cli import main
 from cmi_lightning.errors import InputError
-from cmi_lightning.predict.options import configs
 from cmi_lightning.report.tables import csv as to_csv
 from cmi_lightning.report.tables import latex, markdown
 from cmi_lightning.table.cells import SET_RESAMPLES
@@ -202,7 +202,7 @@ def test_packaged_tables_make_cells_that_predict_understands(name):
             arguments = table.arguments(table.cell(task, method, variant), 1)
             for flag, value in itertools.pairwise(arguments):
                 if flag == "-c":
-                    assert (configs() / f"{value}.yaml").is_file()
+                    assert configs.find(value)
 
 
 def test_unknown_options_are_refused(capsys):
@@ -454,8 +454,8 @@ def smoke(tmp_path_factory):
     """Two methods on one task, three images in two rounds, CMI at every step."""
     folder = tmp_path_factory.mktemp("smoke")
     often = folder / "often.yaml"
-    text = (configs() / "table" / "cmi.yaml").read_text().replace("interval: 6", "interval: 1")
-    often.write_text(text.replace("krylov: 6", "krylov: 1"))
+    text = configs.find("table/cmi").replace('"interval": 6', '"interval": 1')
+    often.write_text(text.replace('"krylov": 6', '"krylov": 1'))
     arguments = ["-c", "table/smoke", *FAST, f"--output={folder}", f"--cmi.configs=[{often}]"]
     arguments += ["--posterior={images: 2, draws: 2, methods: [DPS]}"]
     assert main(["table", *arguments]) == 0

@@ -9,36 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cmi_lightning import configs
 from cmi_lightning.errors import InputError, one_sentence
 
 
-def configs() -> Path:
-    """Return the folder of the packaged configurations."""
-    import cmi_lightning.configs as packaged
-
-    return Path(str(packaged.__file__)).parent
-
-
-def shipped_configs() -> list[str]:
-    """Return the names that ``-c`` understands without a path."""
-    root = configs()
-    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
-
-
 def _resolve(value: str) -> str:
-    """Return the path of a configuration: a file, or a packaged one by name."""
+    """Return a file's path as it is, and a packaged configuration as :func:`configs.find` does."""
     if Path(value).is_file():
         try:
             Path(value).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"'{value}' is no UTF-8 text file: {error}.") from error
         return value
-    for candidate in (value, f"{value}.yaml", value.removeprefix("configs/")):
-        if (path := configs() / candidate).is_file():
-            return str(path)
-    raise InputError(
-        f"No configuration '{value}': give a YAML file, or one of {', '.join(shipped_configs())}."
-    )
+    if (found := configs.find(value)) is None:
+        names = ", ".join(configs.summaries())
+        raise InputError(f"No configuration '{value}': give a YAML file, or one of {names}.")
+    return found
 
 
 def resolved(args: Sequence[str]) -> list[str]:
@@ -58,9 +44,7 @@ def prediction_cli(args: list[str]) -> Any:
     """Return the sampler, data and trainer of ``predict``'s options, see :func:`lightning_cli`."""
     from cmi_lightning.predict.module import PosteriorSampler
 
-    return lightning_cli(
-        PosteriorSampler, args, default_config_files=[str(configs() / "base.yaml")]
-    )
+    return lightning_cli(PosteriorSampler, args, default_config_files=[str(configs.BASE)])
 
 
 def lightning_cli(model: type, args: list[str], resumable: bool = False, **kwargs: Any) -> Any:
@@ -74,12 +58,19 @@ def lightning_cli(model: type, args: list[str], resumable: bool = False, **kwarg
     import lightning as L
     from jsonargparse import ArgumentError
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from omegaconf import OmegaConf
 
     # Imported so that short class names and component lists of the help know them.
     import cmi_lightning.callbacks
     import cmi_lightning.data
     import cmi_lightning.denoisers
     import cmi_lightning.guidance  # noqa: F401
+
+    # ${name:${model.denoiser.class_path}}: the prior's name in the folders of configs/paper.yaml
+    warnings.filterwarnings(
+        "ignore", r"register_new_resolver\(\) is deprecated"
+    )  # omegaconf 2.3's name
+    OmegaConf.register_new_resolver("name", lambda path: path.rpartition(".")[2], replace=True)
 
     class CLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -114,8 +114,8 @@ def check(table: Table, cells: Sequence[Cell]) -> None:
     """
     for cell in cells:
         arguments = resolved(table.arguments(cell, 1))
-        files = [value for flag, value in itertools.pairwise(arguments) if flag == "-c"]
-        text = "".join(Path(file).read_text(encoding="utf-8") for file in files)
+        configs = [value for flag, value in itertools.pairwise(arguments) if flag == "-c"]
+        text = "".join(c if c[0] == "{" else Path(c).read_text(encoding="utf-8") for c in configs)
         for name in cell.step_sizes:
             if f"step_sizes.{name}" not in text:
                 raise InputError(

@@ -1,23 +1,25 @@
-"""The paper's configurations: what they say, and that they run on the published architecture."""
+"""The packaged configurations; the paper's: what they say, and that they run on its network."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
+from cmi_lightning import configs
 from cmi_lightning.cli import main
 from cmi_lightning.denoisers import ffhq_unet
-from cmi_lightning.predict.options import configs, prediction_cli, resolved
+from cmi_lightning.predict.options import prediction_cli, resolved
 
 TASKS = [
     "inpaint_random",
@@ -42,12 +44,45 @@ OPERATORS = {
 
 
 def arguments(prior: str, task: str, guidance: str, cmi: bool) -> list[str]:
-    names = [f"experiment/{prior}/{task}", f"guidance/{guidance}", *(["add_cmi"] if cmi else [])]
+    names = [f"prior/{prior}", f"paper/{task}", f"guidance/{guidance}", *["add_cmi"] * cmi]
     return resolved([word for name in names for word in ("-c", name)])
+
+
+# What one file for each prior and task said before prior/ and paper.yaml: {"ffhq/sr4": options}.
+FORMER = json.loads((Path(__file__).parent / "manifests/paper_options.json").read_text())
 
 
 def combinations(prior: str) -> list[tuple[str, str, bool]]:
     return list(itertools.product(TASKS, GUIDANCES, (False, True)))
+
+
+def test_every_configuration_says_what_it_is():
+    lines = configs.summaries()
+    assert all(len(line) > 10 for line in lines.values())
+    assert all(len(line) <= 100 for line in lines.values())
+    assert {"demo", "add_cmi", "guidance/dps", "paper/sr4", "prior/ffhq", "table/ffhq"} <= set(
+        lines
+    )
+    files = [path for path in configs.FOLDER.rglob("*.yaml")]
+    assert len(files) <= 30
+    assert len({path.read_text(encoding="utf-8") for path in files}) == len(files)
+
+
+def test_names_are_found_in_every_spelling():
+    assert configs.find("demo") == configs.find("demo.yaml") == str(configs.FOLDER / "demo.yaml")
+    section = configs.find("guidance/dps")
+    assert section == configs.find("configs/guidance/dps.yaml")
+    assert "cmi_lightning.guidance.DPS" in section
+    assert configs.find("guidance") is configs.find("guidance/dpss") is None
+
+
+def test_configurations_are_listed(capsys):
+    assert main(["configs"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == list(configs.summaries())
+    assert any(
+        line.endswith("Deterministic; two network evaluations per step.") for line in printed
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +110,19 @@ def test_every_combination_parses(parser, prior):
         classes = [g.class_path.rpartition(".")[2].lower() for g in model.guidances]
         assert classes == [guidance, *(["cmi"] if cmi else [])]
         # the step size is the task's own, although the guidance comes from a general file
-        sizes = yaml.safe_load((configs() / f"experiment/{prior}/{task}.yaml").read_text())
-        sizes = sizes["step_sizes"]
+        sizes = FORMER[f"{prior}/{task}"]["step_sizes"]
         options = vars(model.guidances[0].init_args)
         assert options["rate" if guidance == "dsg" else "scale"] == sizes[guidance]
         if guidance == "dsg":
             assert options["interval"] == sizes["dsg_interval"]
+
+
+@pytest.mark.parametrize("former", FORMER)
+def test_overlays_say_what_one_file_said(parser, former):
+    new = arguments(*former.split("/"), "dsg", True)
+    old = ["-c", json.dumps(FORMER[former]), *new[4:]]
+    new, old = (vars(parser.parse_args(args)) for args in (new, old))
+    assert new | {"config": None} == old | {"config": None}
 
 
 def test_step_sizes_differ_between_tasks(parser):
@@ -101,7 +143,7 @@ def test_options_override_the_tasks_step_sizes(parser):
 
 @pytest.mark.parametrize("name", ["ffhq", "imagenet"])
 def test_missing_weights_and_images_are_named(name, capsys, tmp_path):
-    args = ["predict", "-c", f"experiment/{name}/sr4", "-c", "guidance/dps"]
+    args = ["predict", "-c", f"prior/{name}", "-c", "paper/sr4", "-c", "guidance/dps"]
     root = f"--trainer.default_root_dir={tmp_path / 'out'}"
     # on the meta device: the network is made before its weights are looked for, and it is large
     with torch.device("meta"):
@@ -171,7 +213,7 @@ def test_every_combination_restores(weights, photographs, task, guidance, cmi):
 def test_a_photograph_from_the_command_line(weights, photographs, tmp_path):
     command = [
         *[sys.executable, "-m", "cmi_lightning", "predict"],
-        *["-c", "experiment/ffhq/sr4", "-c", "guidance/dps", "-c", "add_cmi"],
+        *["-c", "prior/ffhq", "-c", "paper/sr4", "-c", "guidance/dps", "-c", "add_cmi"],
         f"--model.denoiser.init_args.weights={weights}",
         f"--data.folder={photographs}",
         "--model.num_steps=2",
