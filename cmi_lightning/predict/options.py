@@ -67,9 +67,8 @@ def lightning_cli(model: type, args: list[str], resumable: bool = False, **kwarg
     import cmi_lightning.guidance  # noqa: F401
 
     # ${name:${model.denoiser.class_path}}: the prior's name in the folders of configs/paper.yaml
-    warnings.filterwarnings(
-        "ignore", r"register_new_resolver\(\) is deprecated"
-    )  # omegaconf 2.3's name
+    # omegaconf 2.4 deprecates this name, and 2.3 has no other.
+    warnings.filterwarnings("ignore", r"register_new_resolver\(\) is deprecated")
     OmegaConf.register_new_resolver("name", lambda path: path.rpartition(".")[2], replace=True)
 
     class CLI(LightningCLI):
