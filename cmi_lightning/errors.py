@@ -1,4 +1,7 @@
-"""The one exception for what a user can mend."""
+"""The one exception for what a user can mend, and the one way to warn."""
+
+import logging
+from functools import cache
 
 
 class InputError(ValueError):
@@ -17,3 +20,9 @@ def one_sentence(message: str) -> str:
     """Return a parser message on one line, without its repetitions."""
     parts = [part.strip(" -") for part in message.splitlines()]
     return " ".join(dict.fromkeys(part for part in parts if part))
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, the first time that a process has it."""
+    logging.getLogger("cmi_lightning").warning(message)

@@ -76,8 +76,8 @@ class KrylovSpace:
 
     Attributes:
         basis: orthonormal vectors, (B, k, m); zero where the space ended early.
-        values: eigenvalues of the restriction, (B, k), float64.
-        vectors: its eigenvectors, (B, k, k), float64.
+        values: eigenvalues of the restriction, (B, k), float64 on the CPU.
+        vectors: its eigenvectors, (B, k, k), float64 on the CPU.
         length: ‖v‖, (B,).
         rest: norm of the part of the last image that left the space, (B,).
         shape: shape of v.
@@ -96,14 +96,14 @@ class KrylovSpace:
         The second is the relative residual of conjugate gradients when f(λ) = 1/λ.
         """
         coefficients = (self.vectors * self._of(f)[:, None]) @ self.vectors[:, 0, :, None]
-        coefficients = coefficients[..., 0].to(self.basis.dtype)
+        coefficients = coefficients[..., 0].to(self.basis)
         applied = (coefficients[..., None] * self.basis).sum(1) * self.length[:, None]
         return applied.reshape(self.shape), self.rest * coefficients[:, -1].abs()
 
     def quadratic(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Return vᵀ f(M) v ≈ ‖v‖² e₁ᵀ f(T) e₁ (B,)."""
         weights = self.vectors[:, 0] ** 2
-        return (weights * self._of(f)).sum(1).to(self.length.dtype) * self.length**2
+        return (weights * self._of(f)).sum(1).to(self.length) * self.length**2
 
     def _of(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Return f(values), NaN where the values are: a comparison in f would hide them."""
@@ -144,7 +144,7 @@ def krylov(matvec: Callable[[Tensor], Tensor], v: Tensor, dimension: int) -> Kry
         rest = torch.where(ended, 0.0, rest)
         q = torch.where(ended[:, None], 0.0, unit(remainder))
     M = torch.stack(images, 1)
-    T = (Q @ M.mT).double()
+    T = (Q @ M.mT).cpu().double()  # not every accelerator has float64
     finite = torch.isfinite(T).all(2, keepdim=True).all(1, keepdim=True)
     # A sample that has diverged shall not stop the others: eigh refuses what is not finite.
     values, vectors = torch.linalg.eigh(torch.where(finite, 0.5 * (T + T.mT), 0.0))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.denoisers.base import Denoiser
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, warn_once
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.linalg import norm, per_sample
 from cmi_lightning.noise import SampleNoise
@@ -22,6 +22,8 @@ from cmi_lightning.step import Cost, Record, Step
 # is that of x̂₀, in which an error of x_t is √(α² + σ²)/α times as large, a hundredfold at the first
 # steps. DPS with long steps makes and mends such errors there.
 DIVERGED = 1e3
+# The largest α/σ at which a chain may start from pure noise: its mean is then off by a tenth of σ.
+SIGNAL_LEFT = 0.1
 
 
 class Sampler:
@@ -102,8 +104,17 @@ class Sampler:
             return x.detach()
 
     def start(self, noise: SampleNoise, like: Tensor) -> Tensor:
-        """Return x_N ~ N(0, α² + σ²) (B, *), shaped like ``like``: N(0, I) on a DDPM chain."""
+        """Return x_N ~ N(0, α² + σ²) (B, *), shaped like ``like``: N(0, I) on a DDPM chain.
+
+        That is the law of x_N where little of x₀ is left in it; else a warning says so.
+        """
         level = self.schedule[len(self.schedule) - 1]
+        if level.alpha > SIGNAL_LEFT * level.sigma:
+            warn_once(
+                f"The chain does not end in noise: its noisiest level has α/σ = "
+                f"{level.alpha / level.sigma:.2g}, and sampling starts as if it were 0. Use a "
+                "schedule of more noise, or a num_steps that keeps the noisiest level."
+            )
         return (level.alpha**2 + level.sigma**2) ** 0.5 * noise.normal("start", 0, like)
 
     def iterate(self, problem: Problem, noise: SampleNoise, like: Tensor) -> Iterator[Record]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, warn_once
 
 
 class Level(NamedTuple):
@@ -72,10 +72,15 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not len(self.alphas) == len(self.sigmas) == len(self.times) > 0:
-            raise ValueError("alphas, sigmas and times must be of one length, at least 1.")
+            raise InputError("alphas, sigmas and times must be of one length, at least 1.")
+        if not all(a > 0 for a in self.alphas):
+            raise InputError(
+                "A level without signal (α = 0) says nothing about x₀: leave it out of the "
+                "schedule, or use Schedule.from_betas, which does."
+            )
         noise_to_signal = [s / a for a, s in zip(self.alphas, self.sigmas, strict=True)]
-        if any(b <= a for a, b in pairwise(noise_to_signal)):
-            raise ValueError("σ/α must increase from level to level.")
+        if not all(a < b for a, b in pairwise([0.0, *noise_to_signal])):
+            raise InputError("σ/α must be above 0 and increase from level to level.")
 
     @classmethod
     def _from_alpha_bars(cls, alpha_bars: np.ndarray) -> Schedule:
@@ -93,7 +98,7 @@ class Schedule:
 
         The default βs belong to 1000 levels. Source: Ho et al. (2020), Sec. 4.
         """
-        return cls._from_alpha_bars(np.cumprod(1 - np.linspace(beta_start, beta_end, num_levels)))
+        return cls.from_betas(_grid(beta_start, beta_end, num_levels))
 
     @classmethod
     def cosine(cls, num_levels: int = 1000, offset: float = 0.008) -> Schedule:
@@ -118,7 +123,7 @@ class Schedule:
 
         Source: Karras et al. (2022), Eq. 5.
         """
-        ramp = np.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), num_levels)
+        ramp = _grid(sigma_min ** (1 / rho), sigma_max ** (1 / rho), num_levels)
         sigmas = tuple((ramp**rho).tolist())
         return cls((1.0,) * num_levels, sigmas, sigmas)
 
@@ -138,7 +143,7 @@ class Schedule:
 
         Source: Song et al. (2021), Score-based generative modeling through SDEs, Eq. 33.
         """
-        t = np.linspace(t_min, 1, num_levels)
+        t = _grid(t_min, 1, num_levels)
         log_alpha = -(t**2) * (beta_max - beta_min) / 4 - t * beta_min / 2
         sigmas = np.sqrt(-np.expm1(2 * log_alpha))
         return cls(
@@ -148,11 +153,11 @@ class Schedule:
         )
 
     @classmethod
-    def from_betas(cls, betas: Sequence[float]) -> Schedule:
+    def from_betas(cls, betas: Sequence[float] | np.ndarray) -> Schedule:
         """A variance-preserving chain of given β_t: ᾱ_t = ∏(1 − β), times 0, 1, 2, ….
 
-        Last levels without any signal (ᾱ = 0, zero terminal SNR) are left out: there x̂₀ does not
-        depend on x_t, and the level before them is noise for all purposes.
+        A last level without signal (β = 1, zero terminal SNR) is left out, with a warning: there
+        x̂₀ does not depend on x_t, and the level before it is noise for all purposes.
 
         Raises:
             InputError: if a β is not in (0, 1], or is 1 before the last.
@@ -162,6 +167,11 @@ class Schedule:
         if not kept.size or np.any(kept <= 0) or np.any(kept >= 1):
             raise InputError(
                 "betas must lie between 0 and 1 (the last may be 1), at least one of them."
+            )
+        if len(kept) < len(b):
+            warn_once(
+                "The chain's last level has no signal (β = 1): sampling starts at level "
+                f"{len(kept)} of {len(b)}."
             )
         return cls._from_alpha_bars(np.cumprod(1 - kept))
 
@@ -188,6 +198,9 @@ class Schedule:
     def respace(self, num_steps: int | str) -> Schedule:
         """Keep ``num_steps`` levels by guided-diffusion's rule; the network's times stay.
 
+        One step, alone or as the last section, keeps the noisiest level, from which sampling
+        starts; guided-diffusion keeps the least noisy one.
+
         Args:
             num_steps: a count; "a,b,c" for counts in equal sections; or "ddimK" for the smallest
                 integer stride that leaves K levels.
@@ -207,6 +220,13 @@ class Schedule:
             yield i, self[i], self[i - 1] if i else CLEAN
 
 
+def _grid(low: float, high: float, count: int) -> np.ndarray:
+    """Return evenly spaced numbers from low to high; one is the high end, the noisiest."""
+    if count < 1:
+        raise InputError(f"A schedule needs at least 1 level, got num_levels={count}.")
+    return np.linspace(low, high, count) if count > 1 else np.array([high])
+
+
 def _spaced(total: int, spec: int | str) -> list[int]:
     """Indices kept by guided-diffusion's ``space_timesteps`` rule, ascending."""
     text = str(spec)
@@ -216,7 +236,7 @@ def _spaced(total: int, spec: int | str) -> list[int]:
             strides = [s for s in range(1, total + 1) if len(range(0, total, s)) == wanted]
             if not strides:
                 raise InputError(f"num_steps={text}: no integer stride leaves {wanted} of {total}.")
-            return list(range(0, total, strides[0]))
+            return list(range(0, total, strides[0])) if wanted > 1 else [total - 1]
         counts = [int(part) for part in text.split(",")]
     except ValueError as error:
         if isinstance(error, InputError):
@@ -233,7 +253,7 @@ def _spaced(total: int, spec: int | str) -> list[int]:
                 f"between 1 and {length}."
             )
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        position = 0.0
+        position = 0.0 if count > 1 or section < len(counts) - 1 else length - 1.0
         for _ in range(count):  # the float is accumulated, as the published code does
             keep.append(start + round(position))
             position += stride

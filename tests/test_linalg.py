@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from cmi_lightning import Problem, Sampler
+from cmi_lightning.exact import DenseCovariance, GaussianMixture, GaussianPrior
+from cmi_lightning.guidance import CMI, DPS, DSG, MCG, MomentMatching, PiGDM
+from cmi_lightning.information import ImageProbes, Lanczos, Ridge, TraceLimit, TwoTraces
 from cmi_lightning.linalg import conjugate_gradient, dot, krylov, norm, per_sample, unit
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators import BoxMask, Downsample, GaussianBlur, MotionBlur
+from cmi_lightning.solvers import DDPM
 
 
 @pytest.fixture
@@ -98,3 +109,51 @@ def test_small_helpers():
     assert dot(a, a).tolist() == [25, 0]
     assert per_sample(torch.ones(2), a).shape == (2, 1)
     assert per_sample(2.0, a).shape == ()
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 in our code, but in lines that go to the CPU first: an accelerator."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (kwargs or {}).get("dtype") is torch.float64 and isinstance((args or (0,))[0], Tensor):
+            stack = [f for f in traceback.extract_stack()[:-1] if "site-packages" not in f.filename]
+            assert "cpu()" in str(stack[-1].line), f"{stack[-1].filename}:{stack[-1].lineno}"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_emulation_catches_float64():
+    with NoFloat64(), pytest.raises(AssertionError, match="test_linalg"):
+        torch.ones(2).double()
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        DPS(),
+        PiGDM(),
+        MCG(),
+        DSG(),
+        MomentMatching(),
+        *(
+            CMI(estimator=e(derivative=d), min_signal=0.0, max_signal=1.0)
+            for e in (Lanczos, ImageProbes, TwoTraces, Ridge, TraceLimit)
+            for d in ("autograd", "difference")
+        ),
+    ],
+    ids=str,
+)
+def test_sampling_needs_no_float64_on_the_accelerator(guidance):
+    prior = GaussianMixture(torch.linspace(-1, 1, 32).reshape(2, 1, 4, 4), 0.1)
+    noise = SampleNoise(0, ["a", "b"])
+    with NoFloat64():
+        for operator in (BoxMask(2, 1), GaussianBlur(3, 0.5), MotionBlur(3), Downsample(2)):
+            problem = Problem.simulate(torch.zeros(2, 1, 4, 4), operator, 0.1, noise)
+            x = Sampler(prior, DDPM(), [guidance], 2).run(problem, noise, torch.zeros(2, 1, 4, 4))
+            assert bool(x.isfinite().all())
+
+
+def test_exact_posteriors_need_no_float64_on_the_accelerator():
+    with NoFloat64():
+        prior = GaussianPrior(torch.zeros(2), DenseCovariance(torch.eye(2)))
+        posterior = prior.condition(torch.ones(1, 2), torch.ones(1), 0.1)
+    assert float(posterior.mean().sum()) == pytest.approx(2 / 2.01)

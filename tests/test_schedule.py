@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
-from cmi_lightning.errors import InputError
+from cmi_lightning import Sampler
+from cmi_lightning.errors import InputError, warn_once
+from cmi_lightning.exact import GaussianPrior
+from cmi_lightning.noise import SampleNoise
 from cmi_lightning.schedule import CLEAN, Level, Schedule, reverse_coefficients
+from cmi_lightning.solvers import DDIM
 
 
 def abar(schedule: Schedule, i: int) -> float:
@@ -31,7 +36,11 @@ def test_linear_chain_has_the_published_values():
         (20, [0, 53, 105, 158], [999], 20),
         ("ddim50", [0, 20, 40], [980], 50),
         ("10,20", [0, 55], [999], 30),
-        (1, [0], [0], 1),
+        (1, [999], [999], 1),
+        ("ddim1", [999], [999], 1),
+        ("1,1", [0], [999], 2),
+        ("10,1", [0, 55], [499, 999], 11),
+        ("ddim2", [0], [500], 2),
         (1000, [0, 1, 2], [999], 1000),
     ],
 )
@@ -105,6 +114,66 @@ def test_levels_must_ascend():
         Schedule((1.0, 1.0), (0.2, 0.1), (0, 1))
     with pytest.raises(ValueError, match="one length"):
         Schedule((1.0,), (0.2, 0.1), (0, 1))
+    for sigmas in ((0.0, 0.1), (0.1, math.nan)):
+        with pytest.raises(InputError, match="increase"):
+            Schedule((1.0, 1.0), sigmas, (0, 1))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule.linear().respace(1),
+        Schedule.linear(1),
+        Schedule.cosine(1),
+        Schedule.edm(1),
+        Schedule.edm().respace("ddim1"),
+        Schedule.vp(1),
+        Schedule.vp().respace(1),
+    ],
+)
+def test_one_level_is_the_noisiest(schedule):
+    assert len(schedule) == 1
+    assert (schedule[0].sigma > 0.9) or schedule == Schedule.from_betas([0.02])
+
+
+def warnings_of(caplog, act) -> str:
+    """The warnings of an action, as if this process had not had them before."""
+    warn_once.cache_clear()
+    caplog.clear()
+    act()
+    act()
+    return "\n".join(r.getMessage() for r in caplog.records if r.name == "cmi_lightning")
+
+
+@pytest.mark.parametrize("make", [Schedule.from_betas, lambda b: Schedule.linear(2, b[0], b[-1])])
+def test_a_last_level_without_signal_is_left_out_and_said(caplog, make):
+    assert warnings_of(caplog, lambda: make([0.1, 1.0])).count("no signal") == 1
+    assert make([0.1, 1.0]) == Schedule.from_betas([0.1])
+    assert not warnings_of(caplog, lambda: Schedule.from_betas([0.1, 0.2]))
+    with pytest.raises(InputError, match="without signal"):
+        Schedule((0.9, 0.0), (0.1, 1.0), (0, 1))
+    with pytest.raises(InputError, match="num_levels"):
+        Schedule.linear(0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_steps", "warned"),
+    [
+        (Schedule.linear(), None, False),
+        (Schedule.cosine(), 1, False),
+        (Schedule.edm(), 4, False),
+        (Schedule.vp(), 2, False),
+        (Schedule.linear(), "ddim10", False),
+        (Schedule.linear(), "ddim2", True),
+        (Schedule.linear(100), None, True),
+        (Schedule.edm(100, sigma_max=1.0), None, True),
+    ],
+)
+def test_a_chain_that_does_not_end_in_noise_is_said(caplog, schedule, num_steps, warned):
+    sampler = Sampler(GaussianPrior(torch.zeros(1), 1.0, schedule), DDIM(), num_steps=num_steps)
+    like, noise = torch.zeros(2, 1), SampleNoise(0, ["a", "b"])
+    told = warnings_of(caplog, lambda: sampler.start(noise, like))
+    assert told.count("does not end in noise") == warned
 
 
 def test_pairs_run_from_noise_to_clean():

@@ -87,9 +87,7 @@ def simulated(
 ) -> tuple[Problem, Tensor]:
     """Return the problem of clean images ``"x"``, measured by ``operator``, and the images."""
     x: Tensor = batch["x"]
-    channels, height, width = x.shape[1:]
-    bound = operator.bind((channels, height, width), noise, x)
-    return Problem.simulate(x, bound, std, noise), x
+    return Problem.simulate(x, operator, std, noise), x
 
 
 def measured(

@@ -116,7 +116,7 @@ class DenseCovariance(Covariance):
                 f"A dense covariance is (n, n) or (K, n, n), got {tuple(matrix.shape)}; n counts "
                 "the flattened image."
             )
-        wide = matrix.double()
+        wide = matrix.cpu().double()  # not every accelerator has float64
         largest = float(wide.abs().max())
         rounding = matrix.shape[1] * torch.finfo(matrix.dtype).eps * largest
         if not math.isfinite(largest) or float((wide - wide.mT).abs().max()) > rounding:
@@ -129,8 +129,8 @@ class DenseCovariance(Covariance):
                 "A dense covariance must be positive semidefinite, got an eigenvalue of "
                 f"{float(values.min()):g}."
             )
-        super().__init__(torch.where(values > floor, values, 0).to(matrix.dtype))
-        self.register_buffer("vectors", vectors.to(matrix.dtype).contiguous())
+        super().__init__(torch.where(values > floor, values, 0).to(matrix))
+        self.register_buffer("vectors", vectors.to(matrix).contiguous())
 
     def to_basis(self, x: Tensor) -> Tensor:
         """Return Uᵀ x, (…, K, n)."""

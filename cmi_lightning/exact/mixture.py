@@ -251,16 +251,17 @@ class GaussianMixture(Denoiser):
         Raises:
             InputError: if shapes do not fit, or measurements without noise determine one another.
         """
-        A = matrix.to(self.means.device, torch.float64)
-        means = self.means.double().flatten(1)
+        A = matrix.cpu().double()  # not every accelerator has float64
+        means = self.means.cpu().double().flatten(1)
         if A.ndim != 2 or A.shape[1] != means.shape[1] or y.shape != A.shape[:1]:
             raise InputError(
                 f"The operator's matrix must be (m, {means.shape[1]}) and y (m,), got "
                 f"{tuple(A.shape)} and {tuple(y.shape)}."
             )
         # Widened before it is multiplied out: single precision would leave negative eigenvalues.
-        covariance = copy.deepcopy(self.covariances).double().matrix()
-        noise = torch.as_tensor(std, dtype=A.dtype, device=A.device).expand(len(A)) ** 2
+        covariance = copy.deepcopy(self.covariances).cpu().double().matrix()
+        std = std.cpu() if isinstance(std, Tensor) else std
+        noise = torch.as_tensor(std, dtype=A.dtype).expand(len(A)) ** 2
         CA = covariance @ A.mT
         S = A @ CA + torch.diag(noise)
         L, failed = torch.linalg.cholesky_ex(S)
@@ -271,16 +272,16 @@ class GaussianMixture(Denoiser):
                 "Measurements without noise determine one another, so that no density exists; set "
                 "a noise above 0 or drop the redundant ones."
             )
-        residual = (y.to(A) - means @ A.mT)[..., None]
+        residual = (y.cpu().double() - means @ A.mT)[..., None]
         white = torch.linalg.solve_triangular(L, residual, upper=False)[..., 0]
         fit = -0.5 * (white**2).sum(1) - 0.5 * pivots.log().sum(1)
         gain = torch.cholesky_solve(CA.mT, L).mT
-        dtype = self.means.dtype
+        like = self.means
         floor = A.shape[1] * torch.finfo(torch.float64).eps * float(self.covariances.values.max())
         shrunk = covariance - gain @ CA.mT
-        posterior = DenseCovariance(0.5 * (shrunk + shrunk.mT), floor).to(dtype)
-        means = (means + (gain @ residual)[..., 0]).to(dtype).reshape(self.means.shape)
-        weights = torch.softmax(self.log_weights.double() + fit, dim=0).to(dtype)
+        posterior = DenseCovariance(0.5 * (shrunk + shrunk.mT), floor).to(like)
+        means = (means + (gain @ residual)[..., 0]).to(like).reshape(like.shape)
+        weights = torch.softmax(self.log_weights.cpu().double() + fit, dim=0).to(like)
         return GaussianMixture(means, posterior, weights, self.schedule)
 
     def save(self, path: str | Path) -> None:
