@@ -5,6 +5,7 @@ from cmi_lightning.denoisers.channels import AsGray, AsRGB
 from cmi_lightning.denoisers.network import NetworkDenoiser, shipped_prior
 from cmi_lightning.denoisers.presets import ffhq, ffhq_unet, imagenet, imagenet_unet
 from cmi_lightning.denoisers.pretrained import DiffusersDenoiser, EDMDenoiser
+from cmi_lightning.denoisers.tiled import Tiled
 from cmi_lightning.denoisers.unet import UNet
 from cmi_lightning.denoisers.weights import PUBLISHED, load_weights
 
@@ -19,6 +20,7 @@ __all__ = [
     "EDMDenoiser",
     "NetworkDenoiser",
     "Prediction",
+    "Tiled",
     "UNet",
     "ffhq",
     "ffhq_unet",

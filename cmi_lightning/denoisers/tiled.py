@@ -1,0 +1,147 @@
+"""A denoiser for images larger than its network: overlapping windows, blended."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cmi_lightning.denoisers.base import Denoiser, Prediction, size_text
+from cmi_lightning.denoisers.recompute import Recomputed
+from cmi_lightning.errors import InputError
+from cmi_lightning.schedule import Level
+
+
+class Tiled(Denoiser):
+    """x̂₀ = Σ_k w_k D(x_t in window k), with smooth weights w_k ≥ 0 that sum to 1 at every pixel.
+
+    Windows of one size cover the image at even distances. Across an overlap of o pixels a window's
+    weight rises as sin²(π d / 2 o) with the distance d from its border, and all weights are divided
+    by their sum. A learned variance is blended in the same way. x̂₀ is as differentiable as D.
+
+    The network sees ``tiles_at_once`` windows in one call. A graph keeps the windows, and no
+    activation of a frozen network (:class:`cmi_lightning.denoisers.recompute.Recomputed`): memory
+    grows with the window and not with the image, and each derivative costs another forward pass.
+
+    Exact for priors whose pixels are independent, and near it where dependence ends within the
+    overlap. A window knows nothing of the rest of the image.
+
+    Args:
+        denoiser: the prior of a window.
+        size: side of a window, in pixels; None takes the (H, W) that the denoiser has.
+        overlap: pixels that neighbouring windows share at least; None for a quarter of a window.
+        tiles_at_once: windows in one network call.
+
+    Raises:
+        InputError: for a size that the denoiser does not take, or an overlap outside [0, size).
+
+    >>> from cmi_lightning.denoisers import shipped_prior
+    >>> prior = Tiled(shipped_prior(), overlap=8)
+    >>> prior(torch.zeros(1, 1, 50, 77), prior.schedule[500]).x0.shape
+    torch.Size([1, 1, 50, 77])
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        size: int | None = None,
+        overlap: int | None = None,
+        tiles_at_once: int = 8,
+    ) -> None:
+        super().__init__()
+        channels, *sides = denoiser.image_shape or (None, None, None)
+        window = [side if size is None else size for side in sides]
+        if size is None and None in window:
+            raise InputError("The network has no size of its own: set the size of the windows.")
+        self.window: tuple[int, ...] = tuple(window)  # type: ignore[arg-type]
+        for side, own in zip(self.window, sides, strict=True):
+            if own not in (None, side) or side < 1 or side % denoiser.size_multiple:
+                raise InputError(
+                    f"Windows of {size_text(self.window)} pixels do not suit the network: it takes "
+                    f"{size_text(tuple(sides))}, in multiples of {denoiser.size_multiple}."
+                )
+        if overlap is None:
+            overlap = min(self.window) // 4
+        if not 0 <= overlap < min(self.window):
+            raise InputError(
+                f"The overlap must be at least 0 and less than the windows' "
+                f"{size_text(self.window)} pixels, got {overlap}."
+            )
+        if tiles_at_once < 1:
+            raise InputError(f"tiles_at_once must be at least 1, got {tiles_at_once}.")
+        self.denoiser, self.size = denoiser, size
+        self.overlap, self.tiles_at_once = overlap, tiles_at_once
+        self.spec = replace(denoiser.spec, image_shape=(channels, None, None), size_multiple=1)
+
+    def forward(self, x: Tensor, level: Level) -> Prediction:
+        """Return the blended prediction of x_t (B, C, H, W)."""
+        height, width = self._shape(x.shape)
+        if (height, width) == x.shape[-2:]:
+            return self.denoiser(x, level)
+        rows, columns = (self._axis(n, axis) for axis, n in enumerate(x.shape[-2:]))
+        places = [
+            (slice(top, top + height), slice(left, left + width), down[:, None] * across)
+            for top, down in rows
+            for left, across in columns
+        ]
+        windows = torch.stack([x[..., rows, columns] for rows, columns, _ in places], dim=1)
+        parts = [
+            self._run(tiles, level) for tiles in windows.flatten(0, 1).split(self.tiles_at_once)
+        ]
+
+        def blended(tiles: Tensor) -> Tensor:
+            tiles = tiles.unflatten(0, windows.shape[:2])
+            image = tiles.new_zeros(*tiles.shape[:1], *tiles.shape[2:-2], *x.shape[-2:])
+            for k, (rows, columns, weight) in enumerate(places):
+                image[..., rows, columns] += tiles[:, k] * weight.to(tiles)
+            return image
+
+        x0, fractions = zip(*parts, strict=True)
+        prediction = Prediction(torch.cat(x0))
+        if fractions[0] is not None:
+            prediction = Prediction(prediction.x0, torch.cat(fractions))
+        return prediction.map(blended)
+
+    def _run(self, tiles: Tensor, level: Level) -> Prediction:
+        """Return the prediction of windows (n, C, h, w), without a graph of what is in between."""
+        if any(p.requires_grad for p in self.denoiser.parameters()):
+            return self.denoiser(tiles, level)
+        device = tiles.device.type
+        low, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+        def predict(tiles: Tensor) -> Tensor | tuple[Tensor, ...]:
+            with torch.autocast(device, dtype, enabled=low):  # recomputed as it was computed
+                x0, fraction = self.denoiser(tiles, level)
+            return x0 if fraction is None else (x0, fraction)
+
+        found = Recomputed.apply(predict, tiles)
+        return Prediction(found) if isinstance(found, Tensor) else Prediction(*found)
+
+    def _shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return (height, width) of the windows of images (*, H, W)."""
+        height, width = (min(n, side) for n, side in zip(shape[-2:], self.window, strict=True))
+        return height, width
+
+    def _axis(self, n: int, axis: int) -> list[tuple[int, Tensor]]:
+        """Return first pixel and weights (side,) of each window along an axis of n pixels."""
+        side = min(n, self.window[axis])
+        count = 1 if n == side else math.ceil((n - self.overlap) / (side - self.overlap))
+        starts = [round(k * (n - side) / max(count - 1, 1)) for k in range(count)]
+        near = torch.arange(side, dtype=torch.float64) + 0.5
+        ramp = (torch.minimum(near, side - near) / max(self.overlap, 1)).clamp(max=1)
+        bump, total = torch.sin(ramp * math.pi / 2) ** 2, torch.zeros(n, dtype=torch.float64)
+        for start in starts:
+            total[start : start + side] += bump
+        return [(start, bump / total[start : start + side]) for start in starts]
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuse images (C, H, W) of a side below the window's that the network does not take."""
+        super().check(shape)
+        self.denoiser.check((shape[0], *self._shape(shape)))
+
+    def rehearse(self, shape: tuple[int, ...]) -> None:
+        """Rehearse the network on a window."""
+        self.check(shape)
+        self.denoiser.rehearse((shape[0], *self._shape(shape)))
