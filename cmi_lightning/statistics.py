@@ -30,8 +30,8 @@ def mean_and_error(values: Sequence[float], clusters: Sequence[Hashable] | None 
     Source: Cameron & Miller (2015), A practitioner's guide to cluster-robust inference, §II.
 
     Example:
-        >>> mean_and_error([1.0, 2.0, 3.0])
-        Estimate(mean=2.0, se=0.5773502691896258)
+        >>> mean_and_error([1.0, 3.0])
+        Estimate(mean=2.0, se=1.0)
         >>> mean_and_error([1.0, 1.0, 3.0, 3.0], "aabb").se
         1.0
     """

@@ -11,17 +11,20 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
-from synthetic_results import METHODS, METRICS, TASKS, synthetic_results
+from synthetic_results import METRICS, TASKS, synthetic_results
 
-from cmi_lightning.report.charts import (
+from cmi_lightning.errors import InputError
+from cmi_lightning.report.album import Album
+from cmi_lightning.report.page import render, write_report
+from cmi_lightning.report.plots import (
     Series,
-    curve_chart,
+    curves,
     histogram,
     labels,
     log_ticks,
@@ -30,10 +33,20 @@ from cmi_lightning.report.charts import (
     step_ticks,
     ticks,
 )
+from cmi_lightning.report.results import (
+    Change,
+    Comparison,
+    Difference,
+    Extremes,
+    Results,
+    Search,
+    Trial,
+    read_results,
+    write_results,
+)
 from cmi_lightning.report.tables import csv, latex, markdown, write_tables
-from cmi_lightning.report.uncertainty import posterior
-from cmi_lightning.report.verdicts import Results, fixed, judge, median, short
-from cmi_lightning.report.write import render, write_report
+from cmi_lightning.report.verdicts import Verdict, fixed, short
+from cmi_lightning.statistics import Estimate
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 SVG = {"path", "rect", "circle"}  # closed in themselves
@@ -84,23 +97,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(folder: Path) -> dict[str, Any]:
+def made(folder: Path) -> Results:
     return synthetic_results(folder, tasks=2, methods=3, images=40, examples=2)
 
 
-@pytest.fixture(scope="module")
-def made_small(folder: Path) -> dict[str, Any]:
-    return synthetic_results(folder, tasks=1, methods=2, images=8, examples=1)
-
-
 @pytest.fixture
-def small(made_small: dict[str, Any]) -> dict[str, Any]:
-    return copy.deepcopy(made_small)
-
-
-@pytest.fixture
-def results(made: dict[str, Any]) -> dict[str, Any]:
+def results(made: Results) -> Results:
     return copy.deepcopy(made)
+
+
+def compared(results: Results, method: str, against: str = "base") -> Comparison:
+    """CMI's first comparison with a method."""
+    every = (c for c in results.comparisons if (c.method, c.variant) == (method, "cmi"))
+    return next(c for c in every if c.against == against)
 
 
 def rows(text: str) -> list[list[str]]:
@@ -165,20 +174,20 @@ def test_table_holds_the_results(results, folder):
     labels = [label for label, _ in found]
     assert labels.count("measurement A⁺y") == 2
     assert len(found) == 2 * (1 + 3 * 3)
-    cells = iter(results["cells"])
+    cells = iter(results.cells)
     for (label, _), texts in found.items():
         if label == "measurement A⁺y":
             continue
         cell = next(cells)
-        assert label == cell["label"]
-        for text, metric in zip(texts, results["metrics"], strict=False):
-            entry, digits = cell["metrics"][metric["key"]], metric["digits"]
-            expected = f"{entry['mean']:.{digits}f}"
-            if entry["se"] is not None:
-                expected += f" ± {entry['se']:.{digits}f}"
+        assert label == cell.label
+        for text, metric in zip(texts, results.metrics, strict=False):
+            entry, digits = cell.metrics[metric.key], metric.digits
+            expected = f"{entry.mean:.{digits}f}"
+            if entry.se is not None:
+                expected += f" ± {entry.se:.{digits}f}"
             assert text == expected or text.startswith(f"{expected} ")
-        assert texts[-2] == f"{cell['passes']:.0f}"
-        assert texts[-1] == f"{cell['seconds']:g}"
+        assert texts[-2] == f"{cell.passes:.0f}"
+        assert texts[-1] == f"{cell.seconds:g}"
 
 
 @pytest.mark.parametrize("better", ["higher", "lower"])
@@ -189,10 +198,11 @@ def test_table_holds_the_results(results, folder):
 def test_colour_and_symbol_follow_the_sign_and_significance(
     results, folder, better, difference, significant, gain, symbol
 ):
-    results["metrics"][0]["better"] = better
-    comparison = next(c for c in results["comparisons"] if c["variant"] == "cmi")
-    entry = comparison["metrics"]["psnr"]
-    entry |= {"difference": difference, "low": -1.0, "high": 1.0, "significant": significant}
+    first, *others = results.metrics
+    results = replace(results, metrics=(replace(first, better=better), *others))
+    metrics = compared(results, "none").metrics
+    found = {"difference": difference, "low": -1.0, "high": 1.0, "significant": significant}
+    metrics["psnr"] = replace(metrics["psnr"], **found)
     good = (gain > 0) == (better == "higher")
     name = ("better" if good else "worse") + ("" if significant else "-unsure")
     sign = symbol[0] if good else symbol[1]
@@ -212,15 +222,15 @@ def test_colour_and_symbol_follow_the_sign_and_significance(
 def test_summary_counts_the_verdicts(results, folder):
     counts = {"better": 0, "worse": 0, "undecided": 0}
     every = dict(counts)
-    for comparison in results["comparisons"]:
-        if comparison["variant"] != "cmi" or comparison["against"] != "base":
+    for comparison in results.comparisons:
+        if (comparison.variant, comparison.against) != ("cmi", "base"):
             continue
-        for key, _, _, better, _, _ in METRICS:
-            entry = comparison["metrics"][key]
-            up = (entry["difference"] > 0) == (better == "higher")
-            outcome = ("better" if up else "worse") if entry["significant"] else "undecided"
+        for metric in METRICS:
+            entry = comparison.metrics[metric.key]
+            up = (entry.difference > 0) == (metric.better == "higher")
+            outcome = ("better" if up else "worse") if entry.significant else "undecided"
             every[outcome] += 1
-            counts[outcome] += key == "psnr"
+            counts[outcome] += metric.key == "psnr"
     text = " ".join(render(results, folder).split())
     assert (
         "Over 5 metrics and 6 cells, CMI is significantly better than the same method without it "
@@ -235,37 +245,32 @@ def test_summary_counts_the_verdicts(results, folder):
     assert "CMI takes 3.09 times the network passes and 3.49 times the seconds" in text
 
 
-def test_untested_comparisons_are_not_counted_as_undecided(results, folder):
-    for comparison in results["comparisons"]:
-        for entry in comparison["metrics"].values():
-            entry["significant"] = None
-    text = render(results, folder)
-    assert "are undecided." not in text
-    assert "6 untested" in text
-    assert not re.search(r'<td[^>]*="(better|worse)"', text)
-
-
 def test_what_comes_from_files_is_escaped(results, folder):
     evil = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
-    results["title"] = results["config"] = results["command"] = evil
-    results["notes"].append(evil)
-    results["environment"][evil] = evil
-    results["protocol"][evil] = evil
-    results["tasks"][0]["label"] = evil
-    results["metrics"][0]["label"] = results["metrics"][0]["unit"] = evil
-    for cell in results["cells"]:
-        cell["label"] = evil
-        cell["options"] = {evil: evil}
-        cell["curves"][evil] = {"1": 1.0, "2": 2.0}
-    for raw in results["extremes"]:
-        for image in raw["best"]:
-            image["id"] = evil
-    for task, examples in list(results["examples"].items()):
-        examples[0]["id"] = evil
-        examples[0]["restored"][evil] = examples[0]["restored"]["DPS"]
-        results["examples"][task + evil] = examples
-    for row in results["posterior"]:
-        row["variant"] = row["method"] = row["task"] = evil
+    examples = {t: (replace(e[0], id=evil), *e[1:]) for t, e in results.examples.items()}
+    for of_task in examples.values():
+        of_task[0].restored[evil] = of_task[0].restored["DPS"]
+    results = replace(
+        results,
+        **dict.fromkeys(("title", "config", "command", "created"), evil),
+        notes=(*results.notes, evil),
+        environment={evil: evil},
+        protocol={evil: evil},
+        tasks=tuple(replace(task, label=evil) for task in results.tasks),
+        methods=(*results.methods, evil),
+        metrics=tuple(replace(metric, label=evil, unit=evil) for metric in results.metrics),
+        cells=tuple(
+            replace(c, label=evil, options={evil: 1.0}, curves=c.curves | {evil: {1: 1.0, 2: 2.0}})
+            for c in results.cells
+        ),
+        extremes=tuple(
+            replace(e, best=tuple(replace(change, id=evil) for change in e.best))
+            for e in results.extremes
+        ),
+        examples=examples,
+        posterior=tuple(replace(draws, label=evil) for draws in results.posterior),
+        study={"inpaint_box": {evil: Search({"1": Trial(1.0, None, 2)}, 1.0, 1.0, False)}},
+    )
     text = render(results, folder)
     page = Page(text)
     assert not page.open
@@ -282,11 +287,11 @@ def test_images_are_embedded_once_in_the_store(results, folder):
     text = render(results, folder)
     (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
     stored = json.loads(data)
-    example = results["examples"]["inpaint_box"][1]
+    example = results.examples["inpaint_box"][1]
     place = stored["tasks"]["inpaint_box"][1]
-    assert place["id"] == example["id"]
+    assert place["id"] == example.id
     uri, width, height = stored["images"][place["restored"]["DPS"]["cmi"]]
-    content = (folder / example["restored"]["DPS"]["cmi"]).read_bytes()
+    content = (folder / example.restored["DPS"]["cmi"]).read_bytes()
     assert uri == f"data:image/png;base64,{base64.b64encode(content).decode()}"
     assert (width, height) == (32, 32)
     assert len({image[0] for image in stored["images"]}) == len(stored["images"])
@@ -296,12 +301,13 @@ def test_images_are_embedded_once_in_the_store(results, folder):
 def test_images_that_cannot_be_read_are_left_out(results, folder, path):
     (folder.parent / "secret.png").write_bytes((folder / "truth/00000.png").read_bytes() + b"leak")
     (folder / "notes.txt").write_text("no image")
-    for examples in results["examples"].values():
+    for task, examples in results.examples.items():
+        results.examples[task] = tuple(replace(example, truth=path) for example in examples)
         for example in examples:
-            example["truth"] = path
-            example["restored"]["DPS"]["base"] = path
-    for raw in results["extremes"]:
-        raw["worst"][0]["base"] = path
+            example.restored["DPS"]["base"] = path
+    first = results.extremes[0]
+    broken = replace(first, worst=(replace(first.worst[0], base=path), *first.worst[1:]))
+    results = replace(results, extremes=(broken, *results.extremes[1:]))
     text = render(results, folder)
     (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
     stored = json.loads(data)
@@ -313,70 +319,92 @@ def test_images_that_cannot_be_read_are_left_out(results, folder, path):
 
 
 PARTS = ("posterior", "examples", "extremes", "comparisons", "measured", "notes", "cells")
-PARTS += ("protocol", "environment", "config", "command", "commit", "created", "title", "steps")
+PARTS += ("protocol", "study", "config", "command", "commit", "created", "title", "images")
 
 
-@pytest.mark.parametrize("empty", ["absent", "null", "empty"])
 @pytest.mark.parametrize("part", PARTS)
-def test_parts_may_be_missing(small, folder, part, empty):
-    results = small
-    if empty == "absent":
-        del results[part]
-    else:
-        results[part] = None if empty == "null" else type(results[part])()
+def test_parts_may_be_empty(results, folder, part):
+    value = getattr(results, part)
+    empty = None if part == "commit" else type(value)()
+    results = replace(results, **{part: empty})
     page = Page(render(results, folder))
     assert not page.open
     ids = {attrs.get("id") for _, attrs in page.elements}
     assert ("posterior" in ids) == (part != "posterior")
     assert ("extremes" in ids) == (part != "extremes")
     assert ("figure" in ids) == (part != "examples")
-    assert ("histograms" in ids) == (part not in ("comparisons",))
+    assert ("histograms" in ids) == (part not in ("comparisons", "cells"))
     assert ("curves" in ids) == (part != "cells")
+    assert ("study" in ids) == (part != "study")
     for table in (markdown, csv, latex):
         table(results)
 
 
-def test_nothing_at_all():
-    page = Page(render({}, Path("nowhere")))
+def test_nothing_at_all(results):
+    empty = {name: type(value)() for name, value in vars(results).items() if value is not None}
+    nothing = Results(**{"commit": None} | empty)
+    page = Page(render(nothing, Path("nowhere")))
     assert "No cell has been run yet." in page.text("p")
-    assert markdown({}).startswith("# Results")
-    assert csv({}).count("\n") == 1
-    assert latex({}).count(r"\begin{tabular}") == 1
+    assert markdown(nothing).startswith("# ")
+    assert csv(nothing).count("\n") == 1
+    assert latex(nothing).count(r"\begin{tabular}") == 1
 
 
 def test_absent_numbers(results, folder):
-    for cell in results["cells"]:
-        cell["curves"] = {}
-        cell["passes"] = cell["seconds"] = None
-        cell["metrics"]["psnr"] = {"mean": None, "se": None}
-        cell["metrics"]["ssim"]["mean"] = float("nan")
-        del cell["metrics"]["kernel"]
-    for comparison in results["comparisons"]:
-        comparison["metrics"]["psnr"] = dict.fromkeys(
-            ("difference", "low", "high", "p", "significant", "improved", "pairs", "values")
-        )
-        comparison["metrics"]["frechet"] |= {"low": None, "p": None}
-    for row in results["posterior"]:
-        row |= {"coverage": {"50": None}, "spread_skill": None, "residual": None, "folder": None}
+    for cell in results.cells:
+        cell.metrics.update(psnr=Estimate(None), ssim=Estimate(None))
+        del cell.metrics["kernel"]
+    draws = {"coverage": dict.fromkeys(("50", "90"), Estimate(None))}
+    draws |= {"spread_skill": Estimate(None), "residual": Estimate(None), "folder": "nowhere"}
+    results = replace(
+        results,
+        cells=tuple(replace(c, curves={}, passes=None, seconds=None) for c in results.cells),
+        posterior=tuple(replace(row, **draws) for row in results.posterior),
+    )
     text = render(results, folder)
     page = Page(text)
     assert "curves" not in {attrs.get("id") for _, attrs in page.elements}
     assert "nan" not in re.sub(r"data:image.*?\"", "", text)
-    assert all(
-        row[1:3] == ["–", "–"] or row[0].startswith("measurement")
-        for row in ([r[0], *[c.split(" ")[0] for c in r[1:]]] for r in rows(text))
-    )
+    for label, *cells in rows(text):
+        if not label.startswith("measurement"):
+            assert [cell.split(" ")[0] for cell in cells[:2]] == ["–", "–"]
+            assert cells[-2:] == ["–", "–"]
     assert "Per image, CMI takes" not in text
     for table in (markdown, latex):
         assert "nan" not in table(results)
         assert "None" not in table(results)
 
 
+def test_results_are_read_as_they_were_written(results, tmp_path):
+    path = tmp_path / "results.json"
+    write_results(results, path)
+    assert read_results(path) == results
+
+
+@pytest.mark.parametrize("change", ["schema", "absent", "unknown", "inner", "list"])
+def test_results_of_another_version_are_refused(results, tmp_path, change):
+    path = tmp_path / "results.json"
+    write_results(results, path)
+    content = json.loads(path.read_text())
+    if change == "schema":
+        content["schema"] += 1
+    elif change == "absent":
+        del content["notes"]
+    elif change == "unknown":
+        content["more"] = 1
+    elif change == "inner":
+        del content["cells"][0]["passes"]
+    path.write_text(json.dumps([] if change == "list" else content))
+    with pytest.raises(InputError, match=r"another version.*report_only"):
+        read_results(path)
+
+
 def test_cells_that_were_not_run_are_absent(results, folder):
-    results["cells"] = [
-        c for c in results["cells"] if (c["method"], c["variant"]) != ("DPS", "cmi")
-    ]
-    results["comparisons"] = [c for c in results["comparisons"] if c["method"] != "DPS"]
+    results = replace(
+        results,
+        cells=tuple(c for c in results.cells if (c.method, c.variant) != ("DPS", "cmi")),
+        comparisons=tuple(c for c in results.comparisons if c.method != "DPS"),
+    )
     found = [label for label, *_ in rows(render(results, folder))]
     assert "CMI+DPS" not in found
     assert found.count("DPS") == 2
@@ -384,7 +412,8 @@ def test_cells_that_were_not_run_are_absent(results, folder):
 
 
 def test_failures_and_fewer_images_are_told(results, folder):
-    results["cells"][1] |= {"failed": 3, "images": 37}
+    first, second, *others = results.cells
+    results = replace(results, cells=(first, replace(second, failed=3, images=37), *others))
     assert any(
         "37 images" in row[0] and "3 failed" in row[0] for row in rows(render(results, folder))
     )
@@ -397,29 +426,34 @@ def test_csv_holds_every_number_in_full(results):
     read = list(csv_module.DictReader(io.StringIO(csv(results))))
     cells = {(r["task"], r["method"], r["variant"], r["metric"]): r for r in read}
     assert len(cells) == len(read) == 2 * (2 + 3 * 3 * 5)
-    for cell in results["cells"]:
-        for key, entry in cell["metrics"].items():
-            row = cells[cell["task"], cell["method"], cell["variant"], key]
-            assert float(row["mean"]) == entry["mean"]
-            assert row["se"] == ("" if entry["se"] is None else repr(entry["se"]))
-            assert float(row["passes"]) == cell["passes"]
-    for comparison in results["comparisons"]:
-        for key, entry in comparison["metrics"].items():
-            row = cells[comparison["task"], comparison["method"], comparison["variant"], key]
-            against = comparison["against"]
+    for cell in results.cells:
+        for key, entry in cell.metrics.items():
+            row = cells[cell.task, cell.method, cell.variant, key]
+            assert float(row["mean"]) == entry.mean
+            assert row["se"] == ("" if entry.se is None else repr(entry.se))
+            assert float(row["passes"]) == cell.passes
+    for comparison in results.comparisons:
+        for key, entry in comparison.metrics.items():
+            row = cells[comparison.task, comparison.method, comparison.variant, key]
+            against = comparison.against
             for name in ("difference", "low", "high", "p"):
-                assert float(row[f"{name}_{against}"]) == entry[name]
-            assert row[f"significant_{against}"] == str(entry["significant"]).lower()
+                assert float(row[f"{name}_{against}"]) == getattr(entry, name)
+            assert row[f"significant_{against}"] == str(entry.significant).lower()
 
 
 def test_csv_starts_no_formula(results):
-    results["cells"][0]["label"] = "=1+1"
+    results = replace(results, cells=(replace(results.cells[0], label="=1+1"), *results.cells[1:]))
     read = list(csv_module.DictReader(io.StringIO(csv(results))))
     assert "'=1+1" in {row["label"] for row in read}
 
 
+def named(results: Results, label: str) -> Results:
+    """The results with another name for the first task."""
+    return replace(results, tasks=(replace(results.tasks[0], label=label), *results.tasks[1:]))
+
+
 def test_markdown_is_one_table(results):
-    results["tasks"][0]["label"] = "a | b\n<b>*c*</b>"
+    results = named(results, "a | b\n<b>*c*</b>")
     lines = markdown(results).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + 2 * (1 + 3 * 3)
@@ -428,7 +462,7 @@ def test_markdown_is_one_table(results):
 
 
 def test_latex_is_well_formed(results):
-    results["tasks"][0]["label"] = r"50 % of a_b & c^d ~ {x} \input{y} $z$ #1"
+    results = named(results, r"50 % of a_b & c^d ~ {x} \input{y} $z$ #1")
     lines = latex(results).splitlines()
     body = [line for line in lines if not line.startswith("%")]
     text = "\n".join(body)
@@ -447,7 +481,7 @@ def test_latex_is_well_formed(results):
 
 
 def test_tables_are_written(results, tmp_path):
-    results["title"] = "half a character \udc80"
+    results = replace(results, title="half a character \udc80")
     write_tables(results, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"table.md", "table.csv", "table.tex"}
     assert (tmp_path / "table.csv").read_bytes() == csv(results).encode()
@@ -457,35 +491,41 @@ def test_tables_are_written(results, tmp_path):
 # Verdicts and numbers ------------------------------------------------------------------------
 
 
-def test_verdicts():
-    assert judge({"difference": 1.0, "significant": True}, "higher").outcome == "better"
-    assert judge({"difference": 1.0, "significant": True}, "lower").outcome == "worse"
-    assert judge({"difference": 1.0, "significant": False}, "lower").outcome == "undecided"
-    assert judge({"difference": 1.0, "significant": None}, "lower").outcome == "untested"
-    assert judge({"difference": 0.0, "significant": False}, "lower").symbol == "="
-    assert judge({"difference": None, "significant": True}, "lower").outcome == "untested"
-    assert judge({"difference": 1.0}, "higher").text(2) == "+1.000"
+@pytest.mark.parametrize(
+    ("difference", "better", "significant", "outcome", "symbol"),
+    [
+        (1.0, "higher", True, "better", "▲"),
+        (1.0, "lower", True, "worse", "▼"),
+        (1.0, "lower", False, "undecided", "▽"),
+        (0.0, "lower", False, "undecided", "="),
+    ],
+)
+def test_verdicts(difference, better, significant, outcome, symbol):
+    found = Difference(difference, -1.0, 2.0, 0.1, 3, significant, None, ())
+    verdict = Verdict(replace(METRICS[0], better=better), found)
+    assert (verdict.outcome, verdict.symbol) == (outcome, symbol)
+    assert verdict.change == fixed(difference, 3, sign=True)
+    assert verdict.interval == "[−1.000, 2.000]"
 
 
 def test_numbers_as_text():
     assert fixed(-1.25, 2) == "−1.25"
     assert fixed(1.25, 1, sign=True) in ("+1.2", "+1.3")
     assert fixed(-0.0004, 3, sign=True) == "0.000"
-    assert fixed(float("inf"), 2) == fixed(None, 2) == fixed(True, 2) == "–"
+    assert fixed(float("inf"), 2) == fixed(None, 2) == "–"
     assert [short(v) for v in (200.0, 618.4, 0.61, 0.012345, 12345.6, 0, None)] == [
         "200", "618", "0.61", "0.0123", "12346", "0", "–",
     ]  # fmt: skip
-    assert median([3.0, 1.0, 2.0]) == 2.0
-    assert median([4.0, 1.0, 2.0, 3.0]) == 2.5
 
 
 def test_order_is_the_results(results):
-    results["tasks"].reverse()
-    results["methods"].reverse()
-    known = Results(results)
-    assert known.tasks == list(TASKS)[1::-1]
-    assert known.methods == list(METHODS)[2::-1]
-    assert [c["variant"] for c in known.cells(known.tasks[0])] == ["base", "cmi", "equal"] * 3
+    reverse = {"tasks": results.tasks[::-1], "methods": results.methods[::-1]}
+    found = rows(render(replace(results, **reverse), Path("nowhere")))
+    labels = ["ΠGDM", "CMI+ΠGDM", "ΠGDM, equal passes", "DPS", "CMI+DPS"]
+    assert [label for label, *_ in found[1:6]] == labels
+    assert found[1][1].startswith(
+        f"{results.cell(list(TASKS)[1], 'ΠGDM', 'base').metrics['psnr'].mean:.2f}"
+    )
 
 
 # Drawings ------------------------------------------------------------------------------------
@@ -508,10 +548,10 @@ def test_ticks_are_round_and_inside():
 @pytest.mark.parametrize("top", [10.0, 1000.0])
 def test_curves_lie_where_their_axis_says(top):
     values = {float(n): top ** (n / 10) for n in range(11)}
-    chart = curve_chart("t", "u", [Series(values, "m0", "solid", "n")], (0.0, 10.0))
+    chart = curves("t", "u", [Series(values, "m0 solid", "n")], (0.0, 10.0))
     assert chart
-    assert chart.logarithmic == (top > 30)
-    points = [tuple(map(float, p.split())) for p in chart.lines[0].path[1:].split("L")]
+    assert ("logarithmic" in chart.unit) == (top > 30)
+    points = [tuple(map(float, p.split())) for p in chart.marks[0].path[1:].split("L")]
     assert len(points) == 11
     read = {t.label: t.at for t in chart.y_ticks}
     pick = {10.0: ("5", 5.0), 1000.0: ("10", 10.0)}[top]
@@ -526,23 +566,26 @@ def test_curves_lie_where_their_axis_says(top):
 
 def test_single_points_and_constants_can_be_drawn():
     for values in ({5.0: 0.0}, {1.0: 2.0, 2.0: 2.0}, {1.0: -1.0, 2.0: 0.0}):
-        chart = curve_chart("t", "u", [Series(values, "m0", "solid", "n")], (1.0, 5.0))
+        chart = curves("t", "u", [Series(values, "m0 solid", "n")], (1.0, 5.0))
         assert chart
-        assert "nan" not in chart.lines[0].path
+        assert "nan" not in chart.marks[-1].path
         assert chart.y_ticks
-    assert curve_chart("t", "u", [Series({}, "m0", "solid", "n")], (1.0, 5.0)) is None
+    assert curves("t", "u", [Series({}, "m0 solid", "n")], (1.0, 5.0)) is None
 
 
 def test_histogram_counts_every_value():
     values = [-9.0, -0.5, -0.4, 0.1, 0.2, 0.3, 0.9, 9.0]
-    drawn = histogram(values, 1.0, "lower")
+    drawn = histogram(values, 1.0, sign=-1)
     assert drawn.beyond == 2
-    unit = min(bar.height for bar in drawn.bars)
-    assert sum(bar.height for bar in drawn.bars) / unit == pytest.approx(len(values), rel=0.02)
-    left = [bar for bar in drawn.bars if bar.x < drawn.width / 2 - 1]
-    assert {bar.verdict for bar in left} == {"better"}  # of a metric whose lower values are better
-    assert sum(bar.height for bar in left) / unit == pytest.approx(3, rel=0.05)
-    assert drawn.mean == pytest.approx((sum(values) / len(values) + 1) / 2 * drawn.width, abs=0.1)
+    *bars, mean = drawn.marks
+    box = [tuple(map(float, re.findall(r"[\d.]+", bar.path)[:3])) for bar in bars]  # x, floor, top
+    heights = [floor - top for _, floor, top in box]
+    assert sum(heights) / min(heights) == pytest.approx(len(values), rel=0.02)
+    left = [k for k, (x, _, _) in enumerate(box) if x < drawn.width / 2 - 1]
+    assert {bars[k].style for k in left} == {"better"}  # of a metric whose lower values are better
+    assert sum(heights[k] for k in left) / min(heights) == pytest.approx(3, rel=0.05)
+    at = float(mean.path[1:].split()[0])
+    assert at == pytest.approx((sum(values) / len(values) + 1) / 2 * drawn.width, abs=0.1)
     assert reach([0.0, 0.0]) == 0.0
     assert reach([*[0.09] * 99, 7.0]) == pytest.approx(0.1)
 
@@ -568,10 +611,11 @@ def searched(text: str) -> list[list[str]]:
 
 
 def test_step_sizes_are_told(results, folder):
-    for rows in results["study"].values():
-        for entry in rows.values():
-            for score in entry["trials"].values():
-                score["standard_error"] = score["mean"] and 0.65
+    for searches in results.study.values():
+        for search in searches.values():
+            for value, trial in search.trials.items():
+                error = None if trial.mean is None else 0.65
+                search.trials[value] = replace(trial, standard_error=error)
     text = render(results, folder)
     found = searched(text)
     assert len(found) == 2 * 4
@@ -599,19 +643,21 @@ def test_step_sizes_are_told(results, folder):
 
 
 def test_zero_is_remarkable_of_cmi_alone(results, folder):
-    results["study"]["inpaint_random"]["DPS"]["winner"] = 0.0
-    results["study"]["inpaint_random"]["CMI+none"] |= {"winner": None, "chosen": None}
+    searches = results.study["inpaint_random"]
+    searches["DPS"] = replace(searches["DPS"], winner=0.0)
+    searches["CMI+none"] = replace(searches["CMI+none"], winner=None, chosen=None)
     found = searched(render(results, folder))
     assert found[0][-3:] == ["0", "4", "at the edge of the values tried"]
     assert found[2][-3:] == ["–", "–", ""]
 
 
 def test_step_sizes_are_in_order_and_may_be_fewer(results, folder):
-    rows = results["study"]["inpaint_random"]
-    rows["DPS"]["trials"] = dict(reversed(rows["DPS"]["trials"].items()))
-    rows["ΠGDM"]["trials"] = {"1e-05": {"mean": 3.0, "standard_error": None, "images": 11}}
-    results["study"]["inpaint_box"] = {}
-    del results["objective"]
+    searches = results.study["inpaint_random"]
+    tried = dict(reversed(searches["DPS"].trials.items()))
+    searches["DPS"] = replace(searches["DPS"], trials=tried)
+    searches["ΠGDM"] = replace(searches["ΠGDM"], trials={"1e-05": Trial(3.0, None, 11)})
+    results.study["inpaint_box"] = {}
+    results = replace(results, objective="lpips")
     text = render(results, folder)
     page = Page(text)
     assert not page.open
@@ -619,16 +665,12 @@ def test_step_sizes_are_in_order_and_may_be_fewer(results, folder):
     assert [cell.split()[0] for cell in found[0][1:5]] == ["0.5", "1", "2", "4"]
     assert found[1] == ["ΠGDM", "1e-05 3.00", "", "1", "1", ""]
     assert "of them)" not in plain(text)  # not all were tried on as many
-    assert "the mean ± standard error of the metric searched by" in plain(text)
+    assert "stands its lpips, mean ± standard error" in plain(text)
 
 
-@pytest.mark.parametrize("study", ["absent", None, {}, {"inpaint_random": {}}])
-def test_without_a_search_no_step_sizes_are_told(small, folder, study):
-    if study == "absent":
-        del small["study"]
-    else:
-        small["study"] = study
-    text = render(small, folder)
+@pytest.mark.parametrize("study", [{}, {"inpaint_random": {}}])
+def test_without_a_search_no_step_sizes_are_told(results, folder, study):
+    text = render(replace(results, study=study), folder)
     assert 'id="study"' not in text
     assert "The values were searched" not in plain(text)
 
@@ -638,8 +680,9 @@ def test_posterior_has_standard_errors(results, folder):
     assert body
     line = "DPS random inpainting, 90 % 41.0 ± 1.3 % 80.0 ± 2.1 % 0.800 ± 0.051 1.020 ± 0.004"
     assert plain(body[1]).startswith(line)
-    results["posterior"][0]["errors"] = {"50": None, "spread_skill": None}
-    del results["posterior"][1]["errors"]
+    coverage = {"50": Estimate(0.41), "90": Estimate(0.8)}
+    bare = {"coverage": coverage, "spread_skill": Estimate(0.8), "residual": Estimate(1.02)}
+    results = replace(results, posterior=tuple(replace(d, **bare) for d in results.posterior))
     body = re.search(r'id="posterior".*?<tbody>(.*?)</tbody>', render(results, folder), re.S)
     assert body
     assert plain(body[1]).count("random inpainting, 90 % 41 % 80 % 0.80 1.02 16 × 16") == 2
@@ -654,8 +697,7 @@ def test_summary_says_what_is_corrected_and_whose_step_sizes(results, folder):
     assert f"are undecided. {said} Against the method given as many network passes as CMI" in text
     assert "takes, with the step sizes found for the shorter run, it is significantly" in text
     assert text.count(said) == 1
-    results["metrics"] = results["metrics"][:1]
-    text = plain(render(results, folder))
+    text = plain(render(replace(results, metrics=results.metrics[:1]), folder))
     assert "pool the metrics" not in text
     assert "Each kind of comparison has Holm’s correction for itself." in text
 
@@ -664,27 +706,20 @@ def test_number_of_pairs_is_told_where_images_are_missing(results, folder):
     assert "n = " not in plain(render(results, folder))
     assert "n is given" not in plain(render(results, folder))
     assert ", n = " not in markdown(results)
-    comparison = next(
-        c
-        for c in results["comparisons"]
-        if (c["method"], c["variant"], c["against"]) == ("DPS", "cmi", "base")
-    )
-    entry = comparison["metrics"]["ssim"]
-    entry["values"] = entry["values"][:37]
-    entry["pairs"] = 37
-    comparison["metrics"]["frechet"]["pairs"] = 37
+    metrics = compared(results, "DPS").metrics
+    entry = replace(metrics["ssim"], values=metrics["ssim"].values[:37], pairs=37)
+    metrics |= {"ssim": entry, "frechet": replace(metrics["frechet"], pairs=37)}
     text = render(results, folder)
     at = next(row for row in rows(text) if row[0] == "CMI+DPS")
-    judged = judge(entry, "higher")
-    first, _, interval = judged.text(3).partition(" ")
-    assert f"{first}, n = 37 {interval}" in at[2]
+    verdict = Verdict(METRICS[1], entry)
+    assert f"{verdict.change}, n = 37 {verdict.interval}" in at[2]
     assert [k for k, text in enumerate(at) if "n = 37" in text] == [2, 4]
     assert "n is given where the difference is over fewer images" in plain(text)
     histograms = re.search(r'<section id="histograms">.*?</section>', text, re.S)
     assert histograms
     assert plain(histograms[0]).count("n = 37") == 1
     line = next(line for line in markdown(results).splitlines() if "| CMI+DPS" in line)
-    assert f"({judged.symbol} {judged.text(3)}, n = 37)" in line.split("|")[4]
+    assert f"({verdict.symbol} {verdict.change} {verdict.interval}, n = 37)" in line.split("|")[4]
     read = list(csv_module.DictReader(io.StringIO(csv(results))))
     pairs = {(r["task"], r["metric"]): r["pairs_base"] for r in read if r["label"] == "CMI+DPS"}
     assert pairs["inpaint_random", "ssim"] == "37"
@@ -705,17 +740,11 @@ def test_of_large_images_one_best_and_one_worst_are_embedded(results, tmp_path, 
         Image.new("L", (size, size // 2), 40 * i).save(tmp_path / f"{name}.png")
     (tmp_path / "broken.png").write_bytes(b"")
 
-    def image(name: str) -> dict[str, Any]:
-        path = f"{name}.png"
-        entry = {"id": name, "difference": 1.0, "truth": None, "measurement": None}
-        return entry | {"base": path, "cmi": path}
-
-    images = [image("broken"), image("a"), image("b")]
-    results["extremes"] = [
-        {"task": "inpaint_box", "method": "DPS", "metric": "psnr", "best": images}
-        | {"worst": images[::-1]}
-    ]
-    results["examples"] = {}
+    images = tuple(
+        Change(name, 1.0, None, None, f"{name}.png", f"{name}.png") for name in ("broken", "a", "b")
+    )
+    extremes = Extremes("inpaint_box", "DPS", "psnr", images, images[::-1])
+    results = replace(results, extremes=(extremes,), examples={})
     text = render(results, tmp_path)
     for name, there in (("best", ["a", "b"][:shown]), ("worst", ["b", "a"][:shown])):
         side = re.search(rf'data-side="{name}">(.*?)</div>\n      </div>', text, re.S)
@@ -725,13 +754,13 @@ def test_of_large_images_one_best_and_one_worst_are_embedded(results, tmp_path, 
 
 def test_maps_beyond_the_examples_have_a_truth_of_their_own(results, folder, tmp_path):
     folder = shutil.copytree(folder, tmp_path / "copy")
-    row = results["posterior"][0]
-    results["examples"][row["task"]] = results["examples"][row["task"]][:1]
-    shown = posterior(Results(results), folder)["rows"][0]["maps"]
+    draws = results.posterior[0]
+    results.examples[draws.task] = results.examples[draws.task][:1]
+    shown = Album(folder).maps(results, draws)
     assert [m["truth"] is not None for m in shown] == [True, False, False][: len(shown)]
     stem = shown[1]["id"]
-    truth = folder / row["folder"] / "truth" / f"{stem}.png"
+    truth = folder / draws.folder / "truth" / f"{stem}.png"
     truth.parent.mkdir(parents=True)
-    truth.write_bytes((folder / row["folder"] / "restored" / f"{stem}.png").read_bytes())
-    shown = posterior(Results(results), folder)["rows"][0]["maps"]
+    truth.write_bytes((folder / draws.folder / "restored" / f"{stem}.png").read_bytes())
+    shown = Album(folder).maps(results, draws)
     assert shown[1]["truth"] == shown[1]["mean"]

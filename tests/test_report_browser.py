@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from synthetic_results import synthetic_results
 
-from cmi_lightning.report.write import write_report
+from cmi_lightning.report.page import write_report
 
 webdriver: Any = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.webdriver import ActionChains, ChromeOptions  # noqa: E402
@@ -32,9 +33,10 @@ FLAGS = (
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("report")
     made = synthetic_results(folder, tasks=2, methods=3, images=40, examples=2)
-    made["cells"][0]["label"] = "</script><script>window.injected = 1</script>"
+    evil = replace(made.cells[0], label="</script><script>window.injected = 1</script>")
+    made = replace(made, cells=(evil, *made.cells[1:]))
     write_report(made, folder)
-    return made | {"page": (folder / "report.html").as_uri()}
+    return {"title": made.title, "page": (folder / "report.html").as_uri()}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,21 +26,22 @@ from cmi_lightning.callbacks.distances import frechet
 from cmi_lightning.callbacks.feature_metrics import embedding_path
 from cmi_lightning.cli import main
 from cmi_lightning.errors import InputError
+from cmi_lightning.report.results import Search, Trial, read_results
 from cmi_lightning.report.tables import csv as to_csv
 from cmi_lightning.report.tables import latex, markdown
+from cmi_lightning.statistics import Estimate, mean_and_error
+from cmi_lightning.table.aggregate import aggregate
 from cmi_lightning.table.cells import SET_RESAMPLES
 from cmi_lightning.table.command import parse, rounds
-from cmi_lightning.table.results import aggregate
 from cmi_lightning.table.run import Job, at_equal_cost, records, run, run_job
-from cmi_lightning.table.spec import Method, Posterior, Table, Task, passes
-from cmi_lightning.table.statistics import (
+from cmi_lightning.table.significance import (
     bootstrap_interval,
     holm,
     interval_and_p,
-    mean_and_error,
     resamples_of,
     sign_flip_p,
 )
+from cmi_lightning.table.spec import Method, Posterior, Table, Task, passes
 from cmi_lightning.table.tune import best, trial
 from cmi_lightning.table.tune import check as check_tuning
 
@@ -66,9 +67,10 @@ def small(**options) -> Table:
 def test_mean_and_error_are_the_textbook_ones():
     values = np.random.default_rng(0).normal(size=50)
     found = mean_and_error(values)
-    assert found["mean"] == pytest.approx(values.mean())
-    assert found["se"] == pytest.approx(scipy.stats.sem(values))
-    assert mean_and_error([1.0]) == {"mean": 1.0, "se": None}
+    assert found.mean == pytest.approx(values.mean())
+    assert found.se == pytest.approx(scipy.stats.sem(values))
+    assert mean_and_error([1.0]) == Estimate(1.0)
+    assert mean_and_error([]) == Estimate(None)
 
 
 def test_bootstrap_interval_is_scipys_up_to_its_own_draws():
@@ -214,11 +216,11 @@ def test_unknown_options_are_refused(capsys):
 
 def test_tune_keeps_the_best_value_that_broke_no_image():
     table = small()
-    scores = {0.5: {"mean": 20.0}, 1.0: {"mean": 21.0}, 2.0: {"mean": None}, 4.0: {"mean": 21.0}}
-    assert best(table, scores) == 1.0
-    assert best(replace(table, objective="lpips"), scores) == 0.5
-    assert best(table, {1.0: {"mean": None}}) is None
-    assert best(table, {-1.0: {"mean": 20.0}, 0.0: {"mean": 20.0}, -0.1: {"mean": 19.0}}) == 0
+    means = {0.5: 20.0, 1.0: 21.0, 2.0: None, 4.0: 21.0}
+    assert best(table, means) == 1.0
+    assert best(replace(table, objective="lpips"), means) == 0.5
+    assert best(table, {1.0: None}) is None
+    assert best(table, {-1.0: 20.0, 0.0: 20.0, -0.1: 19.0}) == 0
 
 
 def test_trials_are_of_the_validation_images_and_apart():
@@ -267,16 +269,16 @@ def test_an_image_that_failed_is_in_no_mean_and_not_improved(tmp_path):
     write_records(table.cell("box", "DPS"), [20.0] * 12)
     write_records(table.cell("box", "DPS", "cmi"), [21.0] * 10 + [19.0, 99.0], failed=[12])
     results = aggregate(table)
-    cells = {c["variant"]: c for c in results["cells"]}
-    assert cells["cmi"]["failed"] == 1
-    assert cells["cmi"]["metrics"]["psnr"]["mean"] == pytest.approx((210 + 19) / 11)
-    (comparison,) = results["comparisons"]
-    entry = comparison["metrics"]["psnr"]
-    assert entry["difference"] == pytest.approx(9 / 11)
-    assert len(entry["values"]) == 11
-    assert entry["improved"] == pytest.approx(10 / 12)
-    assert any("1 images failed" in note for note in results["notes"])
-    assert cells["base"]["curves"]["residual"] == {"1": 6.5, "2": 13.0}
+    cells = {c.variant: c for c in results.cells}
+    assert cells["cmi"].failed == 1
+    assert cells["cmi"].metrics["psnr"].mean == pytest.approx((210 + 19) / 11)
+    (comparison,) = results.comparisons
+    entry = comparison.metrics["psnr"]
+    assert entry.difference == pytest.approx(9 / 11)
+    assert len(entry.values) == 11
+    assert entry.improved == pytest.approx(10 / 12)
+    assert any("1 images failed" in note for note in results.notes)
+    assert cells["base"].curves["residual"] == {1: 6.5, 2: 13.0}
 
 
 def test_cells_of_an_unfinished_row_are_compared_over_the_same_images(tmp_path):
@@ -285,13 +287,13 @@ def test_cells_of_an_unfinished_row_are_compared_over_the_same_images(tmp_path):
     write_records(table.cell("box", "DPS", "cmi"), [21.0] * 4)
     write_records(table.cell("box", "none"), [10.0] * 8)  # another row: nothing to be paired with
     results = aggregate(table)
-    cells = {(c["method"], c["variant"]): c for c in results["cells"]}
-    assert cells["DPS", "base"]["images"] == cells["DPS", "cmi"]["images"] == 4
-    assert cells["DPS", "base"]["metrics"]["psnr"]["mean"] == 20.0
-    assert cells["none", "base"]["images"] == 8
+    cells = {(c.method, c.variant): c for c in results.cells}
+    assert cells["DPS", "base"].images == cells["DPS", "cmi"].images == 4
+    assert cells["DPS", "base"].metrics["psnr"].mean == 20.0
+    assert cells["none", "base"].images == 8
     assert any(
         "3 of 3 rows have fewer images than wanted, the shortest 4" in note
-        for note in results["notes"]
+        for note in results.notes
     )
 
 
@@ -301,9 +303,9 @@ def test_cells_that_lack_different_images_are_compared_over_those_they_share(tmp
         write_records(table.cell("box", "DPS", variant), [20.0, 21.0, 22.0, 23.0, 24.0, 25.0])
     (table.cell("box", "DPS", "cmi").folder / "records" / "3.json").write_text("{")  # cut short
     results = aggregate(table)
-    assert [c["images"] for c in results["cells"]] == [5, 5]
-    assert {c["metrics"]["psnr"]["mean"] for c in results["cells"]} == {22.6}
-    assert len(results["comparisons"][0]["metrics"]["psnr"]["values"]) == 5
+    assert [c.images for c in results.cells] == [5, 5]
+    assert {c.metrics["psnr"].mean for c in results.cells} == {22.6}
+    assert len(results.comparisons[0].metrics["psnr"].values) == 5
 
 
 def test_differences_of_fewer_images_say_so(tmp_path):
@@ -319,21 +321,21 @@ def test_differences_of_fewer_images_say_so(tmp_path):
             path.parent.mkdir(exist_ok=True)
             np.save(path, features[variant][i])
     results = aggregate(table)
-    against = {c["variant"]: c["metrics"] for c in results["comparisons"] if c["against"] != "base"}
-    assert {m: entry["pairs"] for m, entry in against["cmi"].items()} == {
+    against = {c.variant: c.metrics for c in results.comparisons if c.against != "base"}
+    assert {m: entry.pairs for m, entry in against["cmi"].items()} == {
         "psnr": 5,
         "frechet": 5,
         "kernel": 5,
     }
     cmi, equal = (torch.from_numpy(features[v][:5]).double() for v in ("cmi", "equal"))
     apart = frechet(cmi[:, 0], cmi[:, 1]) - frechet(equal[:, 0], equal[:, 1])
-    assert against["cmi"]["frechet"]["difference"] == pytest.approx(apart)
+    assert against["cmi"]["frechet"].difference == pytest.approx(apart)
     assert "| DPS, 100 steps, 5 images |" in markdown(results)
     assert "DPS, 100 steps, 5 images &" in latex(results)
     rows = {(r["variant"], r["metric"]): r for r in csv.DictReader(io.StringIO(to_csv(results)))}
     assert rows["cmi", "frechet"]["pairs_equal"] == "5"
     assert rows["cmi", "frechet"]["pairs_base"] == "12"
-    assert any("first 5 images" in note for note in results["notes"])
+    assert any("first 5 images" in note for note in results.notes)
 
 
 def test_fid_is_that_of_the_images_shown(tmp_path):
@@ -342,11 +344,11 @@ def test_fid_is_that_of_the_images_shown(tmp_path):
     write_records(cell, [20.0] * 6)
     summary = {"metrics": {"fid": {"mean": 7.0, "count": 6}}}
     (cell.folder / "summary.json").write_text(json.dumps(summary))
-    assert aggregate(table)["cells"][0]["metrics"]["fid"]["mean"] == 7.0
-    assert "fid" not in aggregate(replace(table, images=4))["cells"][0]["metrics"]
+    assert aggregate(table).cells[0].metrics["fid"].mean == 7.0
+    assert "fid" not in aggregate(replace(table, images=4)).cells[0].metrics
     summary["metrics"]["fid"]["count"] = 4  # of a later, shorter run
     (cell.folder / "summary.json").write_text(json.dumps(summary))
-    assert "fid" not in aggregate(table)["cells"][0]["metrics"]
+    assert "fid" not in aggregate(table).cells[0].metrics
 
 
 def test_steps_of_equal_cost_follow_from_the_passes(tmp_path):
@@ -367,16 +369,15 @@ def test_many_cells_can_be_told_apart_by_distances_of_sets():
 def test_the_study_is_told_where_the_table_uses_it(tmp_path):
     table = small(output=str(tmp_path))
     write_records(table.cell("box", "DPS"), [20.0] * 2)
-    entry = {"trials": {"0": {"mean": 21.0}}, "winner": 0.0, "chosen": 0.1, "at_edge": True}
-    other = {"trials": {}, "winner": 1.0, "chosen": 1.0, "at_edge": False}  # the table has 2.0
+    entry = Search({"0": Trial(21.0, None, 2)}, winner=0.0, chosen=0.1, at_edge=True)
+    other = Search({}, winner=1.0, chosen=1.0, at_edge=False)  # the table has 2.0
+    searches = {"CMI+DPS": entry, "DPS": other}
     path = tmp_path / "tune" / "study.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"study": {"box": {"CMI+DPS": entry, "DPS": other}}}))
+    path.write_text(json.dumps({"study": {"box": {k: asdict(v) for k, v in searches.items()}}}))
     results = aggregate(table)
-    assert results["study"] == {"box": {"CMI+DPS": entry}}
-    assert any(
-        "In 1 of 1 cells" in note and "preferred no CMI" in note for note in results["notes"]
-    )
+    assert results.study == {"box": {"CMI+DPS": entry}}
+    assert any("In 1 of 1 cells" in note and "preferred no CMI" in note for note in results.notes)
 
 
 @pytest.mark.parametrize(
@@ -463,31 +464,31 @@ def smoke(tmp_path_factory):
 
 
 def results_of(folder):
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return read_results(folder / "results.json")
 
 
 def test_results_are_the_means_of_the_records(smoke):
     folder, _ = smoke
     results = results_of(folder)
-    assert results["images"] == 3
-    assert len(results["cells"]) == 6
-    for cell in results["cells"]:
-        found = records(folder / cell["folder"])
+    assert results.images == 3
+    assert len(results.cells) == 6
+    for cell in results.cells:
+        found = records(folder / cell.folder)
         values = [r["metrics"]["psnr"] for r in found]
-        assert cell["metrics"]["psnr"]["mean"] == pytest.approx(np.mean(values))
-        assert cell["passes"] == pytest.approx(passes(found))
-        assert cell["images"] == 3
-        assert cell["curves"]["residual"]["1"] == pytest.approx(
+        assert cell.metrics["psnr"].mean == pytest.approx(np.mean(values))
+        assert cell.passes == pytest.approx(passes(found))
+        assert cell.images == 3
+        assert cell.curves["residual"][1] == pytest.approx(
             np.mean([r["curves"]["residual"]["1"] for r in found])
         )
 
 
 def test_cells_share_measurements_and_truths(smoke):
     folder, _ = smoke
-    cells = results_of(folder)["cells"]
+    cells = results_of(folder).cells
     seen = [
         [(r["id"], r["input"], r["metrics"]["psnr_measurement"]) for r in records(folder / c)]
-        for c in (cell["folder"] for cell in cells)
+        for c in (cell.folder for cell in cells)
     ]
     assert all(one == seen[0] for one in seen)
 
@@ -495,65 +496,65 @@ def test_cells_share_measurements_and_truths(smoke):
 def test_differences_are_paired(smoke):
     folder, _ = smoke
     results = results_of(folder)
-    for comparison in results["comparisons"]:
-        key = (comparison["task"], comparison["method"])
-        cells = {c["variant"]: c for c in results["cells"] if (c["task"], c["method"]) == key}
+    for comparison in results.comparisons:
+        key = (comparison.task, comparison.method)
+        cells = {c.variant: c for c in results.cells if (c.task, c.method) == key}
         one, other = (
-            {r["id"]: r["metrics"]["psnr"] for r in records(folder / cells[v]["folder"])}
-            for v in (comparison["variant"], comparison["against"])
+            {r["id"]: r["metrics"]["psnr"] for r in records(folder / cells[v].folder)}
+            for v in (comparison.variant, comparison.against)
         )
-        entry = comparison["metrics"]["psnr"]
-        assert entry["values"] == pytest.approx([one[n] - other[n] for n in one], abs=1e-4)
-        assert entry["difference"] == pytest.approx(np.mean(entry["values"]), abs=1e-4)
-        assert entry["low"] <= entry["difference"] <= entry["high"]
-        assert entry["improved"] == pytest.approx(np.mean([v > 0 for v in entry["values"]]))
+        entry = comparison.metrics["psnr"]
+        assert entry.values == pytest.approx([one[n] - other[n] for n in one], abs=1e-4)
+        assert entry.difference == pytest.approx(np.mean(entry.values), abs=1e-4)
+        assert entry.low <= entry.difference <= entry.high
+        assert entry.improved == pytest.approx(np.mean([v > 0 for v in entry.values]))
 
 
 def test_equal_cost_is_equal(smoke):
     folder, _ = smoke
-    cells = {(c["method"], c["variant"]): c for c in results_of(folder)["cells"]}
+    cells = {(c.method, c.variant): c for c in results_of(folder).cells}
     for method in ("DPS", "ΠGDM"):
-        cmi, equal = cells[method, "cmi"]["passes"], cells[method, "equal"]["passes"]
-        assert cmi > cells[method, "base"]["passes"]
-        assert abs(equal - cmi) <= cells[method, "base"]["passes"] / cells[method, "base"]["steps"]
+        cmi, equal = cells[method, "cmi"].passes, cells[method, "equal"].passes
+        assert cmi > cells[method, "base"].passes
+        assert abs(equal - cmi) <= cells[method, "base"].passes / cells[method, "base"].steps
 
 
 def test_draws_are_judged_without_and_with_cmi(smoke):
     folder, _ = smoke
-    rows = results_of(folder)["posterior"]
-    assert [(row["label"], row["images"], row["draws"]) for row in rows] == [
+    rows = results_of(folder).posterior
+    assert [(row.label, row.images, row.draws) for row in rows] == [
         ("DPS", 2, 2),
         ("CMI+DPS", 2, 2),
     ]
     for row in rows:
-        assert 0 <= row["coverage"]["50"] <= row["coverage"]["90"] <= 1
-        assert row["residual"] > 0
-        assert (folder / row["folder"] / "std").is_dir()
+        assert 0 <= row.coverage["50"].mean <= row.coverage["90"].mean <= 1
+        assert row.residual.mean > 0
+        assert (folder / row.folder / "std").is_dir()
 
 
 def test_report_and_tables_are_there_and_show_examples(smoke):
     folder, _ = smoke
     for name in ("report.html", "table.md", "table.csv", "table.tex"):
         assert (folder / name).stat().st_size > 200
-    example = results_of(folder)["examples"]["super_resolution"][0]
-    assert (folder / example["truth"]).is_file()
-    assert (folder / example["restored"]["DPS"]["cmi"]).is_file()
-    assert results_of(folder)["command"].startswith("cmi-lightning table -c table/smoke ")
+    example = results_of(folder).examples["super_resolution"][0]
+    assert (folder / example.truth).is_file()
+    assert (folder / example.restored["DPS"]["cmi"]).is_file()
+    assert results_of(folder).command.startswith("cmi-lightning table -c table/smoke ")
 
 
 def test_a_table_goes_on_where_it_was_stopped(smoke):
     folder, arguments = smoke
     before = results_of(folder)
-    cell = folder / before["cells"][1]["folder"]
+    cell = folder / before.cells[1].folder
     stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("records/*.json")}
     lost = cell / "records" / f"{records(cell)[2]['id']}.json"
     lost.unlink()
     assert main(["table", *arguments]) == 0
     after = results_of(folder)
     assert [p for p, t in stamps.items() if p.stat().st_mtime_ns != t] == [lost]
-    for key in ("cells", "comparisons"):
-        for one, other in zip(before[key], after[key], strict=True):
-            assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    assert before.comparisons == after.comparisons
+    for one, other in zip(before.cells, after.cells, strict=True):
+        assert replace(one, seconds=0) == replace(other, seconds=0)
 
 
 def test_a_cell_of_other_options_is_refused(smoke, capsys):
@@ -568,8 +569,8 @@ def test_unfinished_tables_say_so(smoke):
     _, arguments = smoke
     table, _ = parse([*arguments, "--images=5"], "table")
     results = aggregate(table)
-    assert any("not finished" in note for note in results["notes"])
-    assert not any("not finished" in note for note in aggregate(replace(table, images=3))["notes"])
+    assert any("not finished" in note for note in results.notes)
+    assert not any("not finished" in note for note in aggregate(replace(table, images=3)).notes)
     assert at_equal_cost(table, table.cell("super_resolution", "DPS", "equal")).steps > 4
 
 
@@ -577,22 +578,22 @@ def test_rows_of_equal_cost_with_fewer_images_cut_no_others(smoke):
     _, arguments = smoke
     table, _ = parse([*arguments, "--equal_images=2"], "table")
     results = aggregate(table)
-    images = {(c["method"], c["variant"]): c["images"] for c in results["cells"]}
+    images = {(c.method, c.variant): c.images for c in results.cells}
     assert images["DPS", "base"] == images["DPS", "cmi"] == 3
     assert images["DPS", "equal"] == 2
     pairs = {
-        (c["variant"], c["against"]): len(c["metrics"]["psnr"]["values"])
-        for c in results["comparisons"]
-        if c["method"] == "DPS"
+        (c.variant, c.against): len(c.metrics["psnr"].values)
+        for c in results.comparisons
+        if c.method == "DPS"
     }
     assert pairs == {("cmi", "base"): 3, ("equal", "base"): 2, ("cmi", "equal"): 2}
-    assert any("first 2 images" in note for note in results["notes"])
-    assert not any("not finished" in note for note in results["notes"])
+    assert any("first 2 images" in note for note in results.notes)
+    assert not any("not finished" in note for note in results.notes)
     # Without these rows: those that there are from before are shown, and not counted as missing.
     table, _ = parse([*arguments, "--equal_cost=false"], "table")
     results = aggregate(table)
-    assert any(c["variant"] == "equal" for c in results["cells"])
-    assert not any("have not been started" in note for note in results["notes"])
+    assert any(c.variant == "equal" for c in results.cells)
+    assert not any("have not been started" in note for note in results.notes)
 
 
 # Tuning -------------------------------------------------------------------------------------------
@@ -628,13 +629,13 @@ def test_tune_saves_its_study_and_an_overlay_that_the_table_takes(tmp_path):
 def test_the_smoke_table_runs_as_it_is_packaged(tmp_path):
     assert main(["table", "-c", "table/smoke", f"--output={tmp_path}"]) == 0
     results = results_of(tmp_path)
-    assert len(results["cells"]) == 2 * 2 * 3
-    for cell in results["cells"]:
-        assert cell["images"] == 8
-        assert cell["failed"] == 0
-        measured = results["measured"][cell["task"]]["metrics"]["psnr"]["mean"]
-        assert cell["metrics"]["psnr"]["mean"] > measured - 3  # 20 steps are few
-    assert {m["key"] for m in results["metrics"]} == {
+    assert len(results.cells) == 2 * 2 * 3
+    for cell in results.cells:
+        assert cell.images == 8
+        assert cell.failed == 0
+        measured = results.measured[cell.task]["psnr"].mean
+        assert cell.metrics["psnr"].mean > measured - 3  # 20 steps are few
+    assert {m.key for m in results.metrics} == {
         *("psnr", "ssim", "perceptual", "frechet", "kernel")
     }
 
@@ -667,6 +668,6 @@ def test_a_killed_table_loses_one_batch_at_most(tmp_path):
     assert set(after) == set(done("whole"))
     assert {p: t for p, t in after.items() if p in before} == before
     whole, cut = results_of(tmp_path / "whole"), results_of(tmp_path / "cut")
-    for one, other in zip(whole["cells"], cut["cells"], strict=True):
+    for one, other in zip(whole.cells, cut.cells, strict=True):
         assert one["metrics"] == other["metrics"]
-    assert whole["comparisons"] == cut["comparisons"]
+    assert whole.comparisons == cut.comparisons

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
 
-from cmi_lightning.report.charts import Series, curve_chart, histogram, reach, round_up
-from cmi_lightning.report.verdicts import Results, cell_label, median, number
+from cmi_lightning.report import plots
+from cmi_lightning.report.results import CMI, Cell, Metric, Results
+from cmi_lightning.report.verdicts import Verdict, verdicts
 
 APART = 8.0  # ratio of spreads from which histograms have an axis each
 COLOURS = 8  # of lines
@@ -20,78 +23,96 @@ PANELS = {
 }
 
 
-def curves(known: Results) -> list[dict[str, Any]]:
-    """Return the charts of what happens along the steps, by task."""
-    colours = {m: f"m{i % COLOURS}" for i, m in enumerate(known.methods)}
+@dataclass(frozen=True)
+class Curves:
+    """A task's plots along the steps, and the colours of the methods in them."""
+
+    task: str
+    plots: list[plots.Plot]
+    methods: dict[str, str]
+
+
+def curves(results: Results) -> list[Curves]:
+    """Return what happens along the steps, by task."""
+    colours = {m: f"m{i % COLOURS}" for i, m in enumerate(results.methods)}
     found = []
-    for task in known.tasks:
-        panels: dict[str, list[Series]] = {key: [] for key in PANELS}
-        for cell in known.cells(task):
-            if cell["variant"] != "equal":  # its steps are others
-                for key, series in _series(cell, colours[cell["method"]]):
+    for task in results.tasks:
+        panels: dict[str, list[plots.Series]] = {key: [] for key in PANELS}
+        for cell in results.cells_of(task.key):
+            if cell.variant != "equal":  # its steps are others
+                for key, series in _series(cell, colours[cell.method]):
                     panels.setdefault(key, []).append(series)
         steps = [n for lines in panels.values() for series in lines for n in series.values]
         if not steps:
             continue
         ends = min(steps), max(steps)
         titled = [(*PANELS.get(key, (key, "")), lines) for key, lines in panels.items()]
-        charts = [chart for panel in titled if (chart := curve_chart(*panel, ends))]
-        drawn = {line.group for chart in charts for line in chart.lines}
-        methods = [{"key": m, "group": c} for m, c in colours.items() if c in drawn]
-        found.append({"label": known.task_label(task), "charts": charts, "methods": methods})
+        drawn = [plot for panel in titled if (plot := plots.curves(*panel, ends))]
+        styles = {word for plot in drawn for mark in plot.marks for word in mark.style.split()}
+        methods = {m: colour for m, colour in colours.items() if colour in styles}
+        found.append(Curves(task.label, drawn, methods))
     return found
 
 
-def _series(cell: Mapping[str, Any], colour: str) -> Iterator[tuple[str, Series]]:
+def _series(cell: Cell, colour: str) -> Iterator[tuple[str, plots.Series]]:
     """Yield a cell's curves, each with the key of its panel."""
-    with_cmi, name = cell["variant"] == "cmi", cell_label(cell)
-    for quantity, raw in (cell.get("curves") or {}).items():
-        values = {float(n): v for n, r in raw.items() if (v := number(r)) is not None}
+    with_cmi = cell.variant == "cmi"
+    for quantity, values in cell.curves.items():
         hook, _, guidance = quantity.partition("/")
         if hook in HOOKS and guidance:
-            style = "solid" if guidance == "CMI" else "dashed" if with_cmi else "dotted"
-            yield "steps", Series(values, colour, style, f"{name}: {guidance}")
+            style = "solid" if guidance == CMI else "dashed" if with_cmi else "dotted"
+            name = f"{cell.label}: {guidance}"
+            yield "steps", plots.Series(values, f"{colour} {style}", name)
         else:
-            yield quantity, Series(values, colour, "solid" if with_cmi else "dotted", name)
+            style = "solid" if with_cmi else "dotted"
+            yield quantity, plots.Series(values, f"{colour} {style}", cell.label)
 
 
-def histograms(known: Results) -> list[dict[str, Any]]:
-    """Return the histograms of paired differences from the base, by metric and task."""
+@dataclass(frozen=True)
+class Histogram:
+    """A cell's differences per image, their verdict, and n where it is not the cell's."""
+
+    label: str
+    verdict: Verdict
+    pairs: int | None
+    plot: plots.Plot
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """The histograms of a metric, by task; ``shared`` if they have one axis."""
+
+    metric: Metric
+    shared: bool
+    tasks: dict[str, list[Histogram]]
+
+    @property
+    def beyond(self) -> bool:
+        """Whether any has values beyond its axis."""
+        return any(drawn.plot.beyond for of_task in self.tasks.values() for drawn in of_task)
+
+
+def histograms(results: Results) -> list[Histograms]:
+    """Return the histograms of paired differences from the base, by metric."""
     found = []
-    for metric in known.metrics:
-        verdicts = {
-            (task, method): verdict
-            for task in known.tasks
-            for method in known.methods
-            if (verdict := known.verdict(task, method, metric, "cmi", "base")) and verdict.values
-        }
-        if not verdicts:
+    for metric in results.metrics:
+        every = [(c, v) for c, v in verdicts(results, metric, "base") if v.found.values]
+        if not every:
             continue
-        halves, shared = _axes([verdict.values for verdict in verdicts.values()])
-        tasks: dict[str, list[dict[str, Any]]] = {}
-        beyond = 0
-        for ((task, method), verdict), half in zip(verdicts.items(), halves, strict=True):
-            drawing = histogram(verdict.values, half, metric["better"])
-            beyond += drawing.beyond
-            tasks.setdefault(task, []).append(
-                {
-                    "label": known.variant_labels(method)["cmi"],
-                    "drawing": drawing,
-                    "verdict": verdict,
-                    "text": verdict.text(metric["digits"]).partition(" ")[::2],
-                    "count": len(verdict.values),
-                    "pairs": verdict.fewer(known.cell(task, method, "cmi") or {}),
-                }
-            )
-        rows = [{"label": known.task_label(t), "entries": e} for t, e in tasks.items()]
-        found.append({"metric": metric, "rows": rows, "shared": shared, "beyond": beyond})
+        halves, shared = _axes([verdict.found.values for _, verdict in every])
+        tasks = defaultdict(list)
+        for (cell, verdict), half in zip(every, halves, strict=True):
+            plot = plots.histogram(verdict.found.values, half, metric.sign)
+            drawn = Histogram(cell.label, verdict, verdict.fewer(cell), plot)
+            tasks[results.task_labels[cell.task]].append(drawn)
+        found.append(Histograms(metric, shared, tasks))
     return found
 
 
 def _axes(values: Sequence[Sequence[float]]) -> tuple[list[float], bool]:
     """Return half the width of each panel's axis, and whether all have the same."""
-    halves = [reach(of_panel) for of_panel in values]
+    halves = [plots.reach(of_panel) for of_panel in values]
     wide = [half for half in halves if half > 0] or [1.0]
     shared = max(wide) <= APART * min(wide)
-    common = round_up(min(max(wide), 2 * median(wide)))
+    common = plots.round_up(min(max(wide), 2 * median(wide)))
     return [common if shared else half or common for half in halves], shared

@@ -1,77 +1,82 @@
-"""The rows of the report's table: a cell's means, each with the verdicts on it."""
+"""The rows of the table, from which HTML, Markdown, LaTeX and CSV are written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-from cmi_lightning.report.tables import MEASURED
-from cmi_lightning.report.verdicts import (
-    AGAINST,
-    Results,
-    cell_label,
-    mean_text,
-    number,
-    other_images,
-    short,
-)
+from cmi_lightning.report.results import AGAINST, Cell, Metric, Results, Task
+from cmi_lightning.report.verdicts import Verdict, mean_text
+from cmi_lightning.statistics import Estimate
+
+MEASURED = "measurement A⁺y"
 
 
-def by_task(known: Results) -> list[dict[str, Any]]:
-    """Return the table's rows by task."""
-    found = []
-    for task in known.tasks:
-        measured = (known.raw.get("measured") or {}).get(task) or {}
-        rows = [_row(known, cell) for cell in known.cells(task)]
-        if metrics := measured.get("metrics"):
-            plain = {"task": task, "method": "", "variant": "measured", "label": MEASURED}
-            rows.insert(0, _row(known, plain | {"metrics": metrics, "passes": 0}))
-        if rows:
-            found.append({"label": known.task_label(task), "rows": rows})
-    return found
+@dataclass(frozen=True)
+class Entry:
+    """A row's mean of a metric, with the verdicts on it by what it is compared with."""
+
+    metric: Metric
+    estimate: Estimate | None
+    verdicts: Mapping[str, Verdict]
+
+    @property
+    def text(self) -> str:
+        """The mean and its error."""
+        return mean_text(self.estimate, self.metric.digits)
 
 
-def any_fewer_pairs(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether any row tells a number of pairs."""
-    entries = [entry for group in groups for row in group["rows"] for entry in row["entries"]]
-    return any(v["pairs"] is not None for entry in entries for v in entry["verdicts"].values())
+@dataclass(frozen=True)
+class Row:
+    """A cell, or a task's measurements; ``images`` is told where other cells have more."""
+
+    task: Task
+    label: str
+    variant: str
+    cell: Cell | None
+    images: int | None
+    entries: list[Entry]
+
+    @property
+    def name(self) -> str:
+        """The label, with the number of images where that is its own."""
+        return self.label + ("" if self.images is None else f", {self.images} images")
+
+    @property
+    def passes(self) -> float | None:
+        """Network passes per image; a measurement needs none."""
+        return self.cell.passes if self.cell else 0.0
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds per image."""
+        return self.cell.seconds if self.cell else None
+
+    def fewer(self, verdict: Verdict) -> int | None:
+        """Return the number of pairs where the row has more images than were compared."""
+        return verdict.fewer(self.cell) if self.cell else None
 
 
-def _row(known: Results, cell: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "label": cell_label(cell),
-        "variant": cell["variant"],
-        "failed": cell.get("failed") or 0,
-        "images": other_images(known.raw, cell),
-        "entries": [_entry(known, cell, metric) for metric in known.metrics],
-        "passes": {"text": short(cell.get("passes")), "value": number(cell.get("passes"))},
-        "seconds": {"text": short(cell.get("seconds")), "value": number(cell.get("seconds"))},
-    }
+def rows(results: Results) -> dict[Task, list[Row]]:
+    """Return the table's rows, by task."""
+    found = {task: list(_rows(results, task)) for task in results.tasks}
+    return {task: of_task for task, of_task in found.items() if of_task}
 
 
-def _entry(known: Results, cell: Mapping[str, Any], metric: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a cell's mean of one metric, and how it compares with each of the others."""
-    entry = (cell.get("metrics") or {}).get(metric["key"])
-    verdicts = {}
+def _rows(results: Results, task: Task) -> Iterator[Row]:
+    if measured := results.measured.get(task.key):
+        entries = [Entry(metric, measured.get(metric.key), {}) for metric in results.metrics]
+        yield Row(task, MEASURED, "measured", None, None, entries)
+    for cell in results.cells_of(task.key):
+        images = None if cell.images == results.images else cell.images
+        entries = [_entry(results, cell, metric) for metric in results.metrics]
+        yield Row(task, cell.label, cell.variant, cell, images, entries)
+
+
+def _entry(results: Results, cell: Cell, metric: Metric) -> Entry:
+    found = {}
     for against in AGAINST:
-        verdict = known.verdict(cell["task"], cell["method"], metric, cell["variant"], against)
-        if verdict and verdict.direction != "none":
-            verdicts[against] = {
-                "name": verdict.name if cell["variant"] == "cmi" else "none",
-                "symbol": verdict.symbol,
-                "words": verdict.words,
-                "text": verdict.text(metric["digits"]).partition(" ")[::2],
-                "p": _p(verdict.p),
-                "pairs": verdict.fewer(cell),
-            }
-    return {
-        "text": mean_text(entry, metric["digits"]),
-        "value": number((entry or {}).get("mean")),
-        "verdicts": verdicts,
-    }
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return ""
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+        differences = results.comparison(cell.task, cell.method, cell.variant, against)
+        if metric.key in differences:
+            found[against] = Verdict(metric, differences[metric.key])
+    return Entry(metric, cell.metrics.get(metric.key), found)

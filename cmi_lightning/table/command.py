@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import shlex
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from cmi_lightning.errors import InputError, one_sentence
-from cmi_lightning.files import write_json
 from cmi_lightning.predict.options import resolved
+from cmi_lightning.report.page import write_report
+from cmi_lightning.report.results import read_results, write_results
 from cmi_lightning.report.tables import write_tables
-from cmi_lightning.report.write import write_report
-from cmi_lightning.table.results import aggregate
-from cmi_lightning.table.run import Done, Job, run
+from cmi_lightning.table.aggregate import aggregate
+from cmi_lightning.table.progress import ProgressPrinter, first_process
+from cmi_lightning.table.run import Job, run
 from cmi_lightning.table.spec import Cell, Table
 from cmi_lightning.table.tune import check as check_tuning
 from cmi_lightning.table.tune import trial
@@ -37,7 +38,9 @@ def parse(args: Sequence[str], command: str) -> tuple[Table, str]:
     from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    parser = ArgumentParser(prog=f"cmi-lightning {command}", exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"cmi-lightning {command}", exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file, or a name")
     parser.add_class_arguments(Table, fail_untyped=True)
     try:
@@ -47,28 +50,6 @@ def parse(args: Sequence[str], command: str) -> tuple[Table, str]:
     parsed.pop("config", None)
     text = parser.dump(parsed, skip_validation=True)
     return Table(**vars(parser.instantiate_classes(parsed))), text
-
-
-class Teller:
-    """Prints a line per finished cell, with the time left."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.count = total, 0
-        self.started = time.monotonic()
-
-    def __call__(self, done: Done) -> None:
-        """Print one cell."""
-        if not _is_first():
-            return
-        self.count += 1
-        spent = time.monotonic() - self.started
-        left = spent / self.count * (self.total - self.count)
-        print(
-            f"{time.strftime('%H:%M:%S')}  {self.count}/{self.total}  {done.cell.task}, "
-            f"{done.cell.label}, {done.images} images, {done.seconds:.0f} s; "
-            f"{left / 60:.0f} min left",
-            flush=True,
-        )
 
 
 def tune(args: Sequence[str]) -> int:
@@ -81,8 +62,8 @@ def tune(args: Sequence[str]) -> int:
     check(spec, probes)
     trials = sum(len(spec.methods[m].space) for _, m in rows) + len(rows) * len(spec.cmi.space)
     with _alone(spec), _stopping(spec):
-        search(spec, Teller(trials))
-    if not _is_first():
+        search(spec, ProgressPrinter(spec, trials))
+    if not first_process():
         return 0
     print(f"study: {spec.folder / 'tune' / 'study.json'}")
     print(f"winners: {spec.folder / 'step_sizes.yaml'}; give it to `table` as a further -c")
@@ -128,7 +109,7 @@ def table(args: Sequence[str]) -> int:
     """Run a table in rounds, and write its report after each."""
     spec, text = parse(args, "table")
     command = shlex.join(["cmi-lightning", "table", *args])
-    first = _is_first()
+    first = first_process()
     posterior = list(spec.posterior_cells())
     work = rounds(spec)
     check(spec, [cell for job in work[0] for cell in job.cells] + posterior)
@@ -138,11 +119,13 @@ def table(args: Sequence[str]) -> int:
         work.append([Job((cell,), spec.posterior.images) for cell in posterior])
     if spec.report_only:
         work = []
-    teller = Teller(sum(len(job.cells) for part in work for job in part))
+    jobs = [job for part in work for job in part]
+    printer = ProgressPrinter(spec, sum(len(job.cells) for job in jobs))
+    printer.expect(jobs)
     with _alone(spec), _stopping(spec):
         for part in work:
             try:
-                run(spec, part, teller)
+                run(spec, part, printer)
             finally:  # what is done is shown, whatever became of the rest
                 if first:
                     publish(spec, text, command)
@@ -151,8 +134,7 @@ def table(args: Sequence[str]) -> int:
     if not first:
         return 0  # Lightning takes any other code of a further process for a crash
     print(f"report: {spec.folder / 'report.html'}; numbers: {spec.folder / 'table.csv'}")
-    results = json.loads((spec.folder / "results.json").read_text(encoding="utf-8"))
-    return 3 if any(cell["failed"] for cell in results["cells"]) else 0
+    return 3 if any(cell.failed for cell in read_results(spec.folder / "results.json").cells) else 0
 
 
 def _found_other_sizes(table: Table) -> bool:
@@ -170,20 +152,10 @@ def _found_other_sizes(table: Table) -> bool:
     )
 
 
-def _is_first() -> bool:
-    """Whether this is the first of several processes, or the only one.
-
-    Lightning starts further ranks with the command itself: each goes over all cells.
-    """
-    from lightning.pytorch.utilities import rank_zero_only
-
-    return not getattr(rank_zero_only, "rank", 0)
-
-
 def publish(table: Table, config: str, command: str) -> None:
     """Write what the finished images say: results.json, the report and the tables."""
     results = aggregate(table, config, command)
-    write_json(table.folder / "results.json", results)
+    write_results(results, table.folder / "results.json")
     write_report(results, table.folder)
     write_tables(results, table.folder)
 
@@ -195,23 +167,17 @@ def _alone(table: Table) -> Iterator[None]:
     Raises:
         InputError: if one is at work there.
     """
-    if table.report_only or not _is_first():  # files are written whole: a look does no harm
+    if table.report_only or not first_process():  # files are written whole: a look does no harm
         yield
         return
     table.folder.mkdir(parents=True, exist_ok=True)
-    with (table.folder / ".lock").open("w") as lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except OSError as error:
-            raise InputError(
-                f"Another command is at work in '{table.folder}': wait for it, or set another "
-                "output."
-            ) from error
-        yield
+    try:
+        with FileLock(table.folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise InputError(
+            f"Another command is at work in '{table.folder}': wait for it, or set another output."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from cmi_lightning.table.cells import PER_IMAGE, CellResults, Key
-from cmi_lightning.table.spec import Table, Variant
-from cmi_lightning.table.statistics import bootstrap_interval, holm, interval_and_p, sign_flip_p
+from cmi_lightning.report.results import Comparison, Difference, Metric, Variant
+from cmi_lightning.table.cells import Key, StartedCell
+from cmi_lightning.table.significance import bootstrap_interval, holm, interval_and_p, sign_flip_p
+from cmi_lightning.table.spec import Table
 
-COMPARISONS: tuple[tuple[Variant, Variant], ...] = (
+COMPARED: tuple[tuple[Variant, Variant], ...] = (
     ("cmi", "base"),
     ("equal", "base"),
     ("cmi", "equal"),
@@ -21,87 +22,67 @@ COMPARISONS: tuple[tuple[Variant, Variant], ...] = (
 
 
 def compare(
-    table: Table, cells: Mapping[Key, CellResults], metrics: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+    table: Table, cells: Mapping[Key, StartedCell], metrics: Sequence[Metric]
+) -> tuple[Comparison, ...]:
     """Return the comparisons that a table's cells allow, each over the images that both have."""
-    found = [
-        comparison
-        for task, method in table.rows()
-        for variant, against in COMPARISONS
-        if (comparison := _compare(cells, task, method, variant, against, metrics))
-    ]
-    _correct(found)
-    return found
+    found = []
+    for task, method in table.rows():
+        for variant, against in COMPARED:
+            one, other = cells.get((task, method, variant)), cells.get((task, method, against))
+            if one is not None and other is not None:
+                differences = {m.key: d for m in metrics if (d := _difference(one, other, m))}
+                found.append(Comparison(task, method, variant, against, differences))
+    return _corrected(found)
 
 
-def _compare(
-    cells: Mapping[Key, CellResults],
-    task: str,
-    method: str,
-    variant: Variant,
-    against: Variant,
-    metrics: Mapping[str, Any],
-) -> dict[str, Any] | None:
-    """Return the paired differences of two cells over the images that both have.
+def _difference(one: StartedCell, other: StartedCell, metric: Metric) -> Difference | None:
+    """Return one cell minus another on a metric, over the images that both have.
 
     An image that failed in the first cell alone is in no mean, but counts as not improved.
     """
-    one, other = cells.get((task, method, variant)), cells.get((task, method, against))
-    if one is None or other is None:
+    if not metric.per_image:
+        return _difference_of_sets(one, other, metric.key)
+    mine, theirs = one.values(metric.key), other.values(metric.key)
+    ids = [name for name in mine if name in theirs]
+    if len(ids) < 2:
         return None
-    found: dict[str, Any] = {}
-    failed = [record["id"] for record in one.all if record["failed"]]
-    for metric in metrics:
-        if metric in PER_IMAGE:
-            mine, theirs = one.values(metric), other.values(metric)
-            ids = [name for name in mine if name in theirs]
-            if len(ids) < 2:
-                continue
-            values = [mine[name] - theirs[name] for name in ids]
-            lost = sum(name in theirs for name in failed)
-            sign = 1 if metrics[metric][2] == "higher" else -1
-            low, high = bootstrap_interval(values)
-            found[metric] = {
-                "difference": math.fsum(values) / len(values),
-                "low": low,
-                "high": high,
-                "p": sign_flip_p(values),
-                "pairs": len(values),
-                "improved": sum(sign * v > 0 for v in values) / (len(values) + lost),
-                "values": [float(f"{v:.6g}") for v in values],
-            }
-        elif metric in ("frechet", "kernel"):
-            ids = [name for name in one.records if name in other.records]
-            if (entry := _compare_sets(one, other, ids, metric)) is not None:
-                found[metric] = entry
-    return {
-        "task": task,
-        "method": method,
-        "variant": variant,
-        "against": against,
-        "metrics": found,
-    }
+    values, clusters = [mine[name] - theirs[name] for name in ids], one.clusters_of(ids)
+    lost = sum(record["failed"] is not None and record["id"] in theirs for record in one.all)
+    low, high = bootstrap_interval(values, clusters)
+    return Difference(
+        difference=math.fsum(values) / len(values),
+        low=low,
+        high=high,
+        p=sign_flip_p(values, clusters),
+        pairs=len(values),
+        significant=False,
+        improved=sum(metric.sign * v > 0 for v in values) / (len(values) + lost),
+        values=tuple(float(f"{v:.6g}") for v in values),
+    )
 
 
-def _compare_sets(
-    one: CellResults, other: CellResults, ids: list[str], metric: str
-) -> dict[str, Any] | None:
-    if len(ids) < 3:
+def _difference_of_sets(one: StartedCell, other: StartedCell, metric: str) -> Difference | None:
+    ids = [name for name in one.records if name in other.records]
+    if len(ids) < 3 or metric not in ("frechet", "kernel"):
         return None
     mine, theirs = one.distances(metric, ids), other.distances(metric, ids)
     if mine is None or theirs is None:
         return None
     whole, *draws = (mine - theirs).tolist()
     low, high, p = interval_and_p(whole, np.asarray(draws))
-    return {"difference": whole, "low": low, "high": high, "p": p, "pairs": len(ids)}
+    return Difference(whole, low, high, p, len(ids), significant=False, improved=None, values=())
 
 
-def _correct(comparisons: list[dict[str, Any]]) -> None:
+def _corrected(comparisons: list[Comparison]) -> tuple[Comparison, ...]:
     """Mark what is significant among the cells of one metric and one kind of comparison."""
-    families: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
+    families: dict[tuple[str, str, str], list[tuple[dict[str, Difference], Difference]]]
+    families = defaultdict(list)
     for comparison in comparisons:
-        for metric, entry in comparison["metrics"].items():
-            families[comparison["variant"], comparison["against"], metric].append(entry)
-    for entries in families.values():
-        for entry, rejected in zip(entries, holm([e["p"] for e in entries]), strict=True):
-            entry["significant"] = rejected
+        for metric, difference in comparison.metrics.items():
+            family = comparison.variant, comparison.against, metric
+            families[family].append((comparison.metrics, difference))
+    for (*_, metric), entries in families.items():
+        rejected = holm([difference.p for _, difference in entries])
+        for (metrics, difference), significant in zip(entries, rejected, strict=True):
+            metrics[metric] = replace(difference, significant=significant)
+    return tuple(comparisons)

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +37,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Done:
+class FinishedCell:
     """A cell that has been run: over how many images, in how many seconds."""
 
     cell: Cell
@@ -45,8 +45,8 @@ class Done:
     seconds: float
 
 
-def run(table: Table, jobs: Sequence[Job], tell: Callable[[Done], None]) -> None:
-    """Run jobs, and tell of every finished cell.
+def run(table: Table, jobs: Sequence[Job], on_finished: Callable[[FinishedCell], None]) -> None:
+    """Run jobs, and hand on every finished cell.
 
     A job that cannot be run keeps no other from it.
 
@@ -57,22 +57,21 @@ def run(table: Table, jobs: Sequence[Job], tell: Callable[[Done], None]) -> None
     if table.processes == 1 or len(jobs) < 2:
         for job in jobs:
             try:
-                for done in run_job(table, job):
-                    tell(done)
+                for finished in run_job(table, job):
+                    on_finished(finished)
             except InputError as error:
                 errors.append(error)
     else:
         with _pool(table) as pool:
-            futures: list[Future[list[Done] | InputError]] = []
             try:
-                futures += [pool.submit(_run_whole_job, table, job) for job in jobs]
+                futures = [pool.submit(_run_whole_job, table, job) for job in jobs]
                 for future in as_completed(futures):
-                    done_or_error = future.result()
-                    if isinstance(done_or_error, InputError):
-                        errors.append(done_or_error)
+                    finished_or_error = future.result()
+                    if isinstance(finished_or_error, InputError):
+                        errors.append(finished_or_error)
                     else:
-                        for done in done_or_error:
-                            tell(done)
+                        for finished in finished_or_error:
+                            on_finished(finished)
             except BrokenProcessPool as error:
                 raise InputError(
                     "A process was killed from outside (is memory short?): set lower processes or "
@@ -125,14 +124,14 @@ def _stop() -> None:
         process.kill()
 
 
-def _run_whole_job(table: Table, job: Job) -> list[Done] | InputError:
+def _run_whole_job(table: Table, job: Job) -> list[FinishedCell] | InputError:
     try:
         return list(run_job(table, job))
     except InputError as error:
         return InputError(str(error))
 
 
-def run_job(table: Table, job: Job) -> Iterator[Done]:
+def run_job(table: Table, job: Job) -> Iterator[FinishedCell]:
     """Run a job's cells in this process.
 
     Raises:
@@ -143,7 +142,7 @@ def run_job(table: Table, job: Job) -> Iterator[Done]:
         cell = at_equal_cost(table, cell)
         images = table.limit(cell.variant, job.images)
         restore(table.arguments(cell, images), cell)
-        yield Done(cell, images, time.monotonic() - started)
+        yield FinishedCell(cell, images, time.monotonic() - started)
 
 
 def at_equal_cost(table: Table, cell: Cell) -> Cell:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cmi_lightning.errors import InputError
+from cmi_lightning.report.results import CMI, VARIANTS, Variant
 
-CMI = "CMI"  # the row of the added guidance in `step_sizes`: "CMI+DPS"
-Variant = Literal["base", "cmi", "equal"]
-VARIANTS: tuple[Variant, ...] = ("base", "cmi", "equal")
 SUFFIXES: dict[Variant, str] = {"base": "", "cmi": "-cmi", "equal": "-equal"}
 
 
@@ -96,6 +95,10 @@ class Table:
         validation: configurations that select other images, for ``tune``, on top of ``common``.
         tune_images: how many of these are used.
         objective: the metric by which ``tune`` chooses.
+        cluster: takes an image's id to its cluster, such as the photograph that a crop is of.
+            Standard errors, intervals and tests then take clusters as the independent units. A
+            separator, such as "/", leaves what is before the last one; a regular expression with
+            a group in parentheses leaves the group. Default: every image is its own.
         posterior: cells of which several samples are drawn per image; None for none.
         examples: images in the report's figure, per task.
         report_only: restore nothing; write the report of what is there.
@@ -124,6 +127,7 @@ class Table:
     validation: list[str] = field(default_factory=list)
     tune_images: int = 16
     objective: Literal["psnr", "ssim", "perceptual", "lpips"] = "psnr"
+    cluster: str | None = None
     posterior: Posterior | None = None
     examples: int = 3
     report_only: bool = False
@@ -139,6 +143,15 @@ class Table:
             )
         if self.batch_size is not None and (self.batch_size < 1 or self.round % self.batch_size):
             raise InputError(f"round must be a multiple of batch_size, got {self.round}.")
+        if self.cluster is not None and not self.cluster:
+            raise InputError("cluster: give a separator, or a regular expression with a group.")
+        if "(" in (self.cluster or ""):
+            try:
+                groups = re.compile(self.cluster or "").groups
+            except re.error as error:
+                raise InputError(f"cluster: '{self.cluster}' is no pattern: {error}.") from error
+            if groups != 1:
+                raise InputError(f"cluster: '{self.cluster}' needs one group, and has {groups}.")
         for key in self.tasks:
             if not key.replace("_", "").replace("-", "").isalnum():
                 raise InputError(
@@ -181,6 +194,20 @@ class Table:
     def folder(self) -> Path:
         """The output folder."""
         return Path(self.output).expanduser()
+
+    def cluster_of(self, image: str) -> str | None:
+        """Return the cluster of an image, by its id; None where every image is its own.
+
+        Raises:
+            InputError: if the id does not match the regular expression.
+        """
+        if self.cluster is None:
+            return None
+        if "(" not in self.cluster:
+            return image.rpartition(self.cluster)[0] or image
+        if (match := re.search(self.cluster, image)) is None or match[1] is None:
+            raise InputError(f"cluster: '{self.cluster}' does not match the image '{image}'.")
+        return match[1]
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the (task, method) pairs that are wanted."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import write, write_json
-from cmi_lightning.table.run import LOG, Done, Job, records, run
-from cmi_lightning.table.spec import CMI, Cell, Table, Variant, safe
-from cmi_lightning.table.statistics import mean_and_error
+from cmi_lightning.report.results import CMI, Search, Trial, Variant, typed
+from cmi_lightning.statistics import mean_and_error
+from cmi_lightning.table.progress import ProgressPrinter
+from cmi_lightning.table.run import LOG, Job, records, run
+from cmi_lightning.table.spec import Cell, Table, safe
 
+Study = dict[str, dict[str, Search]]  # by task, then "DPS" or "CMI+DPS"
 LOWER = ("perceptual", "lpips")  # objectives of which less is better
 
 
@@ -31,15 +35,15 @@ def trial(
     return Cell(task, method, variant, sizes, table.steps, folder, validation=True)
 
 
-def score(table: Table, cell: Cell) -> dict[str, float | int | None]:
-    """Return mean, standard error and count of the objective over a trial's images.
+def score(table: Table, cell: Cell) -> Trial:
+    """Return the objective's mean over a trial's images; None where one of them broke.
 
     Raises:
         InputError: if the cells do not report the objective.
     """
     values = []
-    found = records(cell.folder, table.tune_images)
-    for record in found:
+    tried = records(cell.folder, table.tune_images)
+    for record in tried:
         parts = {**record.get("metrics", {}), **record.get("perceptual", {})}
         if record["failed"]:
             continue
@@ -50,15 +54,14 @@ def score(table: Table, cell: Cell) -> dict[str, float | int | None]:
             )
         values.append(float(parts[table.objective]))
     values = [v for v in values if math.isfinite(v)]
-    whole = len(values) == len(found) > 0
-    mean = mean_and_error(values) if whole else {"mean": None, "se": None}
-    return {"mean": mean["mean"], "standard_error": mean["se"], "images": len(values)}
+    estimate = mean_and_error(values if len(values) == len(tried) else [])
+    return Trial(estimate.mean, estimate.se, len(values))
 
 
-def best(table: Table, scores: dict[float, dict[str, Any]]) -> float | None:
+def best(table: Table, means: Mapping[float, float | None]) -> float | None:
     """Return the value with the best mean, of equals the nearest to 0; None if all broke."""
     sign = -1 if table.objective in LOWER else 1
-    finite = {v: s["mean"] for v, s in scores.items() if s["mean"] is not None}
+    finite = {value: mean for value, mean in means.items() if mean is not None}
     return max(sorted(finite, key=abs), key=lambda v: sign * finite[v]) if finite else None
 
 
@@ -88,7 +91,7 @@ def check(table: Table) -> None:
         raise InputError("cmi.space: give 0, which is no CMI, and at least one other value.")
 
 
-def tune(table: Table, tell: Callable[[Done], None]) -> dict[str, Any]:
+def tune(table: Table, printer: ProgressPrinter) -> Study:
     """Search every method's step size on every task, then CMI's on top of each.
 
     The study goes to ``tune/study.json`` in the output folder, and the winners as an overlay to
@@ -106,29 +109,32 @@ def tune(table: Table, tell: Callable[[Done], None]) -> dict[str, Any]:
     bases = [(t, m) for t, m in table.rows() if table.methods[m].option is not None]
     spaces = {m: table.methods[m].space for _, m in bases}
     first, *rest = _jobs(table, (trial(table, *row, v) for row in bases for v in spaces[row[1]]))
-    run(table, [first], tell)
+    printer.expect([first, *rest])
+    run(table, [first], printer)
     score(table, first.cells[0])  # one trial tells whether the objective is there
     _check_images(table, first.cells[0])
-    run(table, rest, tell)
-    study: dict[str, dict[str, Any]] = {task: {} for task, _ in table.rows()}
+    run(table, rest, printer)
+    study: Study = {task: {} for task, _ in table.rows()}
     for task, method in bases:
         cells = {v: trial(table, task, method, v) for v in spaces[method]}
-        study[task][method] = _summary(table, cells)
+        study[task][method] = _search(table, cells)
     _save(table, study)
 
     def cmi_trials(task: str, method: str) -> dict[float, Cell]:
-        size = study[task].get(method, {}).get("chosen")
+        size = study[task][method].chosen if method in study[task] else None
         # Without CMI it is the base, which has been run (but for one without a guidance).
         return {v: trial(table, task, method, size, v or None) for v in table.cmi.space}
 
-    broken = [f"{t}, {m}" for t, m in bases if study[t][m]["chosen"] is None]
+    broken = [f"{t}, {m}" for t, m in bases if study[t][m].chosen is None]
     rows = [(t, m) for t, m in table.rows() if f"{t}, {m}" not in broken]
     both = {row: cmi_trials(*row) for row in rows}
-    run(table, _jobs(table, (c for row in both.values() for c in row.values())), tell)
+    jobs = _jobs(table, (c for row in both.values() for c in row.values()))
+    printer.expect(jobs)
+    run(table, jobs, printer)
     for (task, method), trials in both.items():
         name = f"{CMI}+{method}"
-        study[task][name] = _summary(table, trials, other_than_zero=True)
-        if study[task][name]["chosen"] is None:
+        study[task][name] = _search(table, trials, other_than_zero=True)
+        if study[task][name].chosen is None:
             broken.append(f"{task}, {name}")
     _save(table, study)
     if broken:
@@ -149,43 +155,50 @@ def _jobs(table: Table, cells: Iterable[Cell]) -> list[Job]:
     return [Job((cell,), table.tune_images) for cell in unique.values()]
 
 
-def _summary(
-    table: Table, cells: dict[float, Cell], other_than_zero: bool = False
-) -> dict[str, Any]:
-    scores = {value: score(table, cell) for value, cell in cells.items()}
-    allowed = {v: s for v, s in scores.items() if v != 0 or not other_than_zero}
+def _search(table: Table, cells: dict[float, Cell], other_than_zero: bool = False) -> Search:
+    trials = {value: score(table, cell) for value, cell in cells.items()}
+    means = {value: trial.mean for value, trial in trials.items()}
+    allowed = {v: mean for v, mean in means.items() if v != 0 or not other_than_zero}
     chosen = best(table, allowed)
-    return {
-        "trials": {f"{value:g}": s for value, s in scores.items()},
-        "winner": best(table, scores),
-        "chosen": chosen,
-        "at_edge": len(allowed) > 1 and chosen in (min(allowed), max(allowed)),
-    }
+    at_edge = len(allowed) > 1 and chosen in (min(allowed), max(allowed))
+    by_name = {f"{value:g}": trial for value, trial in trials.items()}
+    return Search(by_name, best(table, means), chosen, at_edge)
 
 
-def _save(table: Table, study: dict[str, Any]) -> None:
+def read_study(table: Table, setting: Mapping[str, Any] | None = None) -> Study:
+    """Return what earlier searches found, with the given setting; empty where there is none."""
+    path = table.folder / "tune" / "study.json"
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if (setting or {}).items() <= content.items():
+            study: Study = typed(Study, content["study"])
+            return study
+    return {}
+
+
+def _save(table: Table, study: Study) -> None:
     """Write the study and its overlay; what an earlier search found of other tasks is kept."""
     import yaml
 
-    path = table.folder / "tune" / "study.json"
     setting = {
         "objective": table.objective,
         "images": table.tune_images,
         "steps": table.steps,
         "seed": table.seed,
     }
-    before: dict[str, Any] = {}
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        before = json.loads(path.read_text(encoding="utf-8"))
-    kept = before["study"] if setting.items() <= before.items() else {}
-    for task, rows in study.items():  # what was found on top of another step size is void
-        for name, entry in rows.items():
-            if kept.get(task, {}).get(name, entry)["chosen"] != entry["chosen"]:
+    kept = read_study(table, setting)
+    for task, searches in study.items():  # what was found on top of another step size is void
+        for name, search in searches.items():
+            if kept.get(task, {}).get(name, search).chosen != search.chosen:
                 kept[task].pop(f"{CMI}+{name}", None)
     merged = {task: {**kept.get(task, {}), **study.get(task, {})} for task in {**kept, **study}}
-    write_json(path, {**setting, "study": merged})
+    content = {
+        task: {name: asdict(search) for name, search in rows.items()}
+        for task, rows in merged.items()
+    }
+    write_json(table.folder / "tune" / "study.json", {**setting, "study": content})
     sizes = {
-        task: {m: s["chosen"] for m, s in rows.items() if s["chosen"] is not None}
+        task: {name: s.chosen for name, s in rows.items() if s.chosen is not None}
         for task, rows in merged.items()
     }
     text = yaml.safe_dump({"step_sizes": sizes}, allow_unicode=True, sort_keys=False)

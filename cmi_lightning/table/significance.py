@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,32 +13,34 @@ LEVEL = 0.05
 Array = np.ndarray
 
 
-def mean_and_error(values: Sequence[float]) -> dict[str, float | None]:
-    """Return the mean and its standard error, std / √n; None for what n is too small for."""
-    data = np.asarray(values, dtype=np.float64)
-    error = float(data.std(ddof=1) / math.sqrt(len(data))) if len(data) > 1 else None
-    return {"mean": float(data.mean()) if len(data) else None, "se": error}
-
-
 def bootstrap_interval(
-    differences: Sequence[float], resamples: int = RESAMPLES, seed: int = 0
+    differences: Sequence[float],
+    clusters: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean, images drawn with replacement.
+    """Return the 95 % percentile interval of the mean, clusters drawn with replacement.
 
     Args:
         differences: one paired difference per image.
-        resamples: how many times the images are drawn.
+        clusters: the cluster of every image. Default: each has its own.
+        resamples: how many times the clusters are drawn.
         seed: of the draws.
 
     Source: Efron & Tibshirani (1993), An introduction to the bootstrap, ch. 13.
     """
-    data = np.asarray(differences, dtype=np.float64)
-    means = resamples_of(len(data), resamples, seed) @ data / len(data)
-    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
+    sums, sizes = _of_clusters(differences, clusters)
+    counts = resamples_of(len(sums), resamples, seed)
+    low, high = np.quantile(counts @ sums / (counts @ sizes), [LEVEL / 2, 1 - LEVEL / 2])
     return float(low), float(high)
 
 
-def sign_flip_p(differences: Sequence[float], resamples: int = FLIPS, seed: int = 0) -> float:
+def sign_flip_p(
+    differences: Sequence[float],
+    clusters: Sequence[str] | None = None,
+    resamples: int = FLIPS,
+    seed: int = 0,
+) -> float:
     """Return the two-sided p of "the differences are symmetric about 0", by flipping signs.
 
     p = (1 + #{|mean of flipped| ≥ |mean|}) / (1 + resamples), which is valid for any number of
@@ -47,15 +48,25 @@ def sign_flip_p(differences: Sequence[float], resamples: int = FLIPS, seed: int 
 
     Args:
         differences: one paired difference per image.
+        clusters: the cluster of every image; a cluster's signs are flipped together.
         resamples: how many sets of signs are drawn.
         seed: of the signs.
     """
-    data = np.asarray(differences, dtype=np.float64)
+    sums, _ = _of_clusters(differences, clusters)
     # Rounding must not make a difference of the flips that give the sum itself.
-    least = abs(data.sum()) * (1 - 1e-12)
-    chunks = np.array_split(_signs(len(data), resamples, seed), max(1, resamples // 10_000))
-    beyond = sum(int((np.abs(signs @ data) >= least).sum()) for signs in chunks)
+    least = abs(sums.sum()) * (1 - 1e-12)
+    chunks = np.array_split(_signs(len(sums), resamples, seed), max(1, resamples // 10_000))
+    beyond = sum(int((np.abs(signs @ sums) >= least).sum()) for signs in chunks)
     return float((1 + beyond) / (1 + resamples))
+
+
+def _of_clusters(values: Sequence[float], clusters: Sequence[str] | None) -> tuple[Array, Array]:
+    """Return the sum of values in every cluster, and how many there are."""
+    data = np.asarray(values, dtype=np.float64)
+    if clusters is None:
+        return data, np.ones(len(data))
+    codes = np.unique(clusters, return_inverse=True)[1]
+    return np.bincount(codes, data), np.bincount(codes)
 
 
 @functools.lru_cache(maxsize=4)  # comparisons of as many images take the same signs
@@ -68,7 +79,7 @@ def _signs(count: int, resamples: int, seed: int) -> Array:
 
 @functools.lru_cache(maxsize=8)  # comparisons of as many images take the same draws
 def resamples_of(count: int, resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """Return (resamples, count): how often each image is drawn, with replacement."""
+    """Return (resamples, count): how often each image, or cluster, is drawn with replacement."""
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
     counts.setflags(write=False)

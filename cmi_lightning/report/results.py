@@ -1,0 +1,295 @@
+"""What a table's run has found: the types of ``results.json``, its writer and its reader."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from cmi_lightning.errors import InputError
+from cmi_lightning.files import write_json
+from cmi_lightning.statistics import Estimate
+
+SCHEMA = 1
+CMI = "CMI"  # the added guidance, in labels and in `step_sizes`: "CMI+DPS"
+Variant = Literal["base", "cmi", "equal"]
+VARIANTS: tuple[Variant, ...] = ("base", "cmi", "equal")
+AGAINST = ("base", "equal")  # what CMI is compared with
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is measured of restored images; ``per_image`` is false for distances of sets."""
+
+    key: str
+    label: str
+    unit: str
+    better: Literal["higher", "lower"]
+    digits: int
+    per_image: bool
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better, else −1."""
+        return 1 if self.better == "higher" else -1
+
+    @property
+    def arrow(self) -> str:
+        """The better direction."""
+        return "↑" if self.better == "higher" else "↓"
+
+    @property
+    def heading(self) -> str:
+        """Label, arrow of the better direction, unit."""
+        return f"{self.label} {self.arrow}{f' ({self.unit})' if self.unit else ''}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A degradation: its key, and its name for people."""
+
+    key: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a task: the base alone, with CMI, or alone with as many passes as with CMI.
+
+    ``passes`` and ``seconds`` are per image, ``folder`` is relative to the table's, and ``curves``
+    are means over the images of every quantity, by the number of the step.
+    """
+
+    task: str
+    method: str
+    variant: Variant
+    label: str
+    steps: int
+    images: int
+    failed: int
+    options: dict[str, float]
+    metrics: dict[str, Estimate]
+    passes: float | None
+    seconds: float | None
+    folder: str
+    curves: dict[str, dict[int, float]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired differences of one metric: mean, 95 % interval, p, and Holm's word on it.
+
+    ``pairs`` counts the images. ``improved`` is the share of them that got better, and ``values``
+    are the differences per image; a distance of sets has neither.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    pairs: int
+    significant: bool
+    improved: float | None
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two variants of a method on a task: ``variant`` minus ``against``, by metric."""
+
+    task: str
+    method: str
+    variant: Variant
+    against: Variant
+    metrics: dict[str, Difference]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What several draws per image say: coverage by percentage, spread over skill, residual.
+
+    ``white`` is the standard deviation on [−1, 1] that the maps of the draws show as white.
+    """
+
+    task: str
+    method: str
+    variant: Variant
+    label: str
+    images: int
+    draws: int
+    coverage: dict[str, Estimate]
+    expected: dict[str, float]
+    spread_skill: Estimate
+    residual: Estimate
+    white: float
+    folder: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The objective's mean at a step size; None where an image broke."""
+
+    mean: float | None
+    standard_error: float | None
+    images: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """The step sizes tried for a method on a task, the best, and the one that is used."""
+
+    trials: dict[str, Trial]
+    winner: float | None
+    chosen: float | None
+    at_edge: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """Paths of an image's files from the table's folder; ``restored`` by method and variant."""
+
+    id: str
+    truth: str | None
+    measurement: str | None
+    restored: dict[str, dict[str, str | None]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """An image that CMI changed by ``difference``: paths of its files without and with CMI."""
+
+    id: str
+    difference: float
+    truth: str | None
+    measurement: str | None
+    base: str | None
+    cmi: str | None
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The images that gained and lost most by CMI, the first the most."""
+
+    task: str
+    method: str
+    metric: str
+    best: tuple[Change, ...]
+    worst: tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that the report and the tables show."""
+
+    title: str
+    command: str
+    commit: str | None
+    created: str
+    config: str
+    environment: dict[str, str]
+    images: int
+    steps: int
+    notes: tuple[str, ...]
+    study: dict[str, dict[str, Search]]
+    objective: str
+    protocol: dict[str, str]
+    metrics: tuple[Metric, ...]
+    tasks: tuple[Task, ...]
+    methods: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    measured: dict[str, dict[str, Estimate]]
+    comparisons: tuple[Comparison, ...]
+    posterior: tuple[Draws, ...]
+    examples: dict[str, tuple[Example, ...]]
+    extremes: tuple[Extremes, ...]
+
+    @cached_property
+    def _cells(self) -> Mapping[tuple[str, str, str], Cell]:
+        return {(c.task, c.method, c.variant): c for c in self.cells}
+
+    @cached_property
+    def _comparisons(self) -> Mapping[tuple[str, str, str, str], Comparison]:
+        return {(c.task, c.method, c.variant, c.against): c for c in self.comparisons}
+
+    @cached_property
+    def task_labels(self) -> Mapping[str, str]:
+        """How the tasks are called, by key."""
+        return {task.key: task.label for task in self.tasks}
+
+    @cached_property
+    def metric_labels(self) -> Mapping[str, str]:
+        """How the metrics are called, by key."""
+        return {metric.key: metric.label for metric in self.metrics}
+
+    def cell(self, task: str, method: str, variant: str) -> Cell | None:
+        """Return a cell, or None where it has not been run."""
+        return self._cells.get((task, method, variant))
+
+    def cells_of(self, task: str) -> list[Cell]:
+        """Return a task's cells in the order of display."""
+        keys = ((task, method, variant) for method in self.methods for variant in VARIANTS)
+        return [self._cells[key] for key in keys if key in self._cells]
+
+    def comparison(
+        self, task: str, method: str, variant: str, against: str
+    ) -> Mapping[str, Difference]:
+        """Return a cell's differences by metric; empty where it was not compared."""
+        found = self._comparisons.get((task, method, variant, against))
+        return found.metrics if found else {}
+
+    def variant_labels(self, method: str) -> dict[str, str]:
+        """Return how a method's variants are called: as in the first task that has them."""
+        plain = {"base": method, "cmi": f"{CMI}+{method}", "equal": f"{method}, equal passes"}
+        run = [cell for cell in reversed(self.cells) if cell.method == method]
+        return plain | {cell.variant: cell.label for cell in run}
+
+
+def write_results(results: Results, path: Path) -> None:
+    """Write ``results.json``: strict JSON, whole or absent."""
+    write_json(path, {"schema": SCHEMA} | asdict(results))
+
+
+def read_results(path: Path) -> Results:
+    """Read ``results.json``.
+
+    Raises:
+        InputError: if another version wrote it.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        if content.pop("schema") == SCHEMA:
+            found: Results = typed(Results, content)
+            return found
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(
+        f"'{path}' is of another version: run its table again with --report_only=true."
+    )
+
+
+def typed(kind: Any, value: Any) -> Any:
+    """Return a value of JSON as a declared type: a dataclass, tuple, dict or optional of them.
+
+    Raises:
+        TypeError: if a dataclass has other fields.
+    """
+    parts = get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = _hints(kind)
+        if value.keys() != {field.name for field in fields(kind)}:
+            raise TypeError(f"{kind} has other fields than {list(value)}")
+        return kind(**{name: typed(hints[name], v) for name, v in value.items()})
+    if get_origin(kind) is tuple:
+        return tuple(typed(parts[0], v) for v in value)
+    if get_origin(kind) is dict:
+        key = int if parts[0] is int else str
+        return {key(k): typed(parts[1], v) for k, v in value.items()}
+    return typed(parts[0], value) if type(None) in parts and value is not None else value
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)

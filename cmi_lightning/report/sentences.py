@@ -1,0 +1,140 @@
+"""What the results say together: how often CMI is better, by how much, and at which cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+from cmi_lightning.report.results import AGAINST, CMI, Metric, Results, Search
+from cmi_lightning.report.verdicts import fixed, mean_text, short, verdicts
+from cmi_lightning.statistics import Estimate
+
+Counts = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How often CMI is better, undecided or worse on a metric, by what it is compared with."""
+
+    metric: Metric
+    counts: Mapping[str, Counts]
+    spread: str
+
+
+def outcomes(results: Results) -> list[Outcome]:
+    """Return the outcome of every metric that was compared."""
+    found = []
+    for metric in results.metrics:
+        counts = {}
+        for against in AGAINST:
+            names = [verdict.outcome for _, verdict in verdicts(results, metric, against)]
+            if names:
+                every = {name: names.count(name) for name in ("better", "undecided", "worse")}
+                counts[against] = every | {"all": len(names)}
+        if counts:
+            found.append(Outcome(metric, counts, _spread(results, metric)))
+    return found
+
+
+def _spread(results: Results, metric: Metric) -> str:
+    differences = [v.found.difference for _, v in verdicts(results, metric, "base")]
+    if not differences:
+        return ""
+    unit = f" {metric.unit}" if metric.unit else ""
+    middle, low, high = (
+        fixed(v, metric.digits + 1, True)
+        for v in (median(differences), min(differences), max(differences))
+    )
+    if len(differences) == 1:
+        return f"Difference from the base {middle}{unit}"
+    return f"Median difference from the base {middle}{unit}; the cells’ range from {low} to {high}"
+
+
+def sentences(results: Results, found: list[Outcome]) -> Iterator[str]:
+    """Yield what the counts of all metrics together say, in words."""
+    several = len(results.metrics) > 1
+    pooled = "The counts pool the metrics; each metric and each" if several else "Each"
+    last = f" {pooled} kind of comparison has Holm’s correction for itself."
+    for against in AGAINST:
+        counts = [outcome.counts[against] for outcome in found if against in outcome.counts]
+        if not counts:
+            continue
+        total = {name: sum(c[name] for c in counts) for name in counts[0]}
+        cells = max(c["all"] for c in counts)
+        first = (
+            f"Over {_count(len(results.metrics), 'metric')} and {_count(cells, 'cell')}, "
+            "CMI is significantly better than the same method without it"
+            if against == "base"
+            else "Against the method given as many network passes as CMI takes, with the step "
+            "sizes found for the shorter run, it is significantly better"
+        )
+        yield (
+            f"{first} in {total['better']} of {_count(total['all'], 'comparison')}, worse in "
+            f"{total['worse']}, and {total['undecided']} are undecided.{last}"
+        )
+        last = ""
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def cost(results: Results) -> str:
+    """Return the sentence on network passes and seconds."""
+    cells = [cell for cell in results.cells if cell.variant == "cmi"]
+    pairs = [(cell, results.cell(cell.task, cell.method, "base")) for cell in cells]
+    parts = []
+    for name, words in (("passes", "network passes"), ("seconds", "seconds")):
+        costs = [(getattr(cmi, name), getattr(base, name)) for cmi, base in pairs if base]
+        ratios = [a / b for a, b in costs if a is not None and b]
+        if ratios:
+            low, middle, high = (
+                short(round(v, 2)) for v in (min(ratios), median(ratios), max(ratios))
+            )
+            between = "" if low == high else f" ({low} to {high})"
+            parts.append(f"{middle} times{between} the {words}")
+    if not parts:
+        return ""
+    return f"Per image, CMI takes {' and '.join(parts)} of its base (median over the cells)."
+
+
+def searched(results: Results, name: str) -> str:
+    """Return how a row of the search is called: "CMI+DPS" as its cell."""
+    with_cmi = name.startswith(f"{CMI}+") and name not in results.methods
+    return results.variant_labels(name.removeprefix(f"{CMI}+"))["cmi"] if with_cmi else name
+
+
+def trials(search: Search) -> list[tuple[str, str, bool]]:
+    """Return the step sizes tried, in order: the value, what it gave, whether it is used."""
+    errors = [trial.standard_error for trial in search.trials.values() if trial.standard_error]
+    digits = max(2, min(4, 1 - math.floor(math.log10(min(errors))))) if errors else 2
+    return [
+        (
+            value,
+            "broke an image"
+            if trial.mean is None
+            else mean_text(Estimate(trial.mean, trial.standard_error), digits),
+            float(value) == search.chosen,
+        )
+        for value, trial in sorted(search.trials.items(), key=lambda item: float(item[0]))
+    ]
+
+
+def tried_on(results: Results) -> int | None:
+    """Return on how many images every step size was tried, if on equally many."""
+    searches = [search for rows in results.study.values() for search in rows.values()]
+    counts = {t.images for s in searches for t in s.trials.values() if t.mean is not None}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def remarks(name: str, search: Search) -> str:
+    """Return what is remarkable about a search for a step size."""
+    broken = [value for value, trial in search.trials.items() if trial.mean is None]
+    found = {
+        "at the edge of the values tried": search.at_edge,
+        "zero was better": name.startswith(f"{CMI}+") and search.winner == 0,
+        f"broke an image at {', '.join(sorted(broken, key=float))}": broken,
+    }
+    return "; ".join(text for text, true in found.items() if true)

@@ -1,0 +1,245 @@
+"""What the cells' records say together: means, paired differences, costs, images to look at."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmi_lightning.report import results as reported
+from cmi_lightning.report.results import CMI, Comparison, Draws, Metric, Results, Search
+from cmi_lightning.statistics import Estimate
+from cmi_lightning.table.cells import MEASURED, METRICS, Key, StartedCell, read_json, started_cells
+from cmi_lightning.table.comparisons import compare
+from cmi_lightning.table.examples import examples, extremes
+from cmi_lightning.table.significance import LEVEL
+from cmi_lightning.table.spec import Cell, Table, passes
+from cmi_lightning.table.tune import read_study
+
+Cells = Mapping[Key, StartedCell]
+
+
+def aggregate(table: Table, config: str = "", command: str = "") -> Results:
+    """Return everything that the report and the tables show.
+
+    Args:
+        table: the table; what is not finished is left out.
+        config: the configuration as YAML, to be shown.
+        command: the command, to be shown.
+    """
+    cells = started_cells(table)
+    metrics = _metrics(cells)
+    comparisons = compare(table, cells, metrics)
+    read = [(cell, read_json(cell.folder / "posterior.json")) for cell in table.posterior_cells()]
+    posterior = [(cell, summary) for cell, summary in read if summary]
+    study = _study(table)
+    return Results(
+        title=table.title,
+        command=command,
+        commit=_commit(),
+        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        config=config,
+        environment=_environment(),
+        images=max((len(c.all) for c in cells.values()), default=0),
+        steps=table.steps,
+        notes=tuple(
+            dict.fromkeys([*_notes(table, cells, comparisons, study), *_notes_on_draws(posterior)])
+        ),
+        study=study,
+        objective=table.objective,
+        protocol=_protocol(cells),
+        metrics=metrics,
+        tasks=tuple(reported.Task(key, task.label) for key, task in table.tasks.items()),
+        methods=tuple(table.methods),
+        cells=tuple(_cell(table, key, started, metrics) for key, started in cells.items()),
+        measured=_measured(cells, metrics),
+        comparisons=comparisons,
+        posterior=tuple(_draws(table, cell, summary) for cell, summary in posterior),
+        examples=examples(table, cells),
+        extremes=extremes(table, cells, comparisons, metrics),
+    )
+
+
+def _metrics(cells: Cells) -> tuple[Metric, ...]:
+    """Return the metrics that some cell has; a network's name belongs to the metrics'."""
+    every = cells.values()
+    there = {m.key for m in METRICS if any(c.values(m.key) for c in every)}
+    if any(c.fid() is not None for c in every):
+        there.add("fid")
+    if any(c.embeddings(list(c.records)[:1]) for c in every if c.records):
+        there |= {"frechet", "kernel"}
+    files = (read_json(c.cell.folder / "features.json") for c in every)
+    labels: dict[str, str] = next((file["labels"] for file in files if file), {})
+    return tuple(replace(m, label=labels.get(m.key, m.label)) for m in METRICS if m.key in there)
+
+
+def _cell(table: Table, key: Key, started: StartedCell, metrics: Sequence[Metric]) -> reported.Cell:
+    means = {m.key: started.estimate(m.key) for m in metrics if m.per_image}
+    return reported.Cell(
+        *key,
+        label=started.cell.label,
+        steps=started.cell.steps,
+        images=len(started.all),
+        failed=started.failed,
+        options={f"step_sizes.{k}": float(v) for k, v in started.cell.step_sizes.items()},
+        metrics=_there(means) | started.sets([m.key for m in metrics]),
+        passes=passes(started.all),
+        seconds=started.seconds(),
+        folder=started.cell.folder.relative_to(table.folder).as_posix(),
+        curves=started.curves,
+    )
+
+
+def _there(estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    return {name: e for name, e in estimates.items() if e.mean is not None}
+
+
+def _measured(cells: Cells, metrics: Sequence[Metric]) -> dict[str, dict[str, Estimate]]:
+    """Return the metrics of A⁺y, from the first cell of each task."""
+    measured: dict[str, dict[str, Estimate]] = {}
+    for (task, _, _), started in cells.items():
+        if task not in measured:
+            means = {m.key: started.estimate(m.key, "_measurement") for m in metrics}
+            measured[task] = _there(means) | started.sets([m.key for m in metrics], MEASURED)
+    return measured
+
+
+def _draws(table: Table, cell: Cell, summary: Mapping[str, Any]) -> Draws:
+    from cmi_lightning.callbacks.images import WHITE_STD
+
+    def estimate(entry: Mapping[str, Any]) -> Estimate:
+        return Estimate(entry["value"], entry["standard_error"])
+
+    return Draws(
+        *(cell.task, cell.method, cell.variant, cell.label),
+        images=summary["images"],
+        draws=summary["draws"],
+        coverage={p: estimate(entry) for p, entry in summary["coverage"].items()},
+        expected={p: entry["expected"] for p, entry in summary["coverage"].items()},
+        spread_skill=estimate(summary["spread_skill"]),
+        residual=estimate(summary["residual"]),
+        white=WHITE_STD,
+        folder=cell.folder.relative_to(table.folder).as_posix(),
+    )
+
+
+def _notes_on_draws(posterior: Sequence[tuple[Cell, Mapping[str, Any]]]) -> Iterator[str]:
+    for cell, summary in posterior:
+        for note in summary["notes"]:
+            of_one = bool(summary["failed"]) and "failed" in note
+            yield f"{cell.task}, {cell.label}: {note}" if of_one else note
+
+
+def _notes(
+    table: Table,
+    cells: Cells,
+    comparisons: Sequence[Comparison],
+    study: Mapping[str, Mapping[str, Search]],
+) -> Iterator[str]:
+    if not cells:
+        yield "No cell has finished an image yet."
+        return
+    images = {key: len(started.all) for key, started in cells.items()}
+    short = [n for key, n in images.items() if n < table.limit(key[2], table.images)]
+    if short:
+        yield (
+            f"The run is not finished (or there are no more images): {len(short)} of {len(cells)} "
+            f"rows have fewer images than wanted, the shortest {min(short)}; with and without CMI "
+            "they are the same."
+        )
+    wanted = [(t, m, variant) for t, m in table.rows() for variant in table.variants(m)]
+    if missing := sum(key not in cells for key in wanted):
+        yield f"{missing} of {len(wanted)} cells have not been started."
+    for started in cells.values():
+        if started.failed:
+            name = f"{started.cell.task}, {started.cell.label}"
+            yield f"{name}: {started.failed} images failed and are left out."
+    if table.cluster is not None:
+        count = max(len(set(started.clusters.values())) for started in cells.values())
+        yield (
+            f"The images are of {count} clusters. Standard errors, intervals and tests take "
+            "clusters as the independent units, not images."
+        )
+    family = sum((c.variant, c.against) == ("cmi", "base") for c in comparisons)
+    if family:
+        yield (
+            f"{family} comparisons with the base are made of each metric. A difference is "
+            f"significant after Holm's correction over all of its kind (family-wise "
+            f"{100 * LEVEL:g} %), each metric and each kind of comparison for itself; the 95 % "
+            "intervals are of one comparison each: of twenty without any effect, one leaves out "
+            "zero."
+        )
+    equal = [n for key, n in images.items() if key[2] == "equal"]
+    if equal and max(equal) < max(images.values()):
+        yield (
+            f"The rows of equal cost have the first {max(equal)} images: their means cannot be set "
+            "beside those of the other rows, above all distances of sets. Differences are over "
+            "the images that both sides have."
+        )
+    if equal:
+        yield (
+            "The rows of equal cost have the step sizes that were chosen for "
+            f"{table.steps} steps; nothing was searched for their longer runs."
+        )
+    searches = [s for task in study.values() for name, s in task.items() if name.startswith(CMI)]
+    if searches:
+        zero = sum(search.winner == 0 for search in searches)
+        yield (
+            f"In {zero} of {len(searches)} cells the search on validation images preferred no CMI "
+            "to every scale of it; the table shows the best scale other than zero."
+        )
+
+
+def _study(table: Table) -> dict[str, dict[str, Search]]:
+    """Return what ``tune`` tried for the table's rows and chose, where the table uses it."""
+    study = read_study(table)
+    if not study:
+        return {}
+    return {
+        task: {
+            name: search
+            for name, search in study.get(task, {}).items()
+            if table.step_sizes.get(task, {}).get(name) == search.chosen
+        }
+        for task in dict.fromkeys(task for task, _ in table.rows())
+    }
+
+
+def _protocol(cells: Cells) -> dict[str, str]:
+    """Return how the metrics were computed, as the first cell's run says."""
+    folders = [started.cell.folder for started in cells.values()][:1]
+    files = [read_json(f / name) for f in folders for name in ("summary.json", "features.json")]
+    return {key: str(v) for file in files for key, v in file.get("protocol", {}).items()}
+
+
+def _environment() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("cmi-lightning", "torch", "lightning", "torchmetrics", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {**found, "device": device}
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout this package is in, if it is in one."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
