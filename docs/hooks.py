@@ -27,4 +27,7 @@ class Words(griffe.Extension):
         if obj.docstring:
             text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", obj.docstring.value)
             text = re.sub(r"(?<=[(, ])\*(?=[\w,)])", r"\\*", text)
-            obj.docstring.value = re.sub(r"^Example:", "Examples:", text, flags=re.MULTILINE)
+            text = re.sub(r"^Example:", "Examples:", text, flags=re.MULTILINE)
+            fenced = r"```pycon\n\g<0>\n```"  # a doctest outside a section of examples
+            text = re.sub(r"^>>> .*(?:\n.+)*", fenced, text, flags=re.MULTILINE)
+            obj.docstring.value = text

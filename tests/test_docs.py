@@ -317,6 +317,7 @@ def test_the_site(tmp_path):
     for page, html in site.items():
         for tag in re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", html):
             assert not re.search(r'(?:src|href)="(?:https?:)?//', tag), (page, tag)
+        assert "unpkg.com" not in html, page
     assert site["method.html"].count("<math") == PAGES["docs/method.md"].count("$$") // 2
     reference = "".join(html for page, html in site.items() if page.startswith("reference/"))
     shown = set(re.findall(r'id="(cmi_lightning[^"]*)"', reference))

@@ -66,6 +66,7 @@ PUBLISHED = {
     "256x256_diffusion_uncond.pt": _IMAGENET,
     "imagenet256.pt": _IMAGENET,  # DPS's name for it
 }
+"""The published checkpoints, by file name."""
 
 
 def load_weights(
