@@ -72,7 +72,7 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
-    network = GarmentClassifier().to(memory_format=torch.channels_last)
+    network = GarmentClassifier(pretrained=False).to(memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGE), use_buffers=True
     )
@@ -116,7 +116,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def test(args: argparse.Namespace) -> None:
-    network = GarmentClassifier()
+    network = GarmentClassifier(pretrained=False)
     load_weights(network, args.weights)
     images, labels = read(False, args.root)
     logits = predict(network, images)

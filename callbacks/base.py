@@ -1,41 +1,153 @@
-"""Callbacks that watch sampling, not only batches."""
+"""The base of the callbacks that keep something of every sample."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
-import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
-from torch import Tensor
+import torch
 
-from cmi_lightning.problem import Problem
-from cmi_lightning.step import Record
+from cmi_lightning.callbacks.loggers import log_options, log_values
+from cmi_lightning.files import write_json
+from cmi_lightning.predict.callback import SamplingCallback
+from cmi_lightning.predict.module import Restoration
 
 
-class SamplingCallback(L.Callback):
-    """A Lightning callback with two more hooks, called by ``PosteriorSampler.predict_step``.
+class RecordingCallback(SamplingCallback):
+    """Measures every sample, and makes something of all of them.
 
-    One that keeps something of every sample adds it to ``outputs["records"]`` and defines
-    ``recorded`` (:class:`cmi_lightning.predict.records.Recorder`); what it makes of all samples, it
-    makes from the records, which hold those of earlier runs and of other processes too.
+    A subclass says what to measure and to write; when, for which samples, after which errors and
+    to which loggers is said here, once. What it makes of all samples, it makes of their records,
+    which hold those of earlier runs and of other processes too.
+
+    Attributes:
+        key: the field of a sample's record by which it is known to be measured.
+        summary: name of the file that :meth:`summarise` fills; None for none.
+        folder, trainer, module: where it writes, and what it watches; known from ``prepare`` on.
+        result: what ``summarise`` returned, on the first process.
+
+    Args:
+        dirpath: folder to write to; default: the trainer's ``default_root_dir``.
+
+    Example:
+        >>> class Brightness(RecordingCallback):
+        ...     key, summary = "brightness", "brightness.json"
+        ...     def measure(self, outputs):
+        ...         return [{"brightness": float(x.mean())} for x in outputs["restored"]]
+        ...     def summarise(self, records):
+        ...         return {"mean": sum(r["brightness"] for r in records) / len(records)}
+        >>> Brightness().recorded({"id": "a", "brightness": 0.2})
+        True
     """
 
-    def on_sampling_start(
+    key: str
+    summary: str | None = None
+    folder: Path
+    trainer: Any
+    module: Any
+    result: dict[str, Any]
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+
+    # What a subclass says --------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Refuse what cannot work, before sampling."""
+
+    def measure(self, outputs: Restoration) -> list[dict[str, Any]]:
+        """Return what is added to each sample's record, and write the sample's files."""
+        raise NotImplementedError
+
+    def files(self, record: Mapping[str, Any]) -> list[Path]:
+        """Return the files that a sample has, by its record."""
+        return []
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write files of several samples; also of those that were finished before an error."""
+
+    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return what is to be said of all samples."""
+        return {}
+
+    def logged(self) -> Iterable[tuple[int, dict[str, float]]]:
+        """Return what the loggers get of the result: steps and values."""
+        return ()
+
+    def show(self) -> None:
+        """Print the result, after any progress bar has gone."""
+
+    # Hooks -----------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Learn the folder and prepare."""
+        if stage == "predict":
+            self.trainer, self.module = trainer, pl_module
+            self.folder, self.result = output_folder(trainer, self.dirpath), {}
+            self.prepare()
+
+    def recorded(self, record: Mapping[str, Any]) -> bool:
+        """Whether a sample was measured and its files are all there."""
+        return self.key in record and all(path.is_file() for path in self.files(record))
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Send the run's options to the loggers, one callback for all."""
+        first = next((c for c in trainer.callbacks if isinstance(c, RecordingCallback)), None)  # type: ignore[attr-defined]
+        if self is first and (folder := self.module.run.folder) is not None:
+            log_options(trainer, json.loads((folder / "run.json").read_text(encoding="utf-8")))
+
+    @torch.no_grad()
+    def on_predict_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        ids: list[str],
-        problem: Problem,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        """Called once per batch, after the measurement is made and before the first step."""
+        """Measure the batch."""
+        entries = self.measure(outputs) if outputs["id"] else []
+        for record, entry in zip(outputs["records"], entries, strict=True):
+            record.update(entry)
 
-    def on_sampling_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, record: Record
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write what is made of all samples."""
+        records = self._collect()
+        if records and trainer.is_global_zero:
+            self.write(records)
+            self.result = self.summarise(records)
+            if self.summary is not None:
+                write_json(self.folder / self.summary, self.result)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Called after every reverse step."""
+        """Write what was finished, and remove a summary, which was of other samples."""
+        records = self._collect(wait=False) if hasattr(self, "module") else []
+        if records and trainer.is_global_zero:
+            self.write(records)
+            if self.summary is not None:
+                (self.folder / self.summary).unlink(missing_ok=True)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log and print the result."""
+        if self.result and trainer.is_global_zero:
+            for step, values in self.logged():
+                log_values(trainer, values, step)
+            self.show()
+
+    def _collect(self, wait: bool = True) -> list[dict[str, Any]]:
+        return [r for r in self.module.run.collect(self.trainer, wait=wait) if self.key in r]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Input files that could not be read, with the reason."""
+        return dict(getattr(self.trainer.datamodule, "skipped", None) or {})
 
 
 def output_folder(trainer: L.Trainer, dirpath: str | None) -> Path:
@@ -43,25 +155,11 @@ def output_folder(trainer: L.Trainer, dirpath: str | None) -> Path:
     return Path(dirpath or trainer.default_root_dir).expanduser()
 
 
-def noise_norm(problem: Problem) -> Tensor:
-    """Return :attr:`Problem.noise_norm`."""
-    return problem.noise_norm
-
-
 def plain(value: float) -> float | str:
     """Return six digits of a number, or its name where JSON has none."""
     return float(f"{value:.6g}") if math.isfinite(value) else str(value)
 
 
-def describe(pl_module: L.LightningModule) -> dict[str, str]:
-    """Return what the module says of itself; nothing where it says nothing."""
-    method = getattr(pl_module, "describe", None)
-    return method() if callable(method) else {}
-
-
-def log_image(trainer: L.Trainer, name: str, image: Image.Image, step: int = 0) -> None:
-    """Send an image to the trainer's TensorBoard loggers, if it has any."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            pixels = np.asarray(image.convert("RGB"))
-            logger.experiment.add_image(name, pixels, step, dataformats="HWC")
+def failures(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return why samples were given up, by id."""
+    return {record["id"]: record["failed"] for record in records if record["failed"]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor, nn
 
 from cmi_lightning.denoisers.weights import ASSETS, load_weights
@@ -42,11 +44,19 @@ class GarmentClassifier(nn.Module):
     and 4² pixels with 16, 48, 96 and 64 channels; the mean over the last stage's pixels are the 64
     features that a linear layer classifies. In evaluation mode an image's output does not depend on
     its batch.
+
+    Args:
+        pretrained: with the weights that ship with the package, in evaluation mode and frozen.
+
+    Example:
+        >>> GarmentClassifier().embed(torch.rand(2, 1, 32, 32)).shape
+        torch.Size([2, 64])
     """
 
-    image_shape = (1, 32, 32)
+    image_shape, title = (1, 32, 32), "garment classifier"
+    file: Path | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, pretrained: bool = True) -> None:
         super().__init__()
         self.stages = nn.ModuleList(
             [
@@ -57,6 +67,10 @@ class GarmentClassifier(nn.Module):
             ]
         )
         self.head = nn.Linear(64, len(CLASSES))
+        if pretrained:
+            load_weights(self, WEIGHTS)
+            self.file = WEIGHTS
+            self.requires_grad_(False).eval()
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Return the stages' feature maps of images (B, 1, 32, 32) in [0, 1], shallow to deep."""
@@ -74,10 +88,3 @@ class GarmentClassifier(nn.Module):
         """Return the logits (B, 10) of the classes."""
         logits: Tensor = self.head(self.embed(x))
         return logits
-
-
-def shipped_classifier() -> GarmentClassifier:
-    """Return the classifier that ships with the package, in evaluation mode and frozen."""
-    network = GarmentClassifier()
-    load_weights(network, WEIGHTS)
-    return network.requires_grad_(False).eval()

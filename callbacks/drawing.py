@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -14,12 +17,13 @@ from cmi_lightning.files import write
 from cmi_lightning.paths import inside
 
 MARGIN, HEADER, SMALLEST = 6, 22, 112  # pixels: gaps, heading, least longer side in a grid
+PNG = b"\x89PNG\r\n\x1a\n"
 NATIVE = (1, 3, 4)  # channel counts that a PNG holds: gray, RGB, RGBA
 
 
-def levels(x: Tensor) -> Tensor:
+def levels(x: Tensor, most: int = 255) -> Tensor:
     """Return round(255·clamp((x + 1)/2, 0, 1)) in float32 for x in [−1, 1]; NaN stays NaN."""
-    return ((x.detach().float() + 1) / 2).clamp(0, 1).mul(255).round()
+    return ((x.detach().float() + 1) / 2).clamp(0, 1).mul(most).round()
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -27,12 +31,42 @@ def to_uint8(x: Tensor) -> Tensor:
     return levels(x).nan_to_num(0.0).to(torch.uint8)
 
 
+def planes(x: Tensor, bits: int = 8) -> list[np.ndarray]:
+    """Return pixels (H, W) or (H, W, C) of one image x (C, H, W) in [−1, 1], whole numbers.
+
+    One array for 1, 3 and 4 channels, else one for each channel.
+    """
+    kind = np.uint16 if bits == 16 else np.uint8
+    pixels = levels(x, 2**bits - 1).nan_to_num(0.0).cpu().numpy().astype(kind)
+    if len(pixels) in NATIVE and len(pixels) > 1:
+        return [np.ascontiguousarray(pixels.transpose(1, 2, 0))]
+    return list(pixels)
+
+
 def to_images(x: Tensor) -> list[Image.Image]:
     """Return one image x (C, H, W) in [−1, 1] as "L", "RGB" or "RGBA", else one "L" per channel."""
-    pixels = to_uint8(x).cpu()
-    if len(pixels) in NATIVE and len(pixels) > 1:
-        return [Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())]
-    return [Image.fromarray(channel.contiguous().numpy()) for channel in pixels]
+    return [Image.fromarray(pixels) for pixels in planes(x)]
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Return whole numbers (H, W) or (H, W, 3 or 4) of 8 or 16 bits as a PNG file."""
+    if pixels.dtype == np.uint8:
+        data = io.BytesIO()
+        Image.fromarray(pixels).save(data, format="PNG")
+        return data.getvalue()
+    # Pillow writes 16 bits of gray only.
+    height, width, *channels = pixels.shape
+    colour = {(): 0, (3,): 2, (4,): 6}[tuple(channels)]
+    rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
+    unfiltered = np.pad(rows, ((0, 0), (1, 0)))  # each row starts with the number of its filter
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    content = zlib.compress(unfiltered.tobytes())
+    return PNG + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
 
 
 def to_tile(x: Tensor) -> Image.Image:

@@ -1,11 +1,11 @@
-"""Distances between restored and true images in the features of a small network of one's own."""
+"""Distances between restored and true images in the features of a network."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,33 +15,42 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cmi_lightning.callbacks.base import SamplingCallback, describe, output_folder, plain
-from cmi_lightning.callbacks.classifier import WEIGHTS, shipped_classifier
+from cmi_lightning.callbacks.base import RecordingCallback, failures, plain
+from cmi_lightning.callbacks.classifier import GarmentClassifier
 from cmi_lightning.callbacks.distances import frechet, kernel, perceptual
 from cmi_lightning.callbacks.drawing import levels
-from cmi_lightning.callbacks.summary import given_up, statistics
+from cmi_lightning.callbacks.networks import Published
+from cmi_lightning.callbacks.summary import given_up, means, statistics
 from cmi_lightning.errors import InputError, first_line
-from cmi_lightning.files import write, write_json
-from cmi_lightning.paths import inside
-from cmi_lightning.predict.module import PosteriorSampler, Restoration
+from cmi_lightning.fetch import sha256
+from cmi_lightning.files import write
+from cmi_lightning.paths import inside, safe_name
+from cmi_lightning.predict.module import Restoration
 
 FEW = 10  # images per feature below which a covariance is poorly known
+STABLE_FID = 2048  # fewer images leave the covariance of Inception's 2048 features singular
+KEYS = ("perceptual", "frechet", "kernel")  # of a network without a published metric
 KINDS = ("", "_measurement", "_draws")  # of the restoration, of A⁺y, of the single draws
+LABELS = {
+    "perceptual": "perceptual distance ({0})",
+    "frechet": "Fréchet distance ({0} features)",
+    "kernel": "kernel distance ({0} features)",
+    "lpips": "LPIPS ({0})",
+    "fid": "FID",
+    "kid": "KID",
+}
 
 
-# Files -------------------------------------------------------------------------------------------
-
-
-def embedding_path(folder: Path, name: str) -> Path:
+def embedding_path(folder: Path, name: str, embeddings: str = "embeddings") -> Path:
     """Return where a run's folder keeps a sample's features, by its id.
 
     The file is an array (2 + 1 + K, D): of the truth, the restoration, A⁺y, and, where there are
     several, the K draws.
     """
-    return inside(folder / "embeddings", name, ".npy")
+    return inside(folder / embeddings, name, ".npy")
 
 
-def read_embeddings(folder: Path, ids: Sequence[str]) -> Tensor:
+def read_embeddings(folder: Path, ids: Sequence[str], embeddings: str = "embeddings") -> Tensor:
     """Return the features (N, 3 + K, D) that :class:`FeatureMetrics` wrote for samples, in order.
 
     Raises:
@@ -49,7 +58,7 @@ def read_embeddings(folder: Path, ids: Sequence[str]) -> Tensor:
     """
     arrays = []
     for name in ids:
-        path = embedding_path(folder, name)
+        path = embedding_path(folder, name, embeddings)
         try:
             arrays.append(np.load(path))
         except (FileNotFoundError, ValueError, EOFError) as error:
@@ -59,102 +68,137 @@ def read_embeddings(folder: Path, ids: Sequence[str]) -> Tensor:
     return torch.from_numpy(np.stack(arrays))
 
 
-# Callback ----------------------------------------------------------------------------------------
+class FeatureMetrics(RecordingCallback):
+    """Distances between restored and true images in the features of a network.
 
-
-class FeatureMetrics(SamplingCallback):
-    """Perceptual, Fréchet and kernel distance in the features of a network for these images.
-
-    For images on which LPIPS and FID mean nothing, such as small gray ones. The numbers are none of
-    theirs and cannot be compared with them, only with each other. Everything is computed on what a
-    saved PNG holds, images clamped to [0, 1] and rounded to 8 bits, of the restoration and of the
-    measurement seen as an image (A⁺y, "…_measurement"). With several draws of an image the
-    restoration is their mean, and "…_draws" are of the draws: the perceptual distance averaged over
-    them, the others of all of them. Samples that were given up are left out. Without ground truth,
-    or for images that the network does not take, all is left out, and a note says so.
+    Of each image the perceptual distance, LPIPS for ``Alex()`` and ``VGG()``; of all images the
+    Fréchet and the kernel distance, FID and KID for ``Inception()``. In other networks' features
+    these have names of their own: they are none of the published metrics and cannot be compared
+    with them, only with each other. Everything is computed on what a saved PNG holds, images
+    clamped to [0, 1] and rounded to 8 bits, of the restoration and of the measurement seen as an
+    image (A⁺y, "…_measurement"). With several draws of an image the restoration is their mean, and
+    "…_draws" are of the draws: the perceptual distance averaged over them, the others of all of
+    them. Samples that were given up are left out. Without ground truth, without the network's
+    weights, or for images that it does not take, all is left out, and a note says so.
 
     Writes the pooled features of every image to ``embeddings/<id>.npy`` (:func:`embedding_path`)
-    and the means to ``features.json``.
+    and the means to ``features.json``; a second and third of these callbacks add their networks'
+    names to both.
 
     Args:
-        network: a module with ``features(x)``, a list of feature maps (B, C, H, W) of images x
-            (B, C, H, W) in [0, 1], and ``embed(x)``, pooled features (B, D); and, if it only takes
-            some images, their ``image_shape`` (C, H, W), with None where any size will do. Default:
-            the shipped classifier of Fashion-MNIST.
-        name: what the network is called in the results; default: its class's name.
+        network: :class:`Alex`, :class:`VGG`, :class:`Inception`, :class:`GarmentClassifier` (the
+            default), or a module with ``features(x)``, a list of feature maps (B, C, H, W) of
+            images x (B, C, H, W) in [0, 1], and ``embed(x)``, pooled features (B, D); and, if it
+            only takes some images, their ``image_shape`` (C, H, W), with None where any size will
+            do.
+        name: what the network is called in the results; default: its ``title``, or its class.
         dirpath: folder to write to; default: the trainer's ``default_root_dir``.
+        sets: also compare all restored with all true images.
+
+    Example:
+        >>> FeatureMetrics(Alex()).labels["frechet"]
+        'Fréchet distance (AlexNet features)'
     """
+
+    key, summary = "perceptual", "features.json"
+    embeddings = "embeddings"
 
     def __init__(
         self,
         network: nn.Module | None = None,
         name: str | None = None,
         dirpath: str | None = None,
+        sets: bool = True,
     ) -> None:
-        self.network, self.name, self.dirpath = network, name, dirpath
+        super().__init__(dirpath)
+        self.network: Any = GarmentClassifier() if network is None else network.eval()
+        self.title = str(name or getattr(self.network, "title", type(self.network).__name__))
+        self.keys: tuple[str | None, str, str] = getattr(self.network, "keys", KEYS)
+        self.sets = sets
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Load the network."""
-        if stage != "predict":
-            return
-        shipped = self.network is None
-        self._network: Any = shipped_classifier() if shipped else self.network.eval()  # type: ignore[union-attr]
-        default = "garment classifier" if shipped else type(self._network).__name__
-        self.title = self.name or default
-        self.about: dict[str, Any] = {"name": self.title}
-        if shipped:
-            self.about["file"] = WEIGHTS.name
-            self.about["sha256"] = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
-        else:
-            self.about["class"] = type(self._network).__qualname__
-            self.about["sha256"] = _checksum(self._network)
+    @property
+    def labels(self) -> dict[str, str]:
+        """What the distances are called."""
+        return {key: LABELS[key].format(self.title) for key in self.keys if key is not None}
+
+    @property
+    def missing(self) -> bool:
+        """Whether the network has no weights."""
+        return isinstance(self.network, Published) and self.network.network is None
+
+    def prepare(self) -> None:
+        """Read the network's weights."""
+        others = [c for c in self.trainer.callbacks if isinstance(c, FeatureMetrics)]
+        if self in others[1:]:
+            if any(c.title == self.title for c in others if c is not self):
+                raise InputError(f"Two FeatureMetrics are called '{self.title}': set their name.")
+            for name in ("key", "embeddings"):
+                setattr(self, name, f"{getattr(type(self), name)}-{safe_name(self.title)}")
+            self.summary = f"features-{safe_name(self.title)}.json"
+        if isinstance(self.network, Published):
+            self.network.load(self.trainer)
+        self.about: dict[str, Any] = {"name": self.title, "sha256": None}
+        if (file := getattr(self.network, "file", None)) is not None:
+            self.about |= {"file": file.name, "sha256": sha256(file)}
+        elif not self.missing:
+            self.about["class"] = type(self.network).__qualname__
+            self.about["sha256"] = _checksum(self.network)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move the network to the module's device, known only now."""
-        self._network.to(pl_module.device)
+        super().on_predict_start(trainer, pl_module)
+        self.network.to(pl_module.device)
 
-    def recorded(self, trainer: L.Trainer, record: Mapping[str, Any]) -> bool:
+    def recorded(self, record: Mapping[str, Any]) -> bool:
         """Whether the sample's distances are there, of this network, and its features."""
-        if record.get("perceptual_network") != self.about["sha256"]:
-            return False
-        path = embedding_path(output_folder(trainer, self.dirpath), record["id"])
-        return not record["perceptual"] or path.is_file()
+        return record.get(f"{self.key}_network", "") == self.about["sha256"] and super().recorded(
+            record
+        )
 
-    @torch.no_grad()
-    def on_predict_batch_end(  # type: ignore[override]
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Restoration,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Add the distances to the records, and write the features."""
-        folder, draws = output_folder(trainer, self.dirpath), outputs["draws"]
-        for i, (name, record) in enumerate(zip(outputs["id"], outputs["records"], strict=True)):
-            record["perceptual_network"] = self.about["sha256"]
-            record["perceptual"], record["perceptual_notes"] = {}, []
+    def files(self, record: Mapping[str, Any]) -> list[Path]:
+        """Return the sample's features, where it has some."""
+        has = self.sets and record.get(f"{self.key}_features", bool(record[self.key]))
+        return [embedding_path(self.folder, record["id"], self.embeddings)] if has else []
+
+    def measure(self, outputs: Restoration) -> list[dict[str, Any]]:
+        """Return the distances, and write the features."""
+        entries, draws = [], outputs["draws"]
+        for i, name in enumerate(outputs["id"]):
+            values: dict[str, float] = {}
+            features, notes = None, []
+            subject = f"The distances of {self.title} are"
+            if isinstance(self.network, Published):
+                subject = f"{self.network.metric} is"
             if outputs["truth"] is None:
-                note = f"There is no ground truth: the distances of {self.title} are left out."
-                record["perceptual_notes"].append(note)
-                continue
-            restored, measured = outputs["restored"][i], outputs["measurement"][i]
-            each = None if draws is None else draws[i]
-            try:  # a sample at a time, so that its numbers do not depend on its batch
-                distances, features = self.numbers(outputs["truth"][i], restored, measured, each)
-            except Exception as error:  # a metric is no reason to lose a run
-                note = f"The distances of {self.title} are left out: {first_line(error)}"
-                record["perceptual_notes"].append(note)
-                continue
-            record["perceptual"] = {key: plain(value) for key, value in distances.items()}
-            data = io.BytesIO()
-            np.save(data, features.cpu().numpy())
-            write(embedding_path(folder, name), data.getvalue())
+                notes.append(f"There is no ground truth: {_lower(subject)} left out.")
+            elif not self.missing:
+                each = None if draws is None else draws[i]
+                both = outputs["restored"][i], outputs["measurement"][i]
+                try:  # a sample at a time, so that its numbers do not depend on its batch
+                    values, features = self.numbers(outputs["truth"][i], *both, each)
+                except Exception as error:  # a metric is no reason to lose a run
+                    notes.append(f"{subject} left out: {first_line(error)}")
+                else:
+                    if isinstance(self.network, Published) and len(outputs["truth"][i]) == 1:
+                        seen = "sees gray images with their channel repeated three times."
+                        notes.append(f"{self.network.metric} {seen}")
+            if features is not None:
+                data = io.BytesIO()
+                np.save(data, features.cpu().numpy())
+                write(embedding_path(self.folder, name, self.embeddings), data.getvalue())
+            entries.append(
+                {
+                    self.key: {key: plain(value) for key, value in values.items()},
+                    f"{self.key}_features": features is not None,
+                    f"{self.key}_network": self.about["sha256"],
+                    f"{self.key}_notes": notes,
+                }
+            )
+        return entries
 
     def numbers(
         self, truth: Tensor, restored: Tensor, measurement: Tensor, draws: Tensor | None
-    ) -> tuple[dict[str, float], Tensor]:
+    ) -> tuple[dict[str, float], Tensor | None]:
         """Return a sample's distances to the truth, and the features (3 + K, D) of all.
 
         Args:
@@ -168,115 +212,112 @@ class FeatureMetrics(SamplingCallback):
         """
         shown = [truth, restored, measurement, *([] if draws is None else draws)]
         x = levels(torch.stack(shown)) / 255
-        wanted = getattr(self._network, "image_shape", None)
-        given = tuple(x.shape[1:])
+        self._check(tuple(x.shape[1:]))
+        first = next(self.network.parameters(), x)
+        x = x.to(first.dtype)
+        distances = {}
+        if (key := self.keys[0]) is not None:
+            apart = self._apart(x[1:], x[:1].expand_as(x[1:])).tolist()
+            distances = {key: apart[0], f"{key}_measurement": apart[1]}
+            if apart[2:]:
+                distances[f"{key}_draws"] = math.fsum(apart[2:]) / len(apart[2:])
+        if not self.sets:
+            return distances, None
+        features = self.network.embed(x)
+        if features.shape[:1] != x.shape[:1] or features.ndim != 2:
+            raise InputError(f"embed gave {tuple(features.shape)} for {len(x)} images, not (B, D).")
+        return distances, features.float()
+
+    def _apart(self, x: Tensor, truth: Tensor) -> Tensor:
+        """Return the distances (B,) of images (B, C, H, W) in [0, 1], the network's own or ours."""
+        if hasattr(self.network, "distance"):
+            return self.network.distance(x, truth)
+        return perceptual(self.network.features(x), self.network.features(truth))
+
+    def _check(self, given: tuple[int, ...]) -> None:
+        if isinstance(self.network, Published) and (reason := self.network.refusal(given)):
+            raise InputError(reason)
+        wanted = getattr(self.network, "image_shape", None)
         if wanted and any(w is not None and w != n for w, n in zip(wanted, given, strict=True)):
             sizes = ("×".join("any" if n is None else str(n) for n in s) for s in (wanted, given))
             raise InputError("it takes images of {} and these are {}.".format(*sizes))
-        first = next(self._network.parameters(), x)
-        x = x.to(first.dtype)
-        maps, features = self._network.features(x), self._network.embed(x)
-        if features.shape[:1] != x.shape[:1] or features.ndim != 2:
-            raise InputError(f"embed gave {tuple(features.shape)} for {len(x)} images, not (B, D).")
-        apart = perceptual([m[1:] for m in maps], [m[:1].expand_as(m[1:]) for m in maps]).tolist()
-        distances = {"perceptual": apart[0], "perceptual_measurement": apart[1]}
-        if apart[2:]:
-            distances["perceptual_draws"] = math.fsum(apart[2:]) / len(apart[2:])
-        return distances, features.float()
 
-    def on_predict_epoch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: PosteriorSampler
-    ) -> None:
-        """Write ``features.json``, from the records of all processes and earlier runs."""
-        records = [r for r in pl_module.run.collect(trainer) if "perceptual" in r]
-        folder = output_folder(trainer, self.dirpath)
-        if not records or not trainer.is_global_zero:
-            return
-        used = [r for r in records if r["perceptual"] and not r["failed"]]
-        failed = {r["id"]: r["failed"] for r in records if r["failed"]}
-        notes = dict.fromkeys(note for r in records for note in r["perceptual_notes"])
-        metrics, odd = statistics([r["perceptual"] for r in used])
-        if len(used) > 1:
-            embeddings = read_embeddings(folder, [r["id"] for r in used])
-            count, dimension = len(used), embeddings.shape[2]
-            self.about["features"] = dimension
-            metrics |= distances_of_sets(embeddings)
-            if count < FEW * dimension:
-                notes[
-                    f"The Fréchet distance of {count} images in {dimension} features is too large, "
-                    "the more so the fewer images: compare it between equal numbers of images only."
-                ] = None
-        self.result: dict[str, Any] = {
+    def of_sets(
+        self, records: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """Return Fréchet and kernel distance to the truth, as entries of a summary, and notes.
+
+        Args:
+            records: of samples that were not given up.
+        """
+        used = [r["id"] for r in records if not r["failed"] and self.sets and self.files(r)]
+        if len(used) < 2:
+            return {}, []
+        embeddings = read_embeddings(self.folder, used, self.embeddings)
+        count, dimension = len(used), embeddings.shape[2]
+        self.about["features"] = dimension
+        found: dict[str, dict[str, Any]] = {}
+        truth = embeddings[:, 0]
+        for i, kind in enumerate(KINDS, start=1):
+            fake = embeddings[:, i] if i < 3 else embeddings[:, 3:].flatten(0, 1)
+            if not len(fake) or not (fake.isfinite().all() and truth.isfinite().all()):
+                continue
+            for name, distance in zip(self.keys[1:], (frechet, kernel), strict=True):
+                value = distance(truth, fake)
+                mean = plain(value) if math.isfinite(value) else None
+                found[f"{name}{kind}"] = {"mean": mean, "standard_error": None, "count": count}
+        if self.keys[1] == "fid" and count < STABLE_FID:
+            use = f"use {STABLE_FID} or more."
+            return found, [f"FID of {count} images is biased and unstable; {use}"]
+        if self.keys[1] != "fid" and count < FEW * dimension:
+            return found, [
+                f"The Fréchet distance of {count} images in {dimension} features is too large, "
+                "the more so the fewer images: compare it between equal numbers of images only."
+            ]
+        return found, []
+
+    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the means over all samples."""
+        used = [r for r in records if r[self.key] and not r["failed"]]
+        failed = failures(records)
+        notes = [*getattr(self.network, "notes", ())]
+        notes += [note for r in records for note in r[f"{self.key}_notes"]]
+        metrics, odd = statistics([r[self.key] for r in used])
+        of_sets, few = self.of_sets(records)
+        return {
             "images": len(records),
             "failed": failed,
-            "metrics": metrics,
-            "labels": labels(self.title),
+            "metrics": metrics | of_sets,
+            "labels": self.labels,
             "network": self.about,
-            "notes": [*given_up(failed, len(records), {}), *notes, *odd],
-            "protocol": {
-                "pixels": "clamped to [0, 1] and rounded to 8 bits, as saved",
-                "perceptual": "Zhang et al. (2018), Eq. 1 with w = 1, averaged over layers; "
-                "per image, then averaged. Not LPIPS: another network, no learned weights",
-                "frechet": f"torchmetrics {version('torchmetrics')}, restored against truth, "
-                "pooled features. Not FID: another network",
-                "kernel": f"torchmetrics {version('torchmetrics')}, kernel (x·y/D + 1)³, unbiased, "
-                "all images at once. Not KID: another network. Restorations go in pairs with "
-                "their truths, which lowers it",
-            },
-            "run": describe(pl_module),
+            "notes": [*given_up(failed, len(records), {}), *dict.fromkeys(notes), *few, *odd],
+            "protocol": self.protocol(),
+            "run": self.module.describe(),
         }
-        write_json(folder / "features.json", self.result)
 
-    def on_exception(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: PosteriorSampler, exception: BaseException
-    ) -> None:
-        """Remove the means of an earlier run, which were of other samples."""
-        if trainer.is_global_zero and pl_module.run.collect(trainer, wait=False):
-            (output_folder(trainer, self.dirpath) / "features.json").unlink(missing_ok=True)
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the means."""
-        result = getattr(self, "result", None)
-        if result is None or not trainer.is_global_zero:
-            return
-        means = {
-            f"metrics/{name}": value["mean"]
-            for name, value in result["metrics"].items()
-            if value["mean"] is not None
+    def protocol(self) -> dict[str, str]:
+        """Return how each distance is computed."""
+        by = f"torchmetrics {version('torchmetrics')}"
+        texts = {
+            "pixels": "clamped to [0, 1] and rounded to 8 bits, as saved",
+            "perceptual": "Zhang et al. (2018), Eq. 1 with w = 1, averaged over layers; "
+            "per image, then averaged. Not LPIPS: another network, no learned weights",
+            "frechet": f"{by}, restored against truth, pooled features. Not FID: another network",
+            "kernel": f"{by}, kernel (x·y/D + 1)³, unbiased, all images at once. Not KID: another "
+            "network. Restorations go in pairs with their truths, which lowers it",
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(means, 0)
+        if isinstance(self.network, Published) and not self.missing:
+            own = f"{self.network.about}, {self.about['file']} sha256:{self.about['sha256'][:16]}"
+            texts |= dict.fromkeys(("lpips", "fid", "kid"), own)
+        return {key: texts[key] for key in ("pixels", *self.keys) if key in texts}
+
+    def logged(self) -> Iterable[tuple[int, dict[str, float]]]:
+        """Return the means."""
+        return [(0, means(self.result["metrics"]))]
 
 
-def labels(network: str) -> dict[str, str]:
-    """Return what the metrics are called in the features of a network of that name."""
-    return {
-        "perceptual": f"perceptual distance ({network})",
-        "frechet": f"Fréchet distance ({network} features)",
-        "kernel": f"kernel distance ({network} features)",
-    }
-
-
-def distances_of_sets(embeddings: Tensor) -> dict[str, dict[str, Any]]:
-    """Return Fréchet and kernel distance to the truth, as entries of a summary's ``metrics``.
-
-    Args:
-        embeddings: (N, 3 + K, D), see :func:`read_embeddings`; N ≥ 2.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    truth = embeddings[:, 0]
-    for i, kind in enumerate(KINDS, start=1):
-        fake = embeddings[:, i] if i < 3 else embeddings[:, 3:].flatten(0, 1)
-        if not len(fake) or not (fake.isfinite().all() and truth.isfinite().all()):
-            continue
-        for name, distance in (("frechet", frechet), ("kernel", kernel)):
-            value = distance(truth, fake)
-            found[f"{name}{kind}"] = {
-                "mean": plain(value) if math.isfinite(value) else None,
-                "standard_error": None,
-                "count": len(embeddings),
-            }
-    return found
+def _lower(text: str) -> str:
+    return text[0].lower() + text[1:] if text.startswith("The ") else text
 
 
 def _checksum(network: nn.Module) -> str:

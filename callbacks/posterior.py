@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import lightning as L
 import rich
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from cmi_lightning.callbacks.base import SamplingCallback, describe, output_folder, plain
+from cmi_lightning.callbacks.base import RecordingCallback, failures, plain
 from cmi_lightning.callbacks.drawing import levels
 from cmi_lightning.callbacks.summary import given_up
 from cmi_lightning.errors import InputError
-from cmi_lightning.files import write_json
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.predict.module import PosteriorSampler, Restoration
+from cmi_lightning.predict.module import Restoration
 from cmi_lightning.statistics import mean_and_error
 
 INTERVALS = (0.5, 0.9)  # probabilities of the central intervals
@@ -86,7 +84,7 @@ def least_coverage(draws: int, interval: float) -> float:
     return coverage([1, *[0] * (draws - 1), 1], interval)
 
 
-class PosteriorQuality(SamplingCallback):
+class PosteriorQuality(RecordingCallback):
     """Whether several draws of each image are spread as a posterior should be.
 
     Where the truth is distributed as the draws are, its rank among the K draws of a pixel is
@@ -108,83 +106,63 @@ class PosteriorQuality(SamplingCallback):
         InputError: before sampling, if the module draws one sample per image.
 
     Source: Talts et al. (2018) and Hamill (2001), ranks; Fortin et al. (2014), spread and skill.
+
+    Example:
+        >>> PosteriorQuality("out").dirpath
+        'out'
     """
 
-    def __init__(self, dirpath: str | None = None) -> None:
-        self.dirpath = dirpath
+    key, summary = "posterior", "posterior.json"
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def prepare(self) -> None:
         """Refuse a module that draws one sample per image."""
-        if stage == "predict" and getattr(pl_module, "samples_per_image", 1) < 2:
+        if getattr(self.module, "samples_per_image", 1) < 2:
             raise InputError(
                 "PosteriorQuality compares the draws of an image: set --model.samples_per_image to "
                 "2 or more (16, say), or leave the callback out."
             )
 
-    def recorded(self, trainer: L.Trainer, record: Mapping[str, Any]) -> bool:
-        """Whether the sample's numbers are there."""
-        return "posterior" in record
-
-    @torch.no_grad()
-    def on_predict_batch_end(  # type: ignore[override]
-        self,
-        trainer: L.Trainer,
-        pl_module: PosteriorSampler,
-        outputs: Restoration,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Add the batch's numbers to the records."""
+    def measure(self, outputs: Restoration) -> list[dict[str, Any]]:
+        """Return ranks, spread, skill and residual of every sample."""
         truth, draws = outputs["truth"], outputs["draws"]
-        noise = SampleNoise(pl_module.seed, outputs["id"])
-        for i, record in enumerate(outputs["records"]):
-            if truth is None or draws is None:
-                record["posterior"] = {"note": NO_TRUTH}
-                continue
-            record["posterior"] = quality(draws[i], truth[i], noise.generator(i, "ranks"))
-            norm = float(outputs["noise_norm"][i])
-            if norm > 0:
+        if truth is None or draws is None:
+            return [{"posterior": {"note": NO_TRUTH}} for _ in outputs["id"]]
+        noise, entries = SampleNoise(self.module.seed, outputs["id"]), []
+        for i in range(len(outputs["id"])):
+            numbers = quality(draws[i], truth[i], noise.generator(i, "ranks"))
+            if norm := float(outputs["noise_norm"][i]):
                 square = outputs["residual_draws"][i].cpu().double().square().mean()
-                record["posterior"]["residual"] = plain(float(square) / norm**2)
+                numbers["residual"] = plain(float(square) / norm**2)
+            entries.append({"posterior": numbers})
+        return entries
 
-    def on_predict_epoch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: PosteriorSampler
-    ) -> None:
-        """Write the summary, from the records of all processes and earlier runs."""
-        records = [r for r in pl_module.run.collect(trainer) if "posterior" in r]
-        skipped = dict(getattr(trainer.datamodule, "skipped", None) or {})  # type: ignore[attr-defined]
-        failed = {record["id"]: record["failed"] for record in records if record["failed"]}
-        self.result: dict[str, Any] = {
+    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the values of all samples."""
+        failed = failures(records)
+        result = summary([r["posterior"] for r in records if not r["failed"]])
+        notes = [*given_up(failed, len(records), self.skipped), *result.pop("notes")]
+        return {
             "images": len(records),
-            "draws": pl_module.samples_per_image,
+            "draws": self.module.samples_per_image,
             "failed": failed,
-            **summary([r["posterior"] for r in records if not r["failed"]]),
+            **result,
             "definitions": DEFINITIONS,
-            "run": describe(pl_module),
+            "run": self.module.describe(),
+            "notes": notes,
         }
-        notes = given_up(failed, len(records), skipped)
-        self.result["notes"] = [*notes, *self.result["notes"]]
-        if records and trainer.is_global_zero:
-            write_json(output_folder(trainer, self.dirpath) / "posterior.json", self.result)
 
-    def on_exception(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: PosteriorSampler, exception: BaseException
-    ) -> None:
-        """Remove a summary of other rows."""
-        records = [r for r in pl_module.run.collect(trainer, wait=False) if "posterior" in r]
-        if records and trainer.is_global_zero:
-            (output_folder(trainer, self.dirpath) / "posterior.json").unlink(missing_ok=True)
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the values and print the table, after any progress bar has gone."""
-        if not self.result["images"] or not trainer.is_global_zero:
-            return
+    def _estimates(self) -> dict[str, Estimate]:
         shown = {f"coverage_{name}": value for name, value in self.result["coverage"].items()}
-        shown |= {name: self.result[name] for name in ("spread_skill", "residual")}
-        values = {f"posterior/{k}": v["value"] for k, v in shown.items() if v["value"] is not None}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, 0)  # self.log is refused in predict
+        return shown | {name: self.result[name] for name in ("spread_skill", "residual")}
+
+    def logged(self) -> Iterable[tuple[int, dict[str, float]]]:
+        """Return the values."""
+        shown = self._estimates().items()
+        return [(0, {f"posterior/{k}": v["value"] for k, v in shown if v["value"] is not None})]
+
+    def show(self) -> None:
+        """Print the table."""
+        shown = self._estimates()
         title = f"{self.result['images']} images, {self.result['draws']} draws of each"
         table = Table(title=f"{title}, ± standard error", title_justify="left")
         for heading in ("", "draws", "calibrated"):
@@ -194,9 +172,9 @@ class PosteriorQuality(SamplingCallback):
         for label, value in zip(labels, shown.values(), strict=True):
             table.add_row(label, _cell(value), f"{value['expected']:g}")
         console = rich.get_console()
-        if values:
+        if any(value["value"] is not None for value in shown.values()):
             console.print(table)
-        path = output_folder(trainer, self.dirpath) / "posterior.json"
+        path = self.folder / self.summary
         for note in [*self.result["notes"], f"All of this: {path}"]:
             console.print(f"• {note}", highlight=False, soft_wrap=True, markup=False)
 

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from cmi_lightning.callbacks.base import SamplingCallback, describe, noise_norm
-from cmi_lightning.predict.module import PosteriorSampler, Restoration
+from cmi_lightning.predict.callback import SamplingCallback
+from cmi_lightning.predict.module import PosteriorSampler
 from cmi_lightning.problem import Problem
 from cmi_lightning.step import Record
 
@@ -32,6 +32,10 @@ class SamplingProgress(ProgressBar, SamplingCallback):
     Args:
         interval: seconds between lines where the output is not a terminal, ≥ 0.
         enabled: show anything at all.
+
+    Example:
+        >>> SamplingProgress(interval=60).interval
+        60
     """
 
     def __init__(self, interval: float = 10.0, enabled: bool = True) -> None:
@@ -60,9 +64,7 @@ class SamplingProgress(ProgressBar, SamplingCallback):
         """Print above the bars."""
         rich.get_console().print(*args, **kwargs)
 
-    def on_predict_start(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: PosteriorSampler
-    ) -> None:
+    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Print the run's table and start the bars."""
         self._reset(_num_images(trainer))
         self.draws = pl_module.samples_per_image
@@ -76,7 +78,7 @@ class SamplingProgress(ProgressBar, SamplingCallback):
         if done := len(pl_module.run.done):
             images += f"; {done} are done in {pl_module.run.folder}"
         machine = {"device": str(pl_module.device), "precision": str(trainer.precision)}
-        for name, text in {**describe(pl_module), "images": images, **machine}.items():
+        for name, text in {**pl_module.describe(), "images": images, **machine}.items():
             table.add_row(name, escape(text))
         console.print(table)
         if console.is_terminal:
@@ -95,19 +97,15 @@ class SamplingProgress(ProgressBar, SamplingCallback):
             self.live.start()
 
     def on_sampling_start(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        ids: list[str],
-        problem: Problem,
+        self, trainer: L.Trainer, pl_module: PosteriorSampler, ids: list[str], problem: Problem
     ) -> None:
         """Note the batch's size and the residual that noise alone would leave."""
         self.draw = self.draw % self.draws + 1
         self.batch_size, self.steps_done, self.num_steps = len(ids), 0, 0
-        self.expected = float(noise_norm(problem).mean())
+        self.expected = float(problem.noise_norm.mean())
 
     def on_sampling_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, record: Record
+        self, trainer: L.Trainer, pl_module: PosteriorSampler, record: Record
     ) -> None:
         """Advance the steps."""
         if self.enabled:
@@ -116,11 +114,11 @@ class SamplingProgress(ProgressBar, SamplingCallback):
                 self.residual = float(record.log["residual"].mean())
             self._show()
 
-    def on_predict_batch_end(  # type: ignore[override]
+    def on_predict_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: PosteriorSampler,
-        outputs: Restoration,
+        pl_module: Any,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,

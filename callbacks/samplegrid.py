@@ -9,8 +9,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from cmi_lightning.callbacks.base import log_image, output_folder
+from cmi_lightning.callbacks.base import output_folder
 from cmi_lightning.callbacks.drawing import save_png, tile, to_tile
+from cmi_lightning.callbacks.loggers import log_image
 from cmi_lightning.denoisers.network import NetworkDenoiser
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators.base import LinearOperator
@@ -41,6 +42,10 @@ class SampleGrid(L.Callback):
         num_steps: network evaluations per image.
         dirpath: folder to write to; default: the trainer's ``default_root_dir``.
         seed: seed of the noise.
+
+    Example:
+        >>> SampleGrid(num_samples=9).num_samples
+        9
     """
 
     def __init__(

@@ -23,6 +23,7 @@ ROWS = {  # metric: label, and digits shown
     "ssim": ("SSIM ↑", 4),
     "lpips": ("LPIPS ↓", 4),
     "fid": ("FID ↓", 2),
+    "kid": ("KID ↓", 4),
     "residual": ("‖y − A x̂‖", 3),
 }
 SSIM_WINDOW = 11
@@ -120,11 +121,17 @@ def statistics(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Statistics]
     return result, notes
 
 
-def print_table(result: Mapping[str, Any], folder: Path) -> None:
+def means(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return the means that are numbers, as loggers get them."""
+    return {f"metrics/{k}": v["mean"] for k, v in metrics.items() if v["mean"] is not None}
+
+
+def print_table(result: Mapping[str, Any], took: Mapping[str, Any], folder: Path) -> None:
     """Print mean ± standard error of measurement and restoration, then the notes.
 
     Args:
         result: the content of ``summary.json``.
+        took: the content of ``timing.json``.
         folder: where the files are.
     """
     metrics: Mapping[str, Statistics] = result["metrics"]
@@ -146,7 +153,7 @@ def print_table(result: Mapping[str, Any], folder: Path) -> None:
             table.add_row(label, cell(f"{name}_measurement", digits), cell(name, digits))
     if "expected_residual" in metrics:
         table.add_row("  of the noise alone, σ√m", "", cell("expected_residual", 3))
-    took, labels = result["timing"], {"forwards": "network forwards", "vjps": "backward passes"}
+    labels = {"forwards": "network forwards", "vjps": "backward passes"}
     labels["second_order"] = "  of second order"
     if took:
         table.add_row("seconds per image", "", f"{took['seconds']['per_image']:.4g}")

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from PIL import Image
 
-from cmi_lightning.callbacks.base import SamplingCallback, log_image, output_folder, plain
+from cmi_lightning.callbacks.base import RecordingCallback, plain
 from cmi_lightning.callbacks.drawing import apart, beside, save_png, tile, to_tile
+from cmi_lightning.callbacks.loggers import log_image
 from cmi_lightning.files import write
 from cmi_lightning.paths import inside
 from cmi_lightning.predict.module import PosteriorSampler, Restoration
 from cmi_lightning.problem import Problem
 from cmi_lightning.step import Record
 
+log = logging.getLogger(__name__)
 FILM_COLUMNS = 8
 Curves = dict[str, dict[int, float]]  # by quantity and the number of the step, from 1
 
 
-class TrajectoryLogger(SamplingCallback):
+class TrajectoryLogger(RecordingCallback):
     """Logs every quantity that a step reports: residual ‖y − A x̂₀‖, step norms, CMI values….
 
     Every sample's own curves go to its record (the mean of its draws, where it has several), and
@@ -39,7 +42,13 @@ class TrajectoryLogger(SamplingCallback):
         per_sample: also write a CSV column per sample, under its id.
         max_images: rows of the film strip, ≥ 0; 0 for none.
         save_every: steps between the strip's columns; default: as many as give 8 columns.
+
+    Example:
+        >>> TrajectoryLogger(max_images=2, save_every=10).max_images
+        2
     """
+
+    key = "curves"
 
     def __init__(
         self,
@@ -48,8 +57,8 @@ class TrajectoryLogger(SamplingCallback):
         max_images: int = 8,
         save_every: int | None = None,
     ) -> None:
-        self.dirpath, self.per_sample = dirpath, per_sample
-        self.max_images, self.save_every = max_images, save_every
+        super().__init__(dirpath)
+        self.per_sample, self.max_images, self.save_every = per_sample, max_images, save_every
         self._reset()
 
     def _reset(self) -> None:
@@ -57,23 +66,15 @@ class TrajectoryLogger(SamplingCallback):
         self.under_way: dict[str, Curves] = {}
         self.strips: dict[str, dict[str, Image.Image]] = {}
 
-    def recorded(self, trainer: L.Trainer, record: Mapping[str, Any]) -> bool:
-        """Whether the sample's curves, and its film where it has one, are there."""
-        folder = output_folder(trainer, self.dirpath)
-        return "curves" in record and (
-            "film" not in record or self._film(folder, record["id"]).is_file()
-        )
+    def files(self, record: Mapping[str, Any]) -> list[Path]:
+        """Return the sample's strip, where it has one."""
+        return [self._film(record["id"])] if "film" in record else []
 
-    @staticmethod
-    def _film(folder: Path, name: str) -> Path:
-        return inside(folder / "records", name, ".film.png")
+    def _film(self, name: str) -> Path:
+        return inside(self.folder / "records", name, ".film.png")
 
-    def on_sampling_start(  # type: ignore[override]
-        self,
-        trainer: L.Trainer,
-        pl_module: PosteriorSampler,
-        ids: list[str],
-        problem: Problem,
+    def on_sampling_start(
+        self, trainer: L.Trainer, pl_module: PosteriorSampler, ids: list[str], problem: Problem
     ) -> None:
         """Make room; a pass that did not end ran out of memory, and is forgotten."""
         self.under_way = {name: defaultdict(dict) for name in ids}
@@ -81,7 +82,7 @@ class TrajectoryLogger(SamplingCallback):
         self.strips.update({name: {} for name in shown if name not in self.passes})
 
     def on_sampling_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, record: Record
+        self, trainer: L.Trainer, pl_module: PosteriorSampler, record: Record
     ) -> None:
         """Note the step's quantities, and x̂₀ (of the first draw) for the strip."""
         number = record.num_steps - record.index
@@ -105,85 +106,64 @@ class TrajectoryLogger(SamplingCallback):
             number == 1 + round(i * (total - 1) / max(columns - 1, 1)) for i in range(columns)
         )
 
-    def on_predict_batch_end(  # type: ignore[override]
-        self,
-        trainer: L.Trainer,
-        pl_module: PosteriorSampler,
-        outputs: Restoration,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Put the curves into the samples' records."""
-        for i, (name, record) in enumerate(zip(outputs["id"], outputs["records"], strict=True)):
-            means, _ = _average(self.passes[name][-pl_module.samples_per_image :])
-            record["curves"] = {
-                quantity: {str(number): plain(value) for number, value in curve.items()}
-                for quantity, curve in means.items()
-            }
-            record["noise_norm"] = plain(float(outputs["noise_norm"][i]))
+    def measure(self, outputs: Restoration) -> list[dict[str, Any]]:
+        """Return the batch's curves."""
+        entries = []
+        for i, name in enumerate(outputs["id"]):
+            means, _ = _average(self.passes[name][-self.module.samples_per_image :])
+            curves = {q: {str(n): plain(v) for n, v in curve.items()} for q, curve in means.items()}
+            norm = plain(float(outputs["noise_norm"][i]))
+            entry: dict[str, Any] = {"curves": curves, "noise_norm": norm}
             if strip := self.strips.get(name):
                 if outputs["truth"] is not None:
                     strip["truth"] = to_tile(outputs["truth"][i])
-                folder = output_folder(trainer, self.dirpath)
-                save_png(beside(list(strip.values())), self._film(folder, name))
-                record["film"] = list(strip)
+                save_png(beside(list(strip.values())), self._film(name))
+                entry["film"] = list(strip)
+            entries.append(entry)
         self._reset()
+        return entries
 
-    def on_predict_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: PosteriorSampler
-    ) -> None:
-        """Write curves, plot and strip."""
-        self._finish(trainer, pl_module, pl_module.run.collect(trainer))
-
-    def on_exception(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: PosteriorSampler, exception: BaseException
-    ) -> None:
-        """Write what there is."""
-        self._reset()
-        self._finish(trainer, pl_module, pl_module.run.collect(trainer, wait=False))
-
-    def _finish(
-        self, trainer: L.Trainer, pl_module: PosteriorSampler, records: list[dict[str, Any]]
-    ) -> None:
-        records = [record for record in records if "curves" in record]
-        if not records or not trainer.is_global_zero:
-            return
-        folder = output_folder(trainer, self.dirpath)
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write the curves, their plot and the strip."""
+        self._reset()  # what was under way when a run broke off
         every: list[Curves] = [
             {q: {int(n): float(v) for n, v in c.items()} for q, c in record["curves"].items()}
             for record in records
         ]
-        means, counts = _average(every)
+        self.means, counts = _average(every)
         ids = [record["id"] for record in records]
-        write(folder / "trajectory.csv", self._table(pl_module, means, counts, ids, every).encode())
+        write(self.folder / "trajectory.csv", self._table(counts, ids, every).encode())
+        expected = [float(record["noise_norm"]) for record in records]
+        try:
+            plot = plot_curves(self.means, math.fsum(expected) / len(expected))
+        except ModuleNotFoundError:
+            log.warning("There is no plot of the curves: matplotlib is not installed.")
+        else:
+            if plot is not None:
+                save_png(plot, self.folder / "trajectory.png")
+                log_image(self.trainer, "trajectory", plot)
+        self._write_film(records[: self.max_images])
+
+    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the mean curves."""
+        return dict(self.means)
+
+    def logged(self) -> Iterable[tuple[int, dict[str, float]]]:
+        """Return the mean curves, step by step."""
         by_step: dict[int, dict[str, float]] = defaultdict(dict)
-        for quantity, curve in means.items():
+        for quantity, curve in self.result.items():
             for step, mean in curve.items():
                 by_step[step][f"trajectory/{quantity}"] = mean
-        for logger in trainer.loggers:
-            for step, values in sorted(by_step.items()):
-                logger.log_metrics(values, step)
-        expected = [float(record["noise_norm"]) for record in records]
-        if means:
-            plot = plot_curves(means, math.fsum(expected) / len(expected))
-            save_png(plot, folder / "trajectory.png")
-            log_image(trainer, "trajectory", plot)
-        self._write_film(trainer, records[: self.max_images], folder)
+        return sorted(by_step.items())
 
-    def _table(
-        self,
-        pl_module: PosteriorSampler,
-        means: Curves,
-        counts: Curves,
-        ids: list[str],
-        every: list[Curves],
-    ) -> str:
+    def _table(self, counts: Curves, ids: list[str], every: list[Curves]) -> str:
+        means = self.means
         file = io.StringIO()
         writer = csv.writer(file)
         header = ["step", "index", "time", "alpha", "sigma", "name", "mean", "count"]
         writer.writerow([*header, *(ids if self.per_sample else [])])
-        for number, (index, now, _) in enumerate(pl_module.sampler().schedule.pairs(), start=1):
+        pairs = self.module.sampler().schedule.pairs()
+        for number, (index, now, _) in enumerate(pairs, start=1):
             level = [_short(v) for v in (now.time, now.alpha, now.sigma)]
             for quantity in [q for q in means if number in means[q]]:
                 row = [quantity, _short(means[quantity][number]), int(counts[quantity][number])]
@@ -192,19 +172,19 @@ class TrajectoryLogger(SamplingCallback):
                 writer.writerow([number, index, *level, *row, *each])
         return file.getvalue()
 
-    def _write_film(self, trainer: L.Trainer, records: list[dict[str, Any]], folder: Path) -> None:
+    def _write_film(self, records: Sequence[dict[str, Any]]) -> None:
         headings = next((record["film"] for record in records if "film" in record), None)
         rows = [
             apart(path, len(record["film"]))
             for record in records
             if headings and record.get("film") == headings
-            if (path := self._film(folder, record["id"])).is_file()
+            if (path := self._film(record["id"])).is_file()
         ]
         rows = [row for row in rows if row[0].size == rows[0][0].size]
         if rows and headings:
             strip = tile(rows, headings)
-            save_png(strip, folder / "film.png")
-            log_image(trainer, "film", strip)
+            save_png(strip, self.folder / "film.png")
+            log_image(self.trainer, "film", strip)
 
 
 def _average(every: list[Curves]) -> tuple[Curves, Curves]:
@@ -225,10 +205,16 @@ def _short(value: float) -> str:
     return f"{value:.6g}"
 
 
-def plot_curves(
-    curves: dict[str, dict[int, float]], noise_norm: float | None = None
-) -> Image.Image:
-    """Draw one panel per quantity over the steps; the residual's has a line at ``noise_norm``."""
+def plot_curves(curves: Curves, noise_norm: float | None = None) -> Image.Image | None:
+    """Draw one panel per quantity over the steps; the residual's has a line at ``noise_norm``.
+
+    None where there are no curves.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    if not curves:
+        return None
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

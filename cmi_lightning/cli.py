@@ -18,7 +18,7 @@ from cmi_lightning import configs
 from cmi_lightning.errors import InputError, one_sentence
 
 USAGE = """\
-usage: cmi-lightning {predict,fit,verify,tune,table,configs} [-c CONFIG]... [--option VALUE]...
+usage: cmi-lightning {predict,fit,verify,tune,table,configs,fetch} [-c CONFIG]... [--option VALUE]...
 
   predict   restore images: measure them (or read measurements), sample, write images and metrics
   fit       train a score network
@@ -26,6 +26,7 @@ usage: cmi-lightning {predict,fit,verify,tune,table,configs} [-c CONFIG]... [--o
   tune      choose the step sizes of a table on validation images
   table     methods with and without CMI on tasks: restore, compare, write a report
   configs   list the configurations that ship with the package
+  fetch     bring the networks of LPIPS or FID: fetch lpips, fetch fid
 
   cmi-lightning predict -c demo                                    sixteen garments under a box
   cmi-lightning predict -c demo -c task/super_resolution -c guidance/dps -c add_cmi
@@ -44,6 +45,7 @@ COMMANDS = {  # imported when asked for: the help needs no torch
     "verify": "cmi_lightning.verify.command",
     "tune": "cmi_lightning.table.command",
     "table": "cmi_lightning.table.command",
+    "fetch": "cmi_lightning.fetch",
 }
 
 

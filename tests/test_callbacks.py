@@ -22,7 +22,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
+from cmi_lightning import GaussianNoise, InputError, PosteriorSampler, fetch
 from cmi_lightning.callbacks import (
     ImageWriter,
     RestorationMetrics,
@@ -31,14 +31,14 @@ from cmi_lightning.callbacks import (
     SamplingProgress,
     TrajectoryLogger,
 )
-from cmi_lightning.callbacks.base import noise_norm
 from cmi_lightning.callbacks.drawing import levels, tile, to_images, to_uint8
-from cmi_lightning.callbacks.features import ALEX, INCEPTION, load_lpips
-from cmi_lightning.callbacks.metrics import STABLE_FID
+from cmi_lightning.callbacks.feature_metrics import STABLE_FID
+from cmi_lightning.callbacks.networks import load_lpips
 from cmi_lightning.callbacks.summary import statistics
 from cmi_lightning.callbacks.trajectory import plot_curves
 from cmi_lightning.data import MeasurementFolderData
 from cmi_lightning.exact import GaussianMixture
+from cmi_lightning.fetch import ALEX, INCEPTION
 from cmi_lightning.guidance import DPS
 from cmi_lightning.operators import BoxMask, PixelMask
 from cmi_lightning.problem import Problem
@@ -56,6 +56,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(fetch, "download_sdist", refuse)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 
@@ -374,7 +375,7 @@ def test_tiny_images_and_other_channels_give_notes(tmp_path, alexnet):
     assert any("LPIPS (alex) is left out: it needs 31" in note for note in notes)
     predict(tmp_path / "b", metrics, x=garments(2, 2, 32))
     notes = strict_json(tmp_path / "b/summary.json")["notes"]
-    assert any("need 1 or 3 channels, not 2" in note for note in notes)
+    assert any("1 or 3 channels are needed, not 2" in note for note in notes)
 
 
 def test_statistics_of_odd_columns():
@@ -577,7 +578,9 @@ def test_film_strip_and_plot(tmp_path):
 
 
 def test_plot_survives_a_diverged_run():
-    assert plot_curves({"residual": {1: float("nan"), 2: 1.0}, "x": {1: float("inf")}}, 0.5).width
+    plot = plot_curves({"residual": {1: float("nan"), 2: 1.0}, "x": {1: float("inf")}}, 0.5)
+    assert plot is not None
+    assert plot.width
 
 
 def test_noise_norm_counts_no_padding():
@@ -585,7 +588,7 @@ def test_noise_norm_counts_no_padding():
     mask[0, :2], mask[1, 0] = 1, 1
     operator = PixelMask.from_mask(mask, torch.zeros(2, 3, 4, 4))
     problem = Problem(operator(torch.zeros(2, 3, 4, 4)), operator, 0.1)
-    assert torch.allclose(noise_norm(problem), 0.1 * torch.tensor([24.0, 12.0]).sqrt())
+    assert torch.allclose(problem.noise_norm, 0.1 * torch.tensor([24.0, 12.0]).sqrt())
 
 
 class TinyNetwork(nn.Module):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from cmi_lightning import GaussianNoise, PosteriorSampler
 from cmi_lightning.callbacks import FeatureMetrics, SamplingCallback
-from cmi_lightning.callbacks.classifier import WEIGHTS, GarmentClassifier, shipped_classifier
+from cmi_lightning.callbacks.classifier import WEIGHTS, GarmentClassifier
 from cmi_lightning.callbacks.distances import (
     FrechetBootstrap,
     frechet,
@@ -83,7 +83,7 @@ def run(
     shape = tuple(x.shape[1:])
     module = PosteriorSampler(
         GaussianMixture(torch.zeros(1, *shape), 0.3),
-        BoxMask(shape[1] // 2, 1),
+        None if given else BoxMask(shape[1] // 2, 1),
         guidances=[DPS(0.5)],
         num_steps=4,
         noise=GaussianNoise(0.05),
@@ -113,7 +113,7 @@ def record(folder: Path, i: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def classifier() -> GarmentClassifier:
-    return shipped_classifier()
+    return GarmentClassifier()
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +330,6 @@ def test_names_say_what_the_metrics_are(tmp_path, garments):
 def test_what_rounds_to_the_same_pixels_has_the_same_numbers(garments):
     """0.4 levels more are the same image, 0.6 are not, and 300 are clamped to 255."""
     metrics = FeatureMetrics(Tiny(1))
-    metrics._network = metrics.network
     x = levels(garments[:2]) / 127.5 - 1
     corner = torch.zeros_like(x)
     corner[1, :, 0, 0] = 1 / 127.5  # the restoration's first pixel, which is black

@@ -25,7 +25,7 @@ from cmi_lightning.exact import GaussianMixture, as_matrix, exact_posterior
 from cmi_lightning.guidance import DPS, Guidance
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import Downsample, LinearOperator
+from cmi_lightning.operators import Downsample, Identity, LinearOperator
 
 SIDE, SIGMA = 8, 0.1
 
@@ -328,7 +328,7 @@ def test_one_draw_is_refused_before_sampling(tmp_path, capsys):
 
 
 def test_without_truth_there_is_one_note(tmp_path, capsys):
-    module = sampler(draws=3, guidances=[DPS()])
+    module = sampler(draws=3, operator=Identity(), guidances=[DPS()])
     found = predict(tmp_path, PosteriorQuality(), module=module, count=3, given=True)
     assert len(found["notes"]) == 1
     assert found["notes"][0].startswith("There is no ground truth")

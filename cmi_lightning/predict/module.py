@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Any, TypedDict
 
 import lightning as L
 import torch
@@ -24,8 +24,9 @@ from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, LinearOperator, OperatorFactory
+from cmi_lightning.predict.callback import SamplingCallback
 from cmi_lightning.predict.fingerprint import digest, options
-from cmi_lightning.predict.records import Recorder, Run, leave_if_orphaned
+from cmi_lightning.predict.records import Run, leave_if_orphaned
 from cmi_lightning.problem import GaussianNoise, Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDPM, Solver
@@ -87,19 +88,6 @@ class Restoration(TypedDict):
     details: Details
 
 
-@runtime_checkable
-class SamplingObserver(Protocol):
-    """A callback that sees the steps, as ``cmi_lightning.callbacks.SamplingCallback`` does."""
-
-    def on_sampling_start(
-        self, trainer: Any, pl_module: Any, ids: list[str], problem: Problem
-    ) -> None:
-        """Called once per batch, before the first step."""
-
-    def on_sampling_step(self, trainer: Any, pl_module: Any, record: Record) -> None:
-        """Called after every step."""
-
-
 class PosteriorSampler(L.LightningModule):
     """Restores images by ``Trainer.predict``: a prior, a degradation, a solver, guidances.
 
@@ -107,9 +95,10 @@ class PosteriorSampler(L.LightningModule):
     A batch with ``"y_image"`` instead holds given measurements (see
     :class:`cmi_lightning.data.MeasurementFolderData`); an ``operator`` is then refused.
 
-    Where callbacks write (they are :class:`cmi_lightning.predict.records.Recorder`), every finished
-    sample has a record in the trainer's ``default_root_dir``, and predicting again restores what
-    has none. Several processes share the batches; a sample's noise does not depend on how.
+    Where callbacks keep something (:attr:`cmi_lightning.callbacks.SamplingCallback.key`), every
+    finished sample has a record in the trainer's ``default_root_dir``, and predicting again
+    restores what has none. Several processes share the batches; a sample's noise does not depend
+    on how.
 
     Args:
         denoiser: the prior.
@@ -192,7 +181,7 @@ class PosteriorSampler(L.LightningModule):
         # The batches are shared out by Run.share: Lightning's sampler would make other batches on
         # every number of processes, and refuses to have fewer samples than processes.
         trainer._accelerator_connector.use_distributed_sampler = False
-        recorders = [c for c in trainer.callbacks if isinstance(c, Recorder)]
+        recorders = _recorders(trainer)
         identity = self.identity(trainer, datamodule) if recorders else {}
         self.run, self._rows_that_fit = Run(), None
         self.run.open(trainer, recorders, identity, self.overwrite)
@@ -220,7 +209,7 @@ class PosteriorSampler(L.LightningModule):
                 f"trainer.precision={precision} would round the measurement; use "
                 f"{precision.removesuffix('-true')}-mixed, which lowers the network alone."
             )
-        if not self.overwrite and any(isinstance(c, Recorder) for c in trainer.callbacks):
+        if not self.overwrite and _recorders(trainer):
             folder = Path(trainer.default_root_dir).expanduser()
             if (folder / "run.json").is_file():
                 self.run.refuse_other(folder, self.identity(trainer, datamodule))
@@ -315,21 +304,22 @@ class PosteriorSampler(L.LightningModule):
         if truth is None:
             self._refuse_operator("the batch holds measurements, which say how they were made")
         self.denoiser.check(tuple(like.shape[1:]))
-        observers = [c for c in self._callbacks() if isinstance(c, SamplingObserver)]
+        trainer: Any = self._trainer
+        watchers = _watchers(trainer)
         draws, cost = [], Cost()
         failed: dict[str, str] = {}
         _reset_peak_memory(self.device)
         started = time.perf_counter()
         for k in range(self.samples_per_image):
-            for observer in observers:
-                observer.on_sampling_start(self._trainer, self, ids, problem)
+            for watcher in watchers:
+                watcher.on_sampling_start(trainer, self, ids, problem)
             keys = ids if k == 0 else [f"{name}#{k}" for name in ids]
             own = SampleNoise(self.seed, keys)
             for record in self.sampler(dtype).iterate(problem, own, like):
                 record = replace(record, ids=ids)
                 leave_if_orphaned()
-                for observer in observers:
-                    observer.on_sampling_step(self._trainer, self, record)
+                for watcher in watchers:
+                    watcher.on_sampling_step(trainer, self, record)
             draws.append(record.x)
             cost.forwards += record.forwards
             cost.vjps += record.vjps
@@ -367,8 +357,17 @@ class PosteriorSampler(L.LightningModule):
                 "model.operator=Identity."
             )
 
-    def _callbacks(self) -> list[Any]:
-        return self._trainer.callbacks if self._trainer is not None else []  # type: ignore[attr-defined]
+
+def _watchers(trainer: Any) -> list[SamplingCallback]:
+    """Return the callbacks with :class:`SamplingCallback`'s hooks, whatever their class."""
+    hooks = ("on_sampling_start", "on_sampling_step")
+    callbacks = getattr(trainer, "callbacks", ())
+    return [c for c in callbacks if all(hasattr(c, hook) for hook in hooks)]
+
+
+def _recorders(trainer: Any) -> list[SamplingCallback]:
+    """Return the callbacks that keep something of every sample."""
+    return [c for c in _watchers(trainer) if getattr(c, "key", None)]
 
 
 def _take(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:

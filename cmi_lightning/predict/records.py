@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import write_json
@@ -20,21 +20,11 @@ from cmi_lightning.predict.fingerprint import differences
 if TYPE_CHECKING:
     import lightning as L
 
+    from cmi_lightning.predict.callback import SamplingCallback
+
 # Seconds: between looks at the disk; for a network file system to show a new file; without a new
 # record, which no batch takes. A process that fails is noticed much sooner, by what started it.
 POLL, VISIBLE, PATIENCE = 0.5, 90.0, 6 * 3600.0
-
-
-@runtime_checkable
-class Recorder(Protocol):
-    """A callback that adds to the samples' records and writes their files.
-
-    It fills ``outputs["records"]``, a dict for each sample, in ``on_predict_batch_end``. The module
-    then writes them, so that a record says that all the sample's files are there.
-    """
-
-    def recorded(self, trainer: Any, record: Mapping[str, Any]) -> bool:
-        """Whether a sample's record and files hold what this callback would write."""
 
 
 class Run:
@@ -82,7 +72,7 @@ class Run:
     def open(
         self,
         trainer: L.Trainer,
-        recorders: Sequence[Recorder],
+        recorders: Sequence[SamplingCallback],
         identity: Mapping[str, str],
         overwrite: bool,
     ) -> None:
@@ -97,7 +87,7 @@ class Run:
                 self.refuse_other(self.folder, identity)
                 write_json(self.folder / "run.json", dict(identity))
                 for record in self._read_all():
-                    if all(r.recorded(trainer, record) for r in recorders):
+                    if all(r.recorded(record) for r in recorders):
                         self.done[record["id"]] = record["input"]
             except Exception as error:  # the others wait for an answer
                 problem = error
