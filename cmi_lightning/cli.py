@@ -18,7 +18,7 @@ from cmi_lightning import configs
 from cmi_lightning.errors import InputError, one_sentence
 
 USAGE = """\
-usage: cmi-lightning {predict,fit,verify,tune,table,configs,fetch} [-c CONFIG]... [--option VALUE]...
+usage: cmi-lightning {predict,fit,verify,tune,table,configs,fetch} [-c CONFIG] [--option VALUE] ...
 
   predict   restore images: measure them (or read measurements), sample, write images and metrics
   fit       train a score network

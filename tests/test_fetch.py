@@ -109,7 +109,7 @@ def test_pip_brings_the_pinned_package_and_runs_nothing_of_it(tmp_path, monkeypa
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CONFIG_FILE"):
         monkeypatch.setenv(name, os.devnull if name == "PIP_CONFIG_FILE" else "")
     (tmp_path / "other").mkdir()
-    with pytest.raises(OSError, match="(?i)hash"):
+    with pytest.raises(OSError, match=r"(?i)hash"):
         fetch.download_sdist(tmp_path / "other")
     monkeypatch.setattr(fetch, "SDIST_SHA256", fetch.sha256(path))
     (tmp_path / "to").mkdir()
