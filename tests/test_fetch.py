@@ -163,8 +163,8 @@ def by_hand(x: Tensor, truth: Tensor, network: fetch.MetricNetwork) -> Tensor:
     assert isinstance(path, Path)
     state = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
     alex = network is fetch.ALEX
-    file = f"weights/v0.1/{'alex' if alex else 'vgg'}.pth"
-    heads = torch.load(Path(lpips.__file__).with_name(file.partition("/")[0]) / file[8:])
+    folder = Path(lpips.__file__).with_name("weights") / "v0.1"
+    heads = torch.load(folder / f"{'alex' if alex else 'vgg'}.pth", map_location="cpu")
     shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
     scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
     pools, shown = ((1, 2), range(5)) if alex else ((2, 4, 7, 10), (1, 3, 6, 9, 12))
