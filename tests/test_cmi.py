@@ -11,9 +11,10 @@ import torch
 from conftest import SHAPE, jacobian, make_step
 from torch import Tensor
 
+from cmi_lightning import Sampler
 from cmi_lightning.errors import InputError
-from cmi_lightning.exact import GaussianMixture, power_law_prior
-from cmi_lightning.guidance import CMI
+from cmi_lightning.exact import GaussianMixture, GaussianPrior, power_law_prior
+from cmi_lightning.guidance import CMI, DPS, DSG, MCG, MomentMatching, PiGDM
 from cmi_lightning.information import ImageProbes, Lanczos, Ridge, TraceLimit, TwoTraces
 from cmi_lightning.linalg import dot, norm
 from cmi_lightning.noise import SampleNoise
@@ -234,6 +235,18 @@ def test_gaussian_prior_has_no_gradient(dense):
     information = Lanczos(krylov=3)(make_step(prior, dense, 300))
     assert float(information.gradient.abs().max()) < 1e-12
     assert float(information.value.min()) > 0
+
+
+@pytest.mark.parametrize("base", [DPS(), PiGDM(), MCG(), DSG(), MomentMatching()], ids=str)
+def test_on_a_gaussian_prior_cmi_and_a_base_are_the_base(dense, base):
+    prior = GaussianPrior(torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(SHAPE), 0.3)
+    step = make_step(prior, dense)
+    pushing = CMI(scale=1.0, max_step=math.inf, min_signal=0.0, max_signal=1.0)
+    alone, both = (
+        Sampler(prior, DDPM(), g, 10).run(step.problem, step.noise, step.x.detach())
+        for g in ([base], [pushing, base])
+    )
+    torch.testing.assert_close(both, alone, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("index", [30, 300, 600])

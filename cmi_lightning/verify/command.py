@@ -8,34 +8,45 @@ import torch
 
 from cmi_lightning.errors import InputError
 from cmi_lightning.predict.options import prediction_cli
-from cmi_lightning.verify import Check, exact_checks, network_checks
+from cmi_lightning.verify import Check, exact_checks, image_shape, network_checks, operator_checks
 
 
 def verify(args: list[str]) -> int:
     """Print a table of checks and return 1 if one failed.
 
-    Without arguments, the mathematics is checked on exact priors. With ``--denoiser`` (short for
-    ``--model.denoiser``) or a configuration that names one, that network is; ``--size`` gives the
-    side of the images where the network takes any.
+    Without arguments, the installation is checked on exact priors. With ``--denoiser`` (short for
+    ``--model.denoiser``) that network is, with ``--operator`` (``--model.operator``) that operator,
+    with a configuration (``-c``) both of its. ``--size`` gives the side of the images where the
+    network takes any; an operator alone is checked on three channels of that size, or 64.
     """
     size, args = _take(args, "--size")
-    if size is not None and not size.isdecimal():
+    if size is not None and not (size.isdecimal() and int(size) > 0):
         raise InputError(f"--size must be a number of pixels, got '{size}'.")
     if not args:
         if size is not None:
             raise InputError(
-                "--size is for the images of a network: give --denoiser or -c as well."
+                "--size is for the images of a network or an operator: give --denoiser, --operator "
+                "or -c as well."
             )
         return _print_checks("exact priors, float64", exact_checks())
     if args[0] in ("-h", "--help"):
         print(str(verify.__doc__).partition("\n\n")[2])
         return 0
-    options = [f"--model.{a[2:]}" if a.startswith("--denoiser") else a for a in args]
-    cli = prediction_cli(options)
-    denoiser = cli.model.denoiser
-    denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
-    checks = network_checks(denoiser, int(size) if size else None)
-    return _print_checks(str(cli.config.model.denoiser.class_path), checks)
+    short = ("--denoiser", "--operator")
+    cli = prediction_cli([f"--model.{a[2:]}" if a.startswith(short) else a for a in args])
+    side, denoiser, operator = int(size) if size else None, cli.model.denoiser, cli.model.operator
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    named = {name: any(a.startswith(name) for a in args) for name in short}
+    configured = any(a.startswith(("-c", "--config")) for a in args)
+    failed = 0
+    if named["--denoiser"] or not named["--operator"]:
+        checks = network_checks(denoiser.to(device), side)
+        failed |= _print_checks(str(cli.config.model.denoiser.class_path), checks)
+    if named["--operator"] or (configured and not named["--denoiser"]):
+        alone = not (configured or named["--denoiser"])
+        shape = (3, side or 64, side or 64) if alone else image_shape(denoiser, side)
+        failed |= _print_checks(type(operator).__name__, operator_checks(operator, shape, device))
+    return failed
 
 
 def _take(args: list[str], option: str) -> tuple[str | None, list[str]]:

@@ -39,7 +39,7 @@ def network_checks(denoiser: Denoiser, size: int | None = None) -> Iterator[Chec
         size: side of the images where the network takes any; default: 64, or the next multiple that
             the network allows.
     """
-    shape = _image_shape(denoiser, size)
+    shape = image_shape(denoiser, size)
     tensors = (*denoiser.parameters(), *denoiser.buffers())
     like = torch.zeros(2, *shape, device=next((t.device for t in tensors), None))
     noise = SampleNoise(0, ["verify/0", "verify/1"])
@@ -64,7 +64,8 @@ def network_checks(denoiser: Denoiser, size: int | None = None) -> Iterator[Chec
     yield from _covariance(points)
 
 
-def _image_shape(denoiser: Denoiser, size: int | None) -> tuple[int, ...]:
+def image_shape(denoiser: Denoiser, size: int | None) -> tuple[int, ...]:
+    """Return the shape of images to check with, ``size`` where the network takes any."""
     shape = denoiser.image_shape or (None, None, None)
     if None not in shape:
         return tuple(n for n in shape if n is not None)
