@@ -49,6 +49,7 @@ class GarmentClassifier(nn.Module):
         pretrained: with the weights that ship with the package, in evaluation mode and frozen.
 
     Example:
+        >>> import torch
         >>> GarmentClassifier().embed(torch.rand(2, 1, 32, 32)).shape
         torch.Size([2, 64])
     """

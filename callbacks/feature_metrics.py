@@ -96,6 +96,7 @@ class FeatureMetrics(RecordingCallback):
         sets: also compare all restored with all true images.
 
     Example:
+        >>> from cmi_lightning.callbacks import Alex
         >>> FeatureMetrics(Alex()).labels["frechet"]
         'Fréchet distance (AlexNet features)'
     """

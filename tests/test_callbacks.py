@@ -24,6 +24,9 @@ from torch.utils.data import DataLoader
 
 from cmi_lightning import GaussianNoise, InputError, PosteriorSampler, fetch
 from cmi_lightning.callbacks import (
+    VGG,
+    Alex,
+    FeatureMetrics,
     ImageWriter,
     RestorationMetrics,
     SampleGrid,
@@ -32,11 +35,12 @@ from cmi_lightning.callbacks import (
     TrajectoryLogger,
 )
 from cmi_lightning.callbacks.drawing import levels, tile, to_images, to_uint8
-from cmi_lightning.callbacks.feature_metrics import STABLE_FID
+from cmi_lightning.callbacks.feature_metrics import STABLE_FID, read_embeddings
 from cmi_lightning.callbacks.networks import load_lpips
 from cmi_lightning.callbacks.summary import statistics
 from cmi_lightning.callbacks.trajectory import plot_curves
 from cmi_lightning.data import MeasurementFolderData
+from cmi_lightning.data.images import read_image
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.fetch import ALEX, INCEPTION
 from cmi_lightning.guidance import DPS
@@ -273,6 +277,39 @@ def test_lpips_with_given_weights(tmp_path, alexnet, capsys):
     assert "LPIPS" in capsys.readouterr().out
 
 
+def test_distances_of_sets_on_alexnet_have_names_of_their_own(tmp_path, alexnet):
+    network = Alex(str(alexnet))
+    both = [FeatureMetrics(network, sets=True), FeatureMetrics(), FeatureMetrics(VGG())]
+    keep = predict(tmp_path, *both, x=garments(4))
+    result = strict_json(tmp_path / "features.json")
+    assert result["labels"] == {
+        "lpips": "LPIPS (AlexNet)",
+        "frechet": "Fréchet distance (AlexNet features)",
+        "kernel": "kernel distance (AlexNet features)",
+    }
+    kinds = ("lpips", "frechet", "kernel")
+    assert set(result["metrics"]) == {*kinds, *(f"{k}_measurement" for k in kinds)}
+    said = [*result["metrics"], *result["labels"].values(), *result["notes"]]
+    assert not any(word in text.lower() for text in said for word in ("fid", "kid"))
+    shown = (garments(4), keep.joined("restored"), keep.joined("measurement"))
+    stored = read_embeddings(tmp_path, [f"set/{i}" for i in range(4)])
+    for i, x in enumerate(shown):
+        features = network.embed(levels(x) / 255)
+        np.testing.assert_allclose(stored[:, i], features, rtol=1e-3, atol=1e-4)
+    assert network.features(garments(1))[-1].shape[1] == stored.shape[2] == 256
+    assert result["protocol"]["lpips"].startswith("lpips 0.1")
+    # The others have files of their own; the one without weights says so.
+    garment = strict_json(tmp_path / "features-garment classifier.json")
+    assert garment["network"]["file"] == "fashion_mnist_classifier.safetensors"
+    missing = strict_json(tmp_path / "features-VGG16.json")
+    assert missing["metrics"] == {}
+    assert any("Run `cmi-lightning fetch lpips`" in note for note in missing["notes"])
+    again = [FeatureMetrics(Alex(str(alexnet))), FeatureMetrics(), FeatureMetrics(VGG())]
+    assert len(predict(tmp_path, *again, x=garments(4)).records) == 0
+    with pytest.raises(InputError, match="Two FeatureMetrics are called 'AlexNet'"):
+        predict(tmp_path / "b", FeatureMetrics(network), FeatureMetrics(network), x=garments(1))
+
+
 def test_wrong_weights_stop_the_run_before_sampling(tmp_path):
     torch.save({"features.0.weight": torch.zeros(2)}, tmp_path / "bad.pth")
     (tmp_path / "text.pth").write_text("no weights")
@@ -440,6 +477,23 @@ def test_png_modes_and_ids_with_slashes(tmp_path, channels, mode):
         assert (folder / "a" / "b" / "0.png").is_file()
         array = png(folder / "1.png", mode).reshape(16, 16, channels)
     assert np.array_equal(array / 255, unit(keep.joined("restored")[1]))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_sixteen_bits(tmp_path, channels):
+    x = garments(1, channels, 16)
+    keep = predict(tmp_path, ImageWriter(bits=16), x=x, ids=["a"])
+    expected = np.clip((keep.joined("restored")[0].double().numpy() + 1) / 2, 0, 1) * 65535
+    names = [f"a_c{c}.png" for c in range(2)] if channels == 2 else ["a.png"]
+    if channels < 4:  # a transparent image is read on white
+        found = torch.cat([read_image(tmp_path / "restored" / name) for name in names])
+        assert np.abs((found.double().numpy() + 1) / 2 * 65535 - expected).max() < 0.51
+    header = (tmp_path / "restored" / names[0]).read_bytes()
+    assert (header[24], header[25]) == (16, {3: 2, 4: 6}.get(channels, 0))
+    assert len(predict(tmp_path, ImageWriter(bits=16), x=x, ids=["a"]).records) == 0
+    assert len(predict(tmp_path, ImageWriter(), x=x, ids=["a"]).records) == STEPS  # other files
+    with pytest.raises(InputError, match="bits must be 8 or 16"):
+        ImageWriter(bits=12)
 
 
 @pytest.mark.parametrize("given", [False, True])
