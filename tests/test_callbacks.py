@@ -589,7 +589,8 @@ def test_progress_bars_come_and_go_on_a_terminal(tmp_path, monkeypatch, crash):
     assert "images" in shown
     assert "noise alone" in shown
     assert shown.count("\x1b[?25h") >= shown.count("\x1b[?25l") > 0  # the cursor is back
-    assert not console._live_stack
+    console.print("alone")  # a bar that is still there would be drawn again
+    assert screen.getvalue().removeprefix(shown) == "alone\n"
     if not crash:
         assert "5/5" in shown
         assert shown.rindex("PSNR") > shown.rindex("\x1b[?25h")
