@@ -137,7 +137,10 @@ class TrajectoryLogger(RecordingCallback):
         try:
             plot = plot_curves(self.means, math.fsum(expected) / len(expected))
         except ModuleNotFoundError:
-            log.warning("There is no plot of the curves without matplotlib: pip install 'cmi-lightning[plots]'.")
+            log.warning(
+                "There is no plot of the curves: matplotlib is not installed (pip install "
+                "'cmi-lightning[plots]')."
+            )
         else:
             if plot is not None:
                 save_png(plot, self.folder / "trajectory.png")
