@@ -88,9 +88,9 @@ class PosteriorQuality(RecordingCallback):
     """Whether several draws of each image are spread as a posterior should be.
 
     Where the truth is distributed as the draws are, its rank among the K draws of a pixel is
-    uniform, so that it lies in the central 50 % and 90 % of the draws as often as that; the draws'
-    variance, times (K + 1)/K, equals the squared error of their mean; and every draw leaves a
-    residual ‖y − A x‖ of σ√m in the root mean square. All are computed on what a saved PNG holds,
+    uniform. So it lies in the central 50 % and 90 % of the draws as often as that. The draws'
+    variance, times (K + 1)/K, equals the squared error of their mean. Every draw leaves a residual
+    ‖y − A x‖ of σ√m in the root mean square. All are computed on what a saved PNG holds,
     in [−1, 1], but for the residual, which is of the unclamped draws. Calibration is over the
     images: it tests the prior with the sampler, and draws from the prior alone pass all but the
     residual. Samples that were given up are left out, and listed.

@@ -29,8 +29,8 @@ class AsGray(Denoiser):
     """Gray images under an RGB prior: the mean over channels of its x̂₀ of a gray RGB image.
 
     A gray image as RGB has three equal channels. Noise at an RGB level (α, σ_c) splits into its
-    mean over the channels, of standard deviation σ_c/√3, and colour directions that say nothing of
-    a gray image. So the gray level (α, σ) is the RGB level (α, √3 σ). The network sees g_t plus
+    mean over the channels, of standard deviation σ_c/√3, and colour directions. These say nothing
+    of a gray image. So the gray level (α, σ) is the RGB level (α, √3 σ). The network sees g_t plus
     noise √3 σ n with n ~ N(0, I − 11ᵀ/3), distributed as in its training; ĝ₀ is the mean over
     channels of its x̂₀, and so is a learned variance.
 

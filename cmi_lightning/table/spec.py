@@ -65,8 +65,8 @@ class Posterior:
 class Table:
     """Bases with and without CMI on tasks, from one YAML file.
 
-    Every cell is a run of ``cmi-lightning predict``, in a folder of its own, with that run's
-    records, so a table goes on where it was stopped. All cells see the same measurements, and at
+    Every cell is a run of ``cmi-lightning predict`` in a folder of its own, with that run's
+    records. So a table goes on where it was stopped. All cells see the same measurements, and at
     equal steps the same noise.
 
     Attributes:
