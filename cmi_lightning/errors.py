@@ -8,6 +8,10 @@ class InputError(ValueError):
     """Bad input: one sentence that names the file or option and the remedy.
 
     The command line prints it alone and exits with code 2.
+
+    >>> raise InputError("data.size must be at least 1, got 0.")
+    Traceback (most recent call last):
+    cmi_lightning.errors.InputError: data.size must be at least 1, got 0.
     """
 
 

@@ -74,6 +74,10 @@ def conjugate_gradient(
 class KrylovSpace:
     """span{v, Mv, …} with the symmetric part of M restricted to it, per sample.
 
+    >>> space = krylov(lambda v: 4 * v, torch.ones(1, 3), dimension=2)
+    >>> space.apply(torch.sqrt)[0]
+    tensor([[2.0000, 2.0000, 2.0000]])
+
     Attributes:
         basis: orthonormal vectors, (B, k, m); zero where the space ended early.
         values: eigenvalues of the restriction, (B, k), float64 on the CPU.

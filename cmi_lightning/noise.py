@@ -19,6 +19,11 @@ class SampleNoise:
     noise, and adding a guidance that draws from its own stream leaves all other draws as they were.
     Draws are made on the CPU in float32, so that every device and precision sees the same numbers.
 
+    >>> both = SampleNoise(0, ["a", "b"]).normal("solver", 7, torch.empty(2, 3))
+    >>> alone = SampleNoise(0, ["b"]).normal("solver", 7, torch.empty(1, 3))
+    >>> torch.equal(both[1:], alone)
+    True
+
     Args:
         seed: seed of the run.
         ids: stable sample ids, one per row of the batch.

@@ -21,6 +21,9 @@ class GaussianNoise:
     The same 0.05 means two noises in the literature: on images in [−1, 1] ("signed", as DPS and DSG
     use it) or on images in [0, 1] ("unit", as DDRM and ΠGDM do), which is twice as much.
 
+    >>> GaussianNoise(0.05, "unit").std
+    0.1
+
     Args:
         sigma: standard deviation, ≥ 0.
         range: the image range that ``sigma`` refers to.
@@ -45,6 +48,12 @@ class GaussianNoise:
 @dataclass(frozen=True, eq=False)
 class Problem:
     """y = A x₀ + n with n ~ N(0, diag(std²)), for a batch of images.
+
+    >>> from cmi_lightning.operators import BoxMask
+    >>> x, noise = torch.zeros(2, 1, 8, 8), SampleNoise(0, ["a", "b"])
+    >>> problem = Problem.simulate(x, BoxMask(4, margin=1), 0.05, noise)
+    >>> problem.y.shape
+    torch.Size([2, 1, 48])
 
     Attributes:
         y: measurements (B, *m), in units of images in [−1, 1].

@@ -29,6 +29,16 @@ SIGNAL_LEFT = 0.1
 class Sampler:
     """Draws x₀ given y: a prior, a solver and any number of guidances.
 
+    >>> from cmi_lightning.exact import GaussianPrior
+    >>> from cmi_lightning.guidance import PiGDM
+    >>> from cmi_lightning.operators import BoxMask
+    >>> from cmi_lightning.solvers import DDPM
+    >>> x, noise = torch.zeros(2, 1, 8, 8), SampleNoise(0, ["a", "b"])
+    >>> problem = Problem.simulate(x, BoxMask(4, margin=1), 0.05, noise)
+    >>> sampler = Sampler(GaussianPrior(x[0]), DDPM(), [PiGDM()], num_steps=10)
+    >>> sampler.run(problem, noise, x).shape
+    torch.Size([2, 1, 8, 8])
+
     Args:
         denoiser: the prior.
         solver: the discretisation.

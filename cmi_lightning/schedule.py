@@ -14,7 +14,11 @@ from cmi_lightning.errors import InputError, warn_once
 
 
 class Level(NamedTuple):
-    """One noise level: x_t = α x₀ + σ ε, and ``time``, what the network is told about it."""
+    """One noise level: x_t = α x₀ + σ ε, and ``time``, what the network is told about it.
+
+    >>> Schedule.linear()[999].time
+    999
+    """
 
     alpha: float
     sigma: float
@@ -29,6 +33,11 @@ class PosteriorCoefficients(NamedTuple):
 
     q(x_s | x_t, x₀) = N(``from_x``·x_t + ``from_x0``·x₀, ``variance``), and ``beta`` is the
     variance σ_t² − (α_t/α_s)² σ_s² that the forward chain adds from s to t (β_t of the chain).
+
+    >>> s, t = Schedule.edm()[98], Schedule.edm()[99]
+    >>> q = reverse_coefficients(t, s)
+    >>> round(q.from_x + q.from_x0, 6)
+    1.0
     """
 
     from_x: float
@@ -59,6 +68,12 @@ class Schedule:
     The constructors are :meth:`linear` (the discrete DDPM chain, the default everywhere),
     :meth:`cosine`, :meth:`edm`, :meth:`vp` and :meth:`from_betas`; :meth:`respace` thins any of
     them to fewer steps. In YAML, ``{class_path: cmi_lightning.Schedule.vp, init_args: {…}}``.
+
+    >>> schedule = Schedule.linear().respace(4)
+    >>> schedule.times
+    (0, 333, 666, 999)
+    >>> [(t.time, s.time) for _, t, s in schedule.pairs()]
+    [(999, 666), (666, 333), (333, 0), (0, 0.0)]
 
     Args:
         alphas: signal coefficients α_i > 0.

@@ -21,6 +21,9 @@ from cmi_lightning.schedule import Level, PosteriorCoefficients, reverse_coeffic
 class Cost:
     """What a run has asked of the network, in passes over a batch.
 
+    >>> Cost(forwards=2)
+    Cost(forwards=2, vjps=0, second_order=0)
+
     Attributes:
         forwards: evaluations.
         vjps: vector-Jacobian products, first and second order.
@@ -35,6 +38,10 @@ class Cost:
 @dataclass(frozen=True)
 class Transition:
     """The proposal x_s = mean + std·noise, kept in parts so that each can be edited alone.
+
+    >>> proposal = Transition(torch.zeros(1, 2), 0.5, torch.ones(1, 2))
+    >>> proposal.shift(torch.ones(1, 2)).sample()
+    tensor([[1.5000, 1.5000]])
 
     Attributes:
         mean: (B, *).
@@ -58,6 +65,14 @@ class Transition:
 @dataclass(eq=False)
 class Step:
     """Everything known at x_t. The network runs once, when x̂₀ is first asked for.
+
+    >>> from cmi_lightning.exact import GaussianPrior
+    >>> from cmi_lightning.operators import Identity
+    >>> prior, noise, x = GaussianPrior(torch.zeros(2)), SampleNoise(0, ["a"]), torch.ones(1, 2)
+    >>> t, s = prior.schedule[500], prior.schedule[499]
+    >>> step = Step(500, x, t, s, Problem(x, Identity(), 0.1), prior, noise)
+    >>> torch.allclose(step.vjp(x), torch.full((1, 2), t.alpha))  # x̂₀ = α x_t for p(x₀) = N(0, 1)
+    True
 
     Attributes:
         index: position in the respaced chain, N−1 … 0.
@@ -144,6 +159,15 @@ class Step:
 @dataclass(frozen=True)
 class Record:
     """What an observer sees of a finished step; holds no graph.
+
+    >>> from cmi_lightning import Sampler
+    >>> from cmi_lightning.exact import GaussianPrior
+    >>> from cmi_lightning.operators import Identity
+    >>> from cmi_lightning.solvers import DDIM
+    >>> x, noise = torch.zeros(1, 2), SampleNoise(0, ["a"])
+    >>> sampler = Sampler(GaussianPrior(torch.zeros(2)), DDIM(), num_steps=3)
+    >>> [(r.index, r.forwards) for r in sampler.iterate(Problem(x, Identity(), 0.1), noise, x)]
+    [(2, 1), (1, 2), (0, 3)]
 
     Attributes:
         index: position in the respaced chain, N−1 … 0.

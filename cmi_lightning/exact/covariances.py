@@ -18,6 +18,10 @@ class Covariance(nn.Module, ABC):
     Any f(C) = U f(λ) Uᵀ is then a function of the eigenvalues between two changes of basis. Zero
     eigenvalues are allowed. Points are flattened, (…, K, n), or (…, 1, n) where one serves all.
 
+    >>> DiagonalCovariance(torch.tensor([[1.0, 4.0]])).matrix()
+    tensor([[[1., 0.],
+             [0., 4.]]])
+
     Attributes:
         values: λ ≥ 0, (K, n), or (1, n) if all components share one covariance.
     """
@@ -66,6 +70,9 @@ class Covariance(nn.Module, ABC):
 class DiagonalCovariance(Covariance):
     """C_k = diag(v_k): the basis is the pixels' own.
 
+    >>> DiagonalCovariance(torch.tensor([[1.0, 4.0]])).variances()
+    tensor([[1., 4.]])
+
     Args:
         variances: v ≥ 0, (K, *shape), or (1, *shape) for one covariance of all components.
 
@@ -96,6 +103,9 @@ class DiagonalCovariance(Covariance):
 
 class DenseCovariance(Covariance):
     """Any C_k, by its eigendecomposition, which is made once, in float64.
+
+    >>> DenseCovariance(torch.tensor([[2.0, 1.0], [1.0, 2.0]])).values
+    tensor([[1., 3.]])
 
     Args:
         matrix: C, symmetric and positive semidefinite: (K, n, n), or (n, n) for one covariance of
@@ -162,6 +172,10 @@ class StationaryCovariance(Covariance):
 
     The basis is that of the discrete Hartley transform, Re F − Im F with the orthonormal Fourier
     transform F. It is real, and its own inverse. Channels are independent.
+
+    >>> StationaryCovariance(torch.tensor([[3.0, 1.0]]), grid=1).matrix().round()
+    tensor([[[2., 1.],
+             [1., 2.]]])
 
     Args:
         spectrum: λ ≥ 0 at the frequencies of ``torch.fft.fftfreq``, the same at f and −f:

@@ -24,6 +24,11 @@ from cmi_lightning.schedule import Level
 class DenseProblem(NamedTuple):
     """One sample's y = A x₀ + n, without the padding of its batch.
 
+    >>> from cmi_lightning.operators import Dense
+    >>> problem = Problem(torch.ones(1, 1), Dense(torch.ones(1, 2)), 0.1)
+    >>> as_dense(problem)
+    DenseProblem(matrix=tensor([[1., 1.]]), y=tensor([1.]), std=tensor([0.1000]))
+
     Attributes:
         matrix: A (m, n) on the flattened image.
         y: (m,).

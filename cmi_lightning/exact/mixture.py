@@ -62,6 +62,14 @@ class GaussianMixture(Denoiser):
     depends on the rest of the batch by rounding. Else rows of a diagonal mixture are independent to
     the last bit.
 
+    >>> mixture = GaussianMixture(torch.tensor([[-1.0], [1.0]]), covariance=0.1)
+    >>> level = Level(alpha=1.0, sigma=1.0, time=0.0)
+    >>> mixture(torch.zeros(1, 1), level).x0.abs() < 1e-6  # halfway between the components
+    tensor([[True]])
+    >>> posterior = mixture.condition(torch.ones(1, 1), y=torch.ones(1), std=0.1)
+    >>> posterior.mean().round(decimals=3)
+    tensor([1.])
+
     Args:
         means: μ (K, *shape).
         covariance: a variance ≥ 0: a number, (K,), or (K, *shape); or a :class:`Covariance` of one
@@ -299,6 +307,10 @@ class GaussianMixture(Denoiser):
 
 class GaussianPrior(GaussianMixture):
     """p(x₀) = N(μ, C): the mixture of one component. J is constant, and CMI has no gradient.
+
+    >>> prior = GaussianPrior(torch.zeros(2))
+    >>> prior(torch.ones(1, 2), Level(alpha=1.0, sigma=1.0, time=0.0)).x0
+    tensor([[0.5000, 0.5000]])
 
     Args:
         mean: μ (*shape).

@@ -17,6 +17,21 @@ class Guidance(ABC):  # noqa: B024
     :meth:`guide_sample`. Everything a hook returns must be per sample: row b may depend on row b of
     its inputs only.
 
+    >>> class Nudge(Guidance):
+    ...     differentiable = False
+    ...     def guide_denoised(self, step, x0):
+    ...         return x0 + 0.1 * step.problem.operator.adjoint(step.residual)
+    >>> import torch
+    >>> from cmi_lightning import Problem, Sampler
+    >>> from cmi_lightning.exact import GaussianPrior
+    >>> from cmi_lightning.noise import SampleNoise
+    >>> from cmi_lightning.operators import Identity
+    >>> from cmi_lightning.solvers import DDPM
+    >>> x, noise = torch.zeros(1, 2), SampleNoise(0, ["a"])
+    >>> sampler = Sampler(GaussianPrior(x[0]), DDPM(), [Nudge()], num_steps=10)
+    >>> sampler.run(Problem(x, Identity(), 0.1), noise, x).shape
+    torch.Size([1, 2])
+
     Attributes:
         differentiable: the guidance asks for gradients with respect to x_t.
         stochastic: the guidance needs a solver that injects noise.

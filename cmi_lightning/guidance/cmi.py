@@ -31,6 +31,12 @@ class CMI(Guidance):
     (docs/mixture.md). The defaults are the paper's sign, and cautious. Search ``scale``, zero and
     both signs included.
 
+    >>> from cmi_lightning import Sampler
+    >>> from cmi_lightning.denoisers import shipped_prior
+    >>> from cmi_lightning.guidance import DPS
+    >>> from cmi_lightning.solvers import DDPM
+    >>> sampler = Sampler(shipped_prior(), DDPM(), [CMI(interval=3), DPS()], num_steps=100)
+
     Args:
         scale: η as a share, see ``step_size``; negative to descend; 0 switches the guidance off, at
             no cost.

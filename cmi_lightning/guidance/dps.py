@@ -17,6 +17,11 @@ class DPS(Guidance):
     the unclamped x̂₀ (there, clamped pixels have none). The norm is not squared, as in the code and
     in the paper's Alg. 1 with ζ = ζ'/‖y − A x̂₀‖, up to a factor 2.
 
+    >>> from cmi_lightning import Sampler
+    >>> from cmi_lightning.denoisers import shipped_prior
+    >>> from cmi_lightning.solvers import DDPM
+    >>> sampler = Sampler(shipped_prior(), DDPM(), [DPS(0.5)], num_steps=100)
+
     Args:
         scale: ζ, the same at every step. The paper's values for 1,000 steps are 0.3 to 1; fewer
             steps need larger ones.

@@ -23,6 +23,11 @@ class DSG(Guidance):
     pixel's serves all); the last step, which adds no noise, is not moved (there, it is moved by the
     first pixel's clipped std).
 
+    >>> from cmi_lightning import Sampler
+    >>> from cmi_lightning.denoisers import shipped_prior
+    >>> from cmi_lightning.solvers import DDPM
+    >>> sampler = Sampler(shipped_prior(), DDPM(), [DSG(rate=0.1)], num_steps=100)
+
     Args:
         rate: guidance rate in [0, 1]: 0 only normalises the noise, 1 follows the gradient alone.
         interval: guide every ``interval``-th step of the respaced chain.

@@ -30,6 +30,11 @@ class MCG(Guidance):
     nearest neighbour instead of A⁺; y is noised to the level s of the sample it replaces, where
     both repositories noise it to t; noise is put on measured entries only; norms are per sample.
 
+    >>> from cmi_lightning import Sampler
+    >>> from cmi_lightning.denoisers import shipped_prior
+    >>> from cmi_lightning.solvers import DDPM
+    >>> sampler = Sampler(shipped_prior(), DDPM(), [MCG(0.5)], num_steps=100)
+
     Args:
         scale: ζ.
         level: the level that y is noised to, "then" (s) or "now" (t). On a mask, "now" is the

@@ -28,6 +28,11 @@ class MomentMatching(Guidance):
     Differs from the reference codes: they solve A J Aᵀ u = r by conjugate gradients or GMRES
     without a guard (azula, one iteration by default), or with diagonal approximations of Σ (TMPD).
 
+    >>> from cmi_lightning import Sampler
+    >>> from cmi_lightning.denoisers import shipped_prior
+    >>> from cmi_lightning.solvers import DDPM
+    >>> sampler = Sampler(shipped_prior(), DDPM(), [MomentMatching(krylov=2)], num_steps=100)
+
     Args:
         krylov: dimension of the Krylov space, conjugate gradients' number of iterations.
         scale: factor on the change of x̂₀; 1 is the posterior mean, 0 switches the guidance off.

@@ -24,6 +24,11 @@ class PiGDM(Guidance):
     which are options here. Differs from the published code (noiseless): Σ_n is not ignored; x_N is
     not started from A⁺y; x̂₀ is clamped for the solver only, not inside g.
 
+    >>> from cmi_lightning import Sampler
+    >>> from cmi_lightning.denoisers import shipped_prior
+    >>> from cmi_lightning.solvers import DDPM
+    >>> sampler = Sampler(shipped_prior(), DDPM(), [PiGDM(prior_variance=0.5)], num_steps=100)
+
     Args:
         prior_variance: v, the variance of clean images; r² = v σ_t²/(v α_t² + σ_t²). v = 1 gives
             the paper's r² = 1 − ᾱ_t; v = inf gives σ_t²/α_t².

@@ -25,6 +25,9 @@ STEP_LENGTH = 0.03
 class Information(NamedTuple):
     """What one estimate of the conditional mutual information gives, per sample.
 
+    >>> Information(torch.zeros(1), torch.zeros(1, 3)).residual is None
+    True
+
     Attributes:
         value: I(x₀; y | x_t) in nats, (B,).
         gradient: ∇_{x_t} I, (B, *).
@@ -47,6 +50,14 @@ class Estimator(ABC):
     This is the paper's ½ log det Σ − ½ log det (Σ⁻¹ + Aᵀ Σ_n⁻¹ A)⁻¹, and its gradient the paper's
     ½ [tr(Σ⁻¹ ∇Σ) − tr(Σ_y⁻¹ ∇Σ_y)], by Woodbury's identity: Σ is never inverted.
 
+    >>> class Nothing(Estimator):
+    ...     derivatives = 0
+    ...     def __call__(self, step):
+    ...         return Information(step.x.new_zeros(len(step.x)), torch.zeros_like(step.x))
+    >>> from cmi_lightning.guidance import CMI
+    >>> CMI(estimator=Nothing()).derivatives
+    0
+
     Source: Hamidi & Yang (2025), Theorems 1 and 2.
     """
 
@@ -63,6 +74,10 @@ class Estimator(ABC):
 @dataclass(frozen=True)
 class ProbeEstimator(Estimator):
     """Averages an estimate over random sign vectors, E[v vᵀ] = 1.
+
+    >>> from cmi_lightning.information import TraceLimit
+    >>> TraceLimit().derivatives, TraceLimit(derivative="difference").derivatives
+    (2, 1)
 
     Args:
         probes: sign vectors per step; the variance falls as 1/probes.

@@ -42,6 +42,9 @@ class ImageProbes(ProbeEstimator):
     Bias: of the Krylov space alone. Variance: that of the n×n matrices ½ M ∂_k Σ where Lanczos has
     m×m ones of the same trace: what v holds outside the range of Aᵀ adds noise and no signal.
 
+    >>> from cmi_lightning.guidance import CMI
+    >>> guidance = CMI(estimator=ImageProbes(krylov=3))
+
     Args:
         probes: sign vectors per step.
         derivative: "autograd" or "difference".
@@ -87,6 +90,9 @@ class TwoTraces(ProbeEstimator):
     Cost of a probe: 2·``krylov`` + 2 products and one second-order pass ("autograd").
     Bias: of two Krylov spaces and of ``floor``. Variance: of ½ Σ⁻¹ (∂_k Σ) M Σ, which grows with
     the condition of Σ.
+
+    >>> from cmi_lightning.guidance import CMI
+    >>> guidance = CMI(estimator=TwoTraces(floor=0.01))
 
     Args:
         probes: sign vectors per step.

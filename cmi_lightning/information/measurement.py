@@ -46,6 +46,9 @@ class Lanczos(ProbeEstimator):
     where f' jumps; on super-resolution ×4 they are alike. :class:`TraceLimit` has as good a
     direction for a quarter of the passes, and no value in nats.
 
+    >>> from cmi_lightning.guidance import CMI
+    >>> guidance = CMI(estimator=Lanczos(krylov=3))
+
     Args:
         probes: sign vectors per step.
         derivative: "autograd" or "difference", see :class:`ProbeEstimator`.
@@ -93,6 +96,9 @@ class Ridge(Lanczos):
     Cost: as :class:`Lanczos`. Bias: I and ∇I are those of the noisier measurement, both smaller in
     size as a rule; of the Krylov space less than at delta = 0. Variance: smaller with the gradient.
 
+    >>> from cmi_lightning.guidance import CMI
+    >>> guidance = CMI(estimator=Ridge(delta=0.5))
+
     Args:
         probes: sign vectors per step.
         derivative: "autograd" or "difference".
@@ -122,6 +128,9 @@ class TraceLimit(ProbeEstimator):
     pass ("autograd"), or 3 products and 2 forwards ("difference").
     Bias: O(M²), the largest of all estimators where the noise is small. Variance: as
     :class:`Lanczos` with f' = 1.
+
+    >>> from cmi_lightning.guidance import CMI
+    >>> guidance = CMI(estimator=TraceLimit(probes=2))
 
     Args:
         probes: sign vectors per step.

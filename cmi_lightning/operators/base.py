@@ -109,6 +109,17 @@ class OperatorFactory(LinearOperator):
 
     A subclass overrides :meth:`bind` to return the operator that the options describe. The factory
     itself has no forward map.
+
+    >>> class HalfMask(OperatorFactory):
+    ...     def bind(self, image_shape, noise, like):
+    ...         mask = torch.ones(1, *image_shape[1:])
+    ...         mask[..., image_shape[2] // 2 :] = 0
+    ...         return PixelMask.from_mask(mask, torch.empty(1, *image_shape))
+    >>> from cmi_lightning import Problem
+    >>> from cmi_lightning.operators import PixelMask
+    >>> x = torch.zeros(1, 1, 4, 4)
+    >>> Problem.simulate(x, HalfMask(), 0.05, SampleNoise(0, ["a"])).y.shape
+    torch.Size([1, 1, 8])
     """
 
     @abstractmethod

@@ -33,6 +33,10 @@ class Convolution(LinearOperator):
     solve takes conjugate gradients, and A⁺ is damped instead, Aᵀ (AAᵀ + (rcond · Σ|k|)²)⁻¹; it
     nears the exact A⁺ as rcond → 0. Either way A⁺y magnifies noise at most about 1/rcond times.
 
+    >>> A = Convolution(torch.tensor([[[0.0, 0.0, 1.0]]]), "circular")  # y_i = x_{i + 1}
+    >>> A(torch.tensor([[[[1.0, 2.0, 4.0]]]])).round()
+    tensor([[[[2., 4., 1.]]]])
+
     Args:
         kernels: (B, kh, kw), or (1, kh, kw) for one kernel for all images.
         padding: what lies outside the image: its mirror image without the outermost pixel
@@ -145,6 +149,11 @@ class MotionBlur(OperatorFactory):
     rarely flips; both spreads grow with ``intensity``. It is drawn at twice the size, softened and
     reduced. Kernels are ≥ 0 and sum to 1, and depend on the seed and the image's id alone.
     It becomes a :class:`Convolution`.
+
+    >>> from cmi_lightning import Problem
+    >>> x, noise = torch.zeros(2, 1, 8, 8), SampleNoise(0, ["a", "b"])
+    >>> Problem.simulate(x, MotionBlur(5), 0.05, noise).y.shape
+    torch.Size([2, 1, 8, 8])
 
     Args:
         kernel_size: side of the kernel in pixels, at least 1.

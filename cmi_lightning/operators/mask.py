@@ -17,7 +17,11 @@ from cmi_lightning.operators.base import LinearOperator, OperatorFactory
 
 @dataclass(frozen=True)
 class Identity(LinearOperator):
-    """y = x₀ + n (denoising): A = I, measurements (B, C, H, W)."""
+    """y = x₀ + n (denoising): A = I, measurements (B, C, H, W).
+
+    >>> Identity()(torch.ones(1, 1, 1, 2))
+    tensor([[[[1., 1.]]]])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x."""
@@ -43,6 +47,11 @@ class PixelMask(LinearOperator):
     The positions are an image's own and the same in all its channels. AAᵀ is the identity, so A⁺
     is Aᵀ: known pixels at their places, 0 elsewhere. Where the images of a batch keep unequal
     numbers of pixels, the lists are padded to the longest with rows in which A is zero.
+
+    >>> x = torch.arange(4.0).reshape(1, 1, 2, 2)
+    >>> A = PixelMask.from_mask(torch.tensor([[[1, 0], [0, 1]]]), x)
+    >>> A(x), A.pinv(A(x)).flatten()
+    (tensor([[[0., 3.]]]), tensor([0., 0., 0., 3.]))
 
     Args:
         index: positions in the flattened image (B, m), int64, no position twice in an image.
@@ -140,6 +149,11 @@ class RandomMask(OperatorFactory):
     Every image has a mask of its own, which depends on the seed and the image's id alone.
     It becomes a :class:`PixelMask`; measurements are (B, C, m).
 
+    >>> from cmi_lightning import Problem
+    >>> x, noise = torch.zeros(2, 1, 8, 8), SampleNoise(0, ["a", "b"])
+    >>> Problem.simulate(x, RandomMask(0.75), 0.05, noise).y.shape
+    torch.Size([2, 1, 16])
+
     Args:
         fraction: the share of pixels to remove, in [0, 1).
 
@@ -181,6 +195,11 @@ class BoxMask(OperatorFactory):
     top ~ U{margin, …, H − margin − h}, left ~ U{margin, …, W − margin − w}. Every image has a box
     of its own, which depends on the seed and the image's id alone. It becomes a
     :class:`PixelMask`; measurements are (B, C, H·W − h·w).
+
+    >>> from cmi_lightning import Problem
+    >>> x, noise = torch.zeros(2, 1, 8, 8), SampleNoise(0, ["a", "b"])
+    >>> Problem.simulate(x, BoxMask(4, margin=1), 0.05, noise).y.shape
+    torch.Size([2, 1, 48])
 
     Args:
         size: side of the box in pixels, or (height, width); at least 1.

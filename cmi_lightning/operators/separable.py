@@ -59,6 +59,10 @@ class Separable(LinearOperator):
     (AAᵀ + λ)⁻¹ and A⁺ are exact and cheap. A⁺ leaves out s_i s_j < rcond · max s_i s_j: noise of
     standard deviation σ in y is magnified to at most σ / (rcond · max s_i s_j) in A⁺y.
 
+    >>> A = Separable(torch.ones(1, 2), torch.eye(2))
+    >>> A(torch.ones(1, 1, 2, 2))
+    tensor([[[[2., 2.]]]])
+
     Args:
         height: A_h (h, H).
         width: A_w (w, W).
@@ -145,6 +149,11 @@ class GaussianBlur(OperatorFactory):
     r = min(⌊4 sd + ½⌋, ⌊(kernel_size − 1)/2⌋). Measurements have the size of the images, which may
     be smaller than the kernel. It becomes a :class:`Separable`.
 
+    >>> from cmi_lightning import Problem
+    >>> x, noise = torch.zeros(2, 1, 8, 8), SampleNoise(0, ["a", "b"])
+    >>> Problem.simulate(x, GaussianBlur(5, sd=1.0), 0.05, noise).y.shape
+    torch.Size([2, 1, 8, 8])
+
     Args:
         kernel_size: the most taps of the kernel, at least 1.
         sd: standard deviation in pixels, above 0.
@@ -191,6 +200,11 @@ class Downsample(OperatorFactory):
     Along each axis y_i = Σ_j w_ij x_j with w_ij ∝ h((u_i − j)/f), u_i = (i + ½) f − ½ and
     Σ_j w_ij = 1. h is Keys' cubic kernel with a = −½, and the image is mirrored at its edges.
     It becomes a :class:`Separable`. A is well conditioned, so that A⁺ is exact.
+
+    >>> from cmi_lightning import Problem
+    >>> x, noise = torch.zeros(2, 1, 8, 8), SampleNoise(0, ["a", "b"])
+    >>> Problem.simulate(x, Downsample(4), 0.05, noise).y.shape
+    torch.Size([2, 1, 2, 2])
 
     Args:
         factor: f, at least 1.

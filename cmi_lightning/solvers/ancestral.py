@@ -22,6 +22,9 @@ class DDPM(Solver):
     v = β̃ ("small"), v = β ("large"), or log v = f log β + (1 − f) log β̃ ("learned") with the
     network's fraction f per pixel. The last step adds no noise.
 
+    >>> DDPM("large").stochastic
+    True
+
     Args:
         variance: which variance.
 
@@ -74,6 +77,9 @@ class DDIM(Solver):
     """x_s = α_s x̂₀ + √(σ_s² − v) ε̂ + √v z, with ε̂ = (x_t − α_t x̂₀)/σ_t and v = η² β̃.
 
     η = 0 is deterministic; η = 1 has DDPM's posterior variance, and the same law.
+
+    >>> DDIM().stochastic, DDIM(eta=1.0).stochastic
+    (False, True)
 
     Args:
         eta: share of DDPM's noise, in [0, 1].

@@ -15,6 +15,12 @@ GuidedX0 = Callable[[Step], Tensor]
 class Solver(ABC):
     """Turns x̂₀ into a transition; it alone decides how often the network is asked.
 
+    >>> class Direct(Solver):  # to x̂₀, in every step
+    ...     stochastic = False
+    ...     def transition(self, step, guided_x0):
+    ...         mean = step.s.alpha * guided_x0(step)
+    ...         return Transition(mean, step.s.sigma, step.normal("solver"))
+
     Attributes:
         needs_variance: the solver reads the network's learned variance.
     """

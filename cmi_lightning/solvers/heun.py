@@ -18,6 +18,10 @@ class Heun(Solver):
 
     The last step, to σ = 0, is Euler's: x = x̂₀. Deterministic.
 
+    >>> from cmi_lightning import Sampler
+    >>> from cmi_lightning.denoisers import shipped_prior
+    >>> sampler = Sampler(shipped_prior(), Heun(), num_steps=50)
+
     Source: Karras et al. (2022), Alg. 1 (without churn).
     """
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 class Check:
     """A figure and what it should be.
 
+    >>> Check("⟨Ax, y⟩ = ⟨x, Aᵀy⟩", figure=0.3, bar=1e-9).verdict
+    'FAIL'
+
     Args:
         name: what was checked, for people.
         figure: what came out.
