@@ -21,7 +21,7 @@ def summaries() -> dict[str, str]:
     >>> summaries()["solver/heun"]
     'Deterministic; two network evaluations per step.'
     """
-    found = {}
+    found: dict[str, str] = {}
     for path in FOLDER.rglob("*.yaml"):
         name = path.relative_to(FOLDER).with_suffix("").as_posix()
         text = path.read_text(encoding="utf-8")
