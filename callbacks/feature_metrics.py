@@ -13,18 +13,20 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from cmi_lightning.callbacks.base import RecordingCallback, failures, plain
 from cmi_lightning.callbacks.classifier import GarmentClassifier
 from cmi_lightning.callbacks.distances import frechet, kernel, perceptual
 from cmi_lightning.callbacks.drawing import levels
+from cmi_lightning.callbacks.embeddings import embedding_path, read_embeddings
 from cmi_lightning.callbacks.networks import Published
 from cmi_lightning.callbacks.summary import given_up, means, statistics
 from cmi_lightning.errors import InputError, first_line
 from cmi_lightning.fetch import sha256
 from cmi_lightning.files import write
-from cmi_lightning.paths import inside, safe_name
+from cmi_lightning.paths import safe_name
 from cmi_lightning.predict.module import Restoration
 
 FEW = 10  # images per feature below which a covariance is poorly known
@@ -39,33 +41,6 @@ LABELS = {
     "fid": "FID",
     "kid": "KID",
 }
-
-
-def embedding_path(folder: Path, name: str, embeddings: str = "embeddings") -> Path:
-    """Return where a run's folder keeps a sample's features, by its id.
-
-    The file is an array (2 + 1 + K, D): of the truth, the restoration, A⁺y, and, where there are
-    several, the K draws.
-    """
-    return inside(folder / embeddings, name, ".npy")
-
-
-def read_embeddings(folder: Path, ids: Sequence[str], embeddings: str = "embeddings") -> Tensor:
-    """Return the features (N, 3 + K, D) that :class:`FeatureMetrics` wrote for samples, in order.
-
-    Raises:
-        InputError: if a sample has none.
-    """
-    arrays = []
-    for name in ids:
-        path = embedding_path(folder, name, embeddings)
-        try:
-            arrays.append(np.load(path))
-        except (FileNotFoundError, ValueError, EOFError) as error:
-            raise InputError(
-                f"'{path}' is missing or damaged: run the same command again, with FeatureMetrics."
-            ) from error
-    return torch.from_numpy(np.stack(arrays))
 
 
 class FeatureMetrics(RecordingCallback):
@@ -163,39 +138,37 @@ class FeatureMetrics(RecordingCallback):
 
     def measure(self, outputs: Restoration) -> list[dict[str, Any]]:
         """Return the distances, and write the features."""
-        entries, draws = [], outputs["draws"]
-        for i, name in enumerate(outputs["id"]):
-            values: dict[str, float] = {}
-            features, notes = None, []
-            subject = f"The distances of {self.title} are"
-            if isinstance(self.network, Published):
-                subject = f"{self.network.metric} is"
-            if outputs["truth"] is None:
-                notes.append(f"There is no ground truth: {_lower(subject)} left out.")
-            elif not self.missing:
-                each = None if draws is None else draws[i]
-                both = outputs["restored"][i], outputs["measurement"][i]
-                try:  # a sample at a time, so that its numbers do not depend on its batch
-                    values, features = self.numbers(outputs["truth"][i], *both, each)
-                except Exception as error:  # a metric is no reason to lose a run
-                    notes.append(f"{subject} left out: {first_line(error)}")
-                else:
-                    if isinstance(self.network, Published) and len(outputs["truth"][i]) == 1:
-                        seen = "sees gray images with their channel repeated three times."
-                        notes.append(f"{self.network.metric} {seen}")
-            if features is not None:
-                data = io.BytesIO()
-                np.save(data, features.cpu().numpy())
-                write(embedding_path(self.folder, name, self.embeddings), data.getvalue())
-            entries.append(
-                {
-                    self.key: {key: plain(value) for key, value in values.items()},
-                    f"{self.key}_features": features is not None,
-                    f"{self.key}_network": self.about["sha256"],
-                    f"{self.key}_notes": notes,
-                }
-            )
-        return entries
+        return [self._measure(outputs, i) for i in range(len(outputs["id"]))]
+
+    def _measure(self, outputs: Restoration, i: int) -> dict[str, Any]:
+        """Return one sample's entry: its numbers do not depend on its batch."""
+        published = isinstance(self.network, Published)
+        subject = f"{self.network.metric} is" if published else f"The distances of {self.title} are"
+        values: dict[str, float] = {}
+        features, notes, draws = None, [], outputs["draws"]
+        if outputs["truth"] is None:
+            notes.append(f"{subject} left out: there is no ground truth.")
+        elif not self.missing:
+            each = None if draws is None else draws[i]
+            both = outputs["restored"][i], outputs["measurement"][i]
+            try:
+                values, features = self.numbers(outputs["truth"][i], *both, each)
+                if published and len(outputs["truth"][i]) == 1:
+                    seen = "sees gray images with their channel repeated three times."
+                    notes.append(f"{self.network.metric} {seen}")
+            except Exception as error:  # a metric is no reason to lose a run
+                notes.append(f"{subject} left out: {first_line(error)}")
+        if features is not None:
+            data = io.BytesIO()
+            np.save(data, features.cpu().numpy())
+            path = embedding_path(self.folder, outputs["id"][i], self.embeddings)
+            write(path, data.getvalue())
+        return {
+            self.key: {key: plain(value) for key, value in values.items()},
+            f"{self.key}_features": features is not None,
+            f"{self.key}_network": self.about["sha256"],
+            f"{self.key}_notes": notes,
+        }
 
     def numbers(
         self, truth: Tensor, restored: Tensor, measurement: Tensor, draws: Tensor | None
@@ -317,15 +290,7 @@ class FeatureMetrics(RecordingCallback):
         return [(0, means(self.result["metrics"]))]
 
 
-def _lower(text: str) -> str:
-    return text[0].lower() + text[1:] if text.startswith("The ") else text
-
-
 def _checksum(network: nn.Module) -> str:
     """Return the SHA-256 of a network's tensors, by name, type and shape."""
-    total = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(flat.view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+    state = {name: value.cpu().contiguous().clone() for name, value in network.state_dict().items()}
+    return hashlib.sha256(save(state)).hexdigest()

@@ -35,7 +35,8 @@ from cmi_lightning.callbacks import (
     TrajectoryLogger,
 )
 from cmi_lightning.callbacks.drawing import levels, tile, to_images, to_uint8
-from cmi_lightning.callbacks.feature_metrics import STABLE_FID, read_embeddings
+from cmi_lightning.callbacks.embeddings import read_embeddings
+from cmi_lightning.callbacks.feature_metrics import STABLE_FID
 from cmi_lightning.callbacks.networks import load_lpips
 from cmi_lightning.callbacks.summary import statistics
 from cmi_lightning.callbacks.trajectory import plot_curves

@@ -27,7 +27,7 @@ from cmi_lightning.callbacks.distances import (
     perceptual,
 )
 from cmi_lightning.callbacks.drawing import levels
-from cmi_lightning.callbacks.feature_metrics import embedding_path, read_embeddings
+from cmi_lightning.callbacks.embeddings import embedding_path, read_embeddings
 from cmi_lightning.data.fashion import DEBIAN_FOLDER, FashionMNIST
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import DPS

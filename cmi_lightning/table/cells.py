@@ -94,7 +94,7 @@ class StartedCell:
 
     def embeddings(self, ids: Sequence[str], of: int = RESTORED) -> tuple[Tensor, Tensor] | None:
         """Return the classifier's features (N, D) of truth and restoration; None without."""
-        from cmi_lightning.callbacks.feature_metrics import embedding_path, read_embeddings
+        from cmi_lightning.callbacks.embeddings import embedding_path, read_embeddings
 
         new = [name for name in ids if name not in self._embeddings]
         if not all(embedding_path(self.cell.folder, name).is_file() for name in new):
@@ -158,7 +158,7 @@ class StartedCell:
     def fid(self) -> float | None:
         """Return the run's FID, where its network was at hand and it is of just these images."""
         entry = read_json(self.cell.folder / "summary.json").get("metrics", {}).get("fid")
-        return float(entry["mean"]) if entry and entry["count"] == len(self.all) else None
+        return float(entry["mean"]) if entry and entry["count"] == len(self.records) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
