@@ -134,7 +134,7 @@ def test_without_tensorboard_and_matplotlib(tmp_path, monkeypatch, caplog):
     assert isinstance(logger, CSVLogger)
     with caplog.at_level(logging.WARNING):
         predict(tmp_path, logger)
-    assert "There is no plot of the curves: matplotlib is not installed." in caplog.text
+    assert "There is no plot of the curves: matplotlib is not installed" in caplog.text
     assert not (tmp_path / "trajectory.png").exists()
     assert (tmp_path / "trajectory.csv").is_file()
     assert "metrics/psnr" in (tmp_path / "logs/metrics.csv").read_text()
