@@ -12,10 +12,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 
-from cmi_lightning import configs
-from cmi_lightning.errors import InputError, one_sentence
+from cmi_lightning import configs, errors
+from cmi_lightning.errors import InputError
 
 USAGE = """\
 usage: cmi-lightning {predict,fit,verify,tune,table,configs,fetch} [-c CONFIG] [--option VALUE] ...
@@ -52,32 +54,51 @@ COMMANDS = {  # imported when asked for: the help needs no torch
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0; 1 if a check failed; 2 for bad input; 3 if images failed or could not be read and the others
-    are restored. SIGINT and SIGTERM end a prediction with 130 and 143.
+    0; 1 if a check failed, or for an error that nobody foresaw; 2 for bad input; 3 if images failed
+    or could not be read and the others are restored. SIGINT and SIGTERM end a command with 130 and
+    143.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if os.getcwd() not in sys.path:  # a console script lacks it, and users keep their classes here
         sys.path.insert(0, os.getcwd())
-    command, rest = (args[0], args[1:]) if args else ("--help", [])
+    before, errors.ON_COMMAND_LINE = errors.ON_COMMAND_LINE, True
     try:
-        if command in ("-h", "--help"):
-            print(USAGE + ", ".join(configs.summaries()))
-        elif command == "--version":
-            from cmi_lightning import __version__
-
-            print(f"cmi-lightning {__version__}")
-        elif command == "configs":
-            for name, line in configs.summaries().items():
-                print(f"{name:26}{line}")
-        elif command in COMMANDS:
-            return getattr(importlib.import_module(COMMANDS[command]), command)(rest)
-        else:
-            raise InputError(f"Unknown command '{command}': use {', '.join(COMMANDS)}, configs.")
+        return _run(args)
+    except InputError as error:
+        told, code = errors.one_sentence(error), 2
     except Exception as error:
-        # Lightning's own word for bad options; importing it here would slow down --help.
-        lightnings = type(error).__name__ == "MisconfigurationException"
-        if not isinstance(error, InputError) and not lightnings:
-            raise
-        print(f"cmi-lightning: error: {one_sentence(str(error))}", file=sys.stderr)
-        return 2
+        if type(error).__name__ == "MisconfigurationException":  # Lightning's word for bad options
+            told, code = errors.one_sentence(error), 2
+        else:
+            told, code = _unforeseen(error), 1
+    finally:
+        errors.ON_COMMAND_LINE = before
+    print(f"cmi-lightning: error: {told}", file=sys.stderr)
+    return code
+
+
+def _unforeseen(error: Exception) -> str:
+    """Keep an error's traceback in a file, and return a sentence that names it."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="cmi-lightning-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        traceback.print_exception(error, file=file)
+    return f"{type(error).__name__}: {errors.first_line(error)} (traceback: {file.name})"
+
+
+def _run(args: list[str]) -> int:
+    command, rest = (args[0], args[1:]) if args else ("--help", [])
+    if command in ("-h", "--help"):
+        print(USAGE + ", ".join(configs.summaries()))
+    elif command == "--version":
+        from cmi_lightning import __version__
+
+        print(f"cmi-lightning {__version__}")
+    elif command == "configs":
+        for name, line in configs.summaries().items():
+            print(f"{name:26}{line}")
+    elif command in COMMANDS:
+        return getattr(importlib.import_module(COMMANDS[command]), command)(rest)
+    else:
+        raise InputError(f"Unknown command '{command}': use {', '.join(COMMANDS)}, configs.")
     return 0

@@ -1,7 +1,10 @@
-"""The one exception for what a user can mend, and the one way to warn."""
+"""The one exception for what a user can mend, and words for messages."""
 
 import logging
+import re
 from functools import cache
+
+ON_COMMAND_LINE = False  # set by cli.main: messages name what the person who asks can type
 
 
 class InputError(ValueError):
@@ -15,15 +18,29 @@ class InputError(ValueError):
     """
 
 
-def first_line(error: Exception) -> str:
+def wording(option: str, argument: str) -> str:
+    """Return ``option`` if the command line asks, ``argument`` if Python does."""
+    return option if ON_COMMAND_LINE else argument
+
+
+def first_line(error: BaseException) -> str:
     """Return the first line of another library's message, to be told as the reason in ours."""
-    return str(error).strip().partition("\n")[0]
+    return one_sentence(str(error).strip().partition("\n")[0] if not _of_worker(error) else error)
 
 
-def one_sentence(message: str) -> str:
-    """Return a parser message on one line, without its repetitions."""
-    parts = [part.strip(" -") for part in message.splitlines()]
+def one_sentence(message: object) -> str:
+    """Return a message on one line, without its repetitions; of a worker's, its last line."""
+    lines = str(message).splitlines()
+    if _of_worker(message):
+        lines = [re.sub(r"^[\w.]*(Error|Exception): ", "", lines[-1] if lines[-1] else lines[-2])]
+    parts = [part.strip(" -") for part in lines]
     return " ".join(dict.fromkeys(part for part in parts if part))
+
+
+def _of_worker(message: object) -> bool:
+    """Whether a loader's worker process has put its traceback into the message."""
+    text = str(message)
+    return text.startswith("Caught ") and "Original Traceback" in text
 
 
 @cache

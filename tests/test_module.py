@@ -89,7 +89,7 @@ def test_half_precision_on_the_cpu_is_bfloat16(prior, shipped_images):
     module = PosteriorSampler(prior, BoxMask(14, 4), guidances=[DPS()], num_steps=2)
     a, b = (t.predict(module, loader(shipped_images[:2]))[0]["restored"] for t in (half, bfloat))
     assert torch.equal(a, b)
-    identities = [module.identity(trainer, None) for trainer in (half, bfloat)]
+    identities = [module.fingerprint(trainer, None) for trainer in (half, bfloat)]
     assert identities[0] == identities[1]  # a run of one is gone on with by the other
 
 

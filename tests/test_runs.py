@@ -29,7 +29,7 @@ from cmi_lightning.callbacks import TrajectoryLogger as Trajectory
 from cmi_lightning.cli import main
 from cmi_lightning.denoisers import Denoiser
 from cmi_lightning.exact import GaussianMixture
-from cmi_lightning.files import write
+from cmi_lightning.files import mark, write
 from cmi_lightning.guidance import CMI, DPS, Guidance
 from cmi_lightning.information import Lanczos
 from cmi_lightning.linalg import norm
@@ -114,7 +114,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, prior, shipped_imag
         f"records/set/{i}.json" for i in range(3)
     }
     assert "summary.json" not in cut
-    left = tmp_path / "cut/restored/set/.killed.tmp"  # of a process that was killed while writing
+    # Of a process that was killed while writing.
+    left = tmp_path / f"cut/restored/set/.{mark(Path('0.png'))}.{'0' * 32}.tmp"
     left.write_bytes(b"half")
     again = Count()
     results = predict(sampler(prior, DPS()), tmp_path / "cut", x, again)
@@ -189,7 +190,7 @@ def test_a_folder_of_other_options_is_refused(tmp_path, prior, shipped_images, c
     with pytest.raises(InputError) as error:
         predict(other, tmp_path, shipped_images[:1], count, precision=precision)
     assert all(word in str(error.value) for word in words), error.value
-    assert "--overwrite" in str(error.value)
+    assert "overwrite=True" in str(error.value)
     assert count.batches == []
     assert files(tmp_path) == before
 
@@ -224,7 +225,8 @@ def test_options_of_custom_parts_are_found():
 
     a, b = (dict(options("x", Custom(1.0, np.ones(3) * v))) for v in (1, 2))
     assert a["x.scale"] == "1.0"
-    assert set(a) == {"x", "x.scale", "x.kernel"}
+    name = f"source of {Custom.__module__}.{Custom.__qualname__}"
+    assert set(a) == {"x", "x.scale", "x.kernel", name}
     assert "x.kernel was" in str(differences(a, b))
     assert differences(a, dict(a)) is None
     many = {f"x.{i}": "1" for i in range(9)}
@@ -551,7 +553,13 @@ def test_out_of_memory_halves_the_batches_once(tmp_path, caplog, shipped_images,
     (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("cmi_lightning")]
     assert "Out of memory with 4 images at a time: going on with 2" in message
     a, b = files(tmp_path / "a"), files(tmp_path / "b")
-    assert {n for n in a if a[n] != b.get(n)} == {"run.json", "summary.json"}  # the prior's name
+    # The prior's name, and with it the options' checksum in every record.
+    others = {n for n in a if a[n] != b.get(n)} - {"run.json", "summary.json"}
+    assert others == {f"records/set/{i}.json" for i in range(7)}
+    for name in others:
+        first, second = (json.loads(x[name]) for x in (a, b))
+        assert first.pop("options") != second.pop("options")
+        assert first == second
 
 
 def test_out_of_memory_twice_is_told(tmp_path, shipped_images):

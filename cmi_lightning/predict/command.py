@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 from cmi_lightning.errors import InputError, first_line
+from cmi_lightning.files import make_folder, write
 from cmi_lightning.predict.options import lightning_cli, prediction_cli
 
 
@@ -39,38 +43,117 @@ def predict(args: list[str]) -> int:
 
 
 def fit(args: list[str]) -> int:
-    """Train a score network and write its weights, network.safetensors."""
-    import torch
-    from safetensors.torch import save_file
+    """Train a score network and write its weights, network.safetensors.
 
+    Ctrl-C and SIGTERM end it with 130 and 143; the weights so far are written all the same.
+    """
     from cmi_lightning.training import ScoreTraining
 
     cli = lightning_cli(ScoreTraining, args, resumable=True)
+    folder = Path(cli.trainer.default_root_dir).expanduser()
+    make_folder(folder, "trainer.default_root_dir")
     if resume := cli.config.ckpt_path:
-        _check_checkpoint(Path(resume))
-    path = Path(cli.trainer.default_root_dir) / "network.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
+        _check_checkpoint(Path(resume), cli.model)
+    cli.datamodule.setup("fit")
+    _check_images(cli.model, getattr(cli.datamodule, "image_shape", None))
+    cli.trainer.callbacks.insert(0, _stopping())
+    code = 0
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
+    except SystemExit as stop:
+        if not cli.trainer.interrupted:
+            raise
+        code = 130 if stop.code == 1 else int(stop.code or 0)
     if cli.trainer.is_global_zero:
-        whole = torch.contiguous_format
-        state = cli.model.network.state_dict()
-        weights = {name: v.cpu().clone(memory_format=whole) for name, v in state.items()}
-        save_file(weights, path)  # averaged, where an averaging callback is on
-        print(f"weights: {path}")
+        _save(cli.model.network, folder / "network.safetensors")
+        print(f"weights: {folder / 'network.safetensors'}")
+        if code:
+            checkpoint = folder / "stopped.ckpt"
+            print(
+                f"cmi-lightning: stopped at step {cli.trainer.global_step}; go on with "
+                f"--ckpt_path {checkpoint}",
+                file=sys.stderr,
+            )
+    if code:
+        raise SystemExit(code)
     return 0
 
 
-def _check_checkpoint(path: Path) -> None:
-    """Refuse a checkpoint that is missing, damaged, or could run code when it is loaded."""
+def _stopping() -> Any:
+    """Return a callback that ends training at SIGTERM as at Ctrl-C, with a checkpoint."""
+    import lightning as L
+
+    class Stopping(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, self._terminate)  # Lightning puts the old one back
+
+        def _terminate(self, signum: int, frame: Any) -> None:
+            signal.signal(signum, signal.SIG_IGN)
+            raise SystemExit(128 + signum)
+
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            if isinstance(exception, (KeyboardInterrupt, SystemExit)) and trainer.world_size == 1:
+                folder = Path(trainer.default_root_dir).expanduser()
+                trainer.save_checkpoint(folder / "stopped.ckpt")
+                for callback in trainer.callbacks:  # the average is what a training makes
+                    if isinstance(callback, L.pytorch.callbacks.WeightAveraging):
+                        callback.on_train_end(trainer, pl_module)
+
+    return Stopping()
+
+
+def _save(network: Any, path: Path) -> None:
+    """Write a network's weights: averaged ones, where an averaging callback is on."""
+    import torch
+    from safetensors.torch import save
+
+    whole = torch.contiguous_format
+    state = network.state_dict()
+    write(path, save({k: v.cpu().clone(memory_format=whole) for k, v in state.items()}))
+
+
+def _check_images(model: Any, shape: tuple[int, int, int] | None) -> None:
+    """Refuse images that the network cannot take, before any training."""
+    import torch
+
+    if shape is None:
+        return
+    try:
+        with torch.no_grad():
+            model.network(torch.zeros(1, *shape), torch.zeros(1))
+    except RuntimeError as error:
+        size = "×".join(map(str, shape))
+        raise InputError(
+            f"The network does not take images of {size} (channels×height×width): "
+            f"{first_line(error)}. Set data.channels, data.size or the network's in_channels."
+        ) from error
+
+
+def _check_checkpoint(path: Path, model: Any) -> None:
+    """Refuse a checkpoint that is missing, damaged, could run code, or is not of this training."""
     import torch
 
     if not path.is_file():
         raise InputError(f"--ckpt_path: there is no checkpoint '{path}'.")
     try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = first_line(error)
         raise InputError(
             f"--ckpt_path: cannot read '{path}' ({type(error).__name__}: {reason}); only tensors "
             "and plain values are loaded (weights_only=True), as `fit` writes them."
         ) from error
+    wanted = {"state_dict", "optimizer_states", "pytorch-lightning_version"}
+    if not isinstance(state, dict) or not wanted <= set(state):
+        raise InputError(
+            f"--ckpt_path: '{path}' is no checkpoint of a training by `fit`, which alone can be "
+            "gone on with; leave --ckpt_path out to train from the start."
+        )
+    own = {name: v.shape for name, v in model.state_dict().items()}
+    other = {name: v.shape for name, v in state["state_dict"].items()}
+    if differ := [name for name in {**own, **other} if own.get(name) != other.get(name)]:
+        raise InputError(
+            f"--ckpt_path: '{path}' is of another network: {len(differ)} tensors differ "
+            f"('{differ[0]}' is one). Give the configuration that it was trained with."
+        )

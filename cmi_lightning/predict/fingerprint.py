@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from cmi_lightning.predict.source import source
 
 LONGEST = 16  # items of a list that are compared one by one; longer ones by a checksum
 SHOWN, LONG = 5, 60  # differences, and characters of a value, that a message shows
@@ -34,7 +39,11 @@ def options(name: str, value: Any, weights: bool = True) -> Iterator[tuple[str, 
     """Yield ("name.option", value as text) for everything an object was made from.
 
     Options are the constructor's arguments that the object kept; modules add a checksum of their
-    weights. Custom classes need to do nothing, as long as they keep arguments by their names.
+    weights, and the user's own classes and functions one of their source. Custom classes need to do
+    nothing, as long as they keep arguments by their names.
+
+    >>> dict(options("scale", 0.5))
+    {'scale': '0.5'}
 
     Args:
         name: name of the whole.
@@ -53,13 +62,26 @@ def options(name: str, value: Any, weights: bool = True) -> Iterator[tuple[str, 
             yield from options(f"{name}.{i}", item)
     elif isinstance(value, Sequence):
         yield name, f"{len(value)} entries {digest(value)}"
+    elif isinstance(value, functools.partial):
+        yield from options(name, value.func)
+        yield from options(f"{name}.args", value.args)
+        yield from options(f"{name}.keywords", value.keywords)
     elif inspect.isroutine(value) or inspect.isclass(value):
         yield name, f"{value.__module__}.{value.__qualname__}"
+        yield from source(value)
+        if inspect.ismethod(value) and not inspect.isclass(value.__self__):
+            yield from options(f"{name}.self", value.__self__)
     else:
         yield name, f"{type(value).__module__}.{type(value).__qualname__}"
+        yield from source(type(value))
         if weights and isinstance(value, nn.Module):
             state = [part for pair in value.state_dict().items() for part in pair]
             yield f"{name}.checksum", digest(*state)
+            kinds = {type(part) for part in value.modules()}
+            for kind in sorted(kinds, key=lambda kind: kind.__qualname__):
+                yield from source(kind)
+            if isinstance(value, nn.Sequential):  # what a function made of a library's parts
+                yield f"{name}.parts", digest(re.sub(r"0x[0-9a-f]+", "", str(value)))
             weights = False
         for key, kept in _arguments(value).items():
             yield from options(f"{name}.{key}", kept, weights)
@@ -80,6 +102,17 @@ def _arguments(value: Any) -> dict[str, Any]:
     return {name: kept[name] for name in names if kept.get(name) is not None}
 
 
+def inputs(data: Any) -> dict[str, Path]:
+    """Return the files and folders that a data module was told to read, by option."""
+    found = {}
+    for name, value in _arguments(data).items():
+        if isinstance(value, (str, Path)):
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                if (path := Path(value).expanduser()).exists():
+                    found[f"data.{name}"] = path
+    return found
+
+
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """Say how two sets of options differ, "a was 1 and is 2; …"; None where they agree."""
     names = [n for n in dict.fromkeys([*before, *now]) if before.get(n) != now.get(n)]
@@ -88,7 +121,9 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str | None
     if not names:
         return None
     told = [
-        f"{n} was {_short(before.get(n, 'absent'))} and is {_short(now.get(n, 'absent'))}"
+        f"{n} differs"
+        if n.startswith("source of ")
+        else f"{n} was {_short(before.get(n, 'absent'))} and is {_short(now.get(n, 'absent'))}"
         for n in names[:SHOWN]
     ]
     more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import signal
 import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import lightning as L
 import torch
@@ -21,20 +20,31 @@ from cmi_lightning.data.base import LoaderData, RestorationData
 from cmi_lightning.denoisers.base import Autocast, Denoiser, size_text
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
-from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, LinearOperator, OperatorFactory
+from cmi_lightning.predict.batch import as_batch, take
 from cmi_lightning.predict.callback import SamplingCallback
-from cmi_lightning.predict.fingerprint import digest, options
-from cmi_lightning.predict.records import Run, leave_if_orphaned
+from cmi_lightning.predict.fingerprint import digest, inputs, options
+from cmi_lightning.predict.folder import RunFolder
+from cmi_lightning.predict.memory import out_of_memory
+from cmi_lightning.predict.records import (
+    RESULTS,
+    Run,
+    leave_if_orphaned,
+    refuse_foreign_logs,
+    refuse_other,
+)
+from cmi_lightning.predict.restoration import Restoration, joined, nothing, restore
 from cmi_lightning.problem import GaussianNoise, Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDPM, Solver
-from cmi_lightning.step import Cost, Record
+from cmi_lightning.step import Record
 
 log = logging.getLogger(__name__)
+FAR = 2.0  # residuals, in units of the noise's, that no right restoration has
 # Options that leave a finished sample's result as it is.
 FREE = (
+    "model.overwrite",
     "model.denoiser.network.checkpoint",
     "data.batch_size",
     "data.num_workers",
@@ -42,50 +52,6 @@ FREE = (
     "data.val_count",
     "data.strict",
 )
-
-
-class Details:
-    """A batch's problem (y, A and the noise level), the last step's record, and what it cost.
-
-    A plain class: Lightning looks into containers and dataclasses and refuses frozen ones. After
-    a batch that did not fit into memory, problem and record are those of its last part. ``cost``
-    counts an image's network passes over all its draws; ``peak_memory`` is in bytes, of the GPU
-    during the batch, or of the process so far.
-    """
-
-    def __init__(self, problem: Problem, record: Record, cost: Cost, peak_memory: int) -> None:
-        self.problem, self.record = problem, record
-        self.cost, self.peak_memory = cost, peak_memory
-
-
-class Restoration(TypedDict):
-    """What ``predict_step`` returns and callbacks read; images are in [−1, 1].
-
-    ``id``: list of sample ids. ``restored``: (B, C, H, W), not clamped. ``measurement``: A⁺y
-    (B, C, H, W), the measurement seen as an image. ``truth``: (B, C, H, W), or None for real
-    measurements. ``draws``: (B, K, C, H, W), of which ``restored`` is the mean; None where K = 1.
-    ``residual``: ‖y − A x̂‖ (B,) of ``restored``, ``residual_draws`` (B, K) of each draw, and
-    ``noise_norm`` (B,) what noise alone leaves.
-    ``failed``: why a sample was given up, by id. ``seconds``: sampling time per image. ``records``:
-    what is kept of each sample, with its noise level ``sigma`` where samples have their own;
-    callbacks add to it. ``details``: what else a callback may want.
-
-    A batch that is another process's, or was finished by an earlier run, has no ids, no images and
-    no details; of one that is so in part, only the rest is there.
-    """
-
-    id: list[str]
-    restored: Tensor
-    measurement: Tensor
-    truth: Tensor | None
-    draws: Tensor | None
-    residual: Tensor
-    residual_draws: Tensor
-    noise_norm: Tensor
-    failed: dict[str, str]
-    seconds: float
-    records: list[dict[str, Any]]
-    details: Details
 
 
 class PosteriorSampler(L.LightningModule):
@@ -113,6 +79,7 @@ class PosteriorSampler(L.LightningModule):
         clamp: clamp the x̂₀ that the solver uses to the prior's value range.
         samples_per_image: K draws from the posterior of each image, one after the other; the first
             is the one of K = 1. ``restored`` is then their mean.
+        overwrite: start afresh in a folder that has results: what a run wrote there is removed.
 
     Raises:
         InputError: for parts that do not fit together, at construction or before sampling starts.
@@ -129,14 +96,17 @@ class PosteriorSampler(L.LightningModule):
         seed: int = 0,
         clamp: bool = True,
         samples_per_image: int = 1,
+        overwrite: bool = False,
     ) -> None:
         super().__init__()
         if samples_per_image < 1:
             raise InputError(f"samples_per_image must be at least 1, got {samples_per_image}.")
         self.samples_per_image = samples_per_image
-        self.overwrite = False  # start afresh in a folder that has records
+        self.overwrite = overwrite
         self.run = Run()
         self._rows_that_fit: int | None = None  # learned from running out of memory
+        self._fits: list[float] = []
+        self._said: set[str] = set()
         self.denoiser = denoiser
         self.operator = operator or Identity()
         self.solver = solver or DDPM()
@@ -177,16 +147,20 @@ class PosteriorSampler(L.LightningModule):
         """Check everything before any sampling, see :meth:`check`, and look up what is done."""
         trainer: Any = self.trainer
         datamodule = trainer.datamodule
+        self.run.close()
         self.check(trainer, datamodule)
+        if not any(isinstance(c, _Close) for c in trainer.callbacks):
+            trainer.callbacks.append(_Close())
         # The batches are shared out by Run.share: Lightning's sampler would make other batches on
         # every number of processes, and refuses to have fewer samples than processes.
         trainer._accelerator_connector.use_distributed_sampler = False
         recorders = _recorders(trainer)
-        identity = self.identity(trainer, datamodule) if recorders else {}
+        fingerprint = self.fingerprint(trainer, datamodule) if recorders else {}
         self.run, self._rows_that_fit = Run(), None
-        self.run.open(trainer, recorders, identity, self.overwrite)
+        self._fits, self._said = [], set()
+        self.run.open(trainer, recorders, fingerprint, self.overwrite)
 
-    def identity(self, trainer: L.Trainer, datamodule: Any) -> dict[str, str]:
+    def fingerprint(self, trainer: L.Trainer, datamodule: Any) -> dict[str, str]:
         """Return every option that decides the results, by name, with checksums of weights."""
         found = dict(options("model", self, weights=False))
         found.update(options("model.denoiser", self.denoiser))
@@ -209,10 +183,14 @@ class PosteriorSampler(L.LightningModule):
                 f"trainer.precision={precision} would round the measurement; use "
                 f"{precision.removesuffix('-true')}-mixed, which lowers the network alone."
             )
-        if not self.overwrite and _recorders(trainer):
+        if trainer.limit_predict_batches == 0:
+            raise InputError("trainer.limit_predict_batches=0 leaves nothing to restore.")
+        if _recorders(trainer):
             folder = Path(trainer.default_root_dir).expanduser()
-            if (folder / "run.json").is_file():
-                self.run.refuse_other(folder, self.identity(trainer, datamodule))
+            RunFolder(folder).refuse_overlap(inputs(datamodule), RESULTS)
+            refuse_foreign_logs(trainer, folder)
+            if not self.overwrite and (folder / "run.json").is_file():
+                refuse_other(folder, self.fingerprint(trainer, datamodule))
         if given := getattr(datamodule, "given", None):
             self._refuse_operator(f"the data are {given}")
         shape = getattr(datamodule, "image_shape", None)
@@ -235,26 +213,30 @@ class PosteriorSampler(L.LightningModule):
             launcher.kill(signum)
         raise SystemExit(128 + signum)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> Restoration:
+    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Restoration:
         """Measure and restore one batch, or what of it is this process's to do."""
         dtype = None
         if torch.is_autocast_enabled(self.device.type):
             dtype = torch.get_autocast_dtype(self.device.type)
         with _plain_autograd(self.device.type):
+            batch, notes = as_batch(batch, len(self.run.ids))
+            self._say(notes)
             batch = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
-            ids = list(batch["id"])
+            ids = batch["id"]
             rows, trainer = list(range(len(ids))), self._trainer
-            checksums = [digest(*(v[i] for _, v in sorted(batch.items()))) for i in rows]
+            each = [take(batch, [i]) for i in rows]
+            checksums = [digest(*(v[0] for _, v in sorted(b.items()) if _each(v))) for b in each]
             if trainer is not None:
                 batches = sum(trainer.num_predict_batches)  # type: ignore[attr-defined]
                 rows = self.run.share(ids, trainer.world_size, trainer.global_rank, batches)
                 for name, checksum in zip(ids, checksums, strict=True):
                     self.run.check_input(name, checksum)
-            result = self._restore(_take(batch, rows), dtype) if rows else _nothing(batch)
+            result = self._restore(take(batch, rows), dtype) if rows else nothing(batch)
         for i, name, record in zip(rows, result["id"], result["records"], strict=True):
             cost, failed = result["details"].cost, result["failed"].get(name)
             steps = self.samples_per_image * len(self.sampler().schedule)
             record.update(id=name, input=checksums[i], failed=failed, steps=steps, **vars(cost))
+        self._note_fit(result)
         return result
 
     def on_predict_batch_end(  # type: ignore[override]
@@ -268,6 +250,15 @@ class PosteriorSampler(L.LightningModule):
         """Learn how the other processes' samples went."""
         self.run.collect(self.trainer)
 
+    def on_predict_end(self) -> None:
+        """Say so if the restorations cannot be right."""
+        if self.trainer.is_global_zero and (told := misfit(self._fits, bool(self._given()))):
+            print(f"cmi-lightning: {told}", file=sys.stderr)
+
+    def teardown(self, stage: str) -> None:
+        """Let the next run into the folder."""
+        self.run.close(finished=True)
+
     def _restore(self, batch: dict[str, Any], dtype: torch.dtype | None) -> Restoration:
         """Restore a batch, in two halves (as all later ones) if memory does not hold the whole."""
         count = len(batch["id"])
@@ -275,9 +266,9 @@ class PosteriorSampler(L.LightningModule):
             size = min(self._rows_that_fit or count, count)
             parts = [range(i, min(i + size, count)) for i in range(0, count, size)]
             try:
-                return _joined([self._restore_part(_take(batch, rows), dtype) for rows in parts])
+                return joined([self._restore_part(take(batch, rows), dtype) for rows in parts])
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if size == 1 or self._rows_that_fit is not None:
                     raise InputError(
@@ -295,59 +286,28 @@ class PosteriorSampler(L.LightningModule):
             )
 
     def _restore_part(self, batch: dict[str, Any], dtype: torch.dtype | None) -> Restoration:
-        ids = list(batch["id"])
-        noise = SampleNoise(self.seed, ids)
-        truth = batch.get("x")
-        problem, like = self._data().problem(
-            batch, self.operator, self.measurement_noise.std, noise
+        data = getattr(self._trainer, "datamodule", None)
+        data = data if isinstance(data, RestorationData) else LoaderData()
+        problem, like = data.problem(
+            batch, self.operator, self.measurement_noise.std, SampleNoise(self.seed, batch["id"])
         )
-        if truth is None:
+        if "x" not in batch:
             self._refuse_operator("the batch holds measurements, which say how they were made")
         self.denoiser.check(tuple(like.shape[1:]))
-        trainer: Any = self._trainer
-        watchers = _watchers(trainer)
-        draws, cost = [], Cost()
-        failed: dict[str, str] = {}
-        _reset_peak_memory(self.device)
-        started = time.perf_counter()
-        for k in range(self.samples_per_image):
-            for watcher in watchers:
-                watcher.on_sampling_start(trainer, self, ids, problem)
-            keys = ids if k == 0 else [f"{name}#{k}" for name in ids]
-            own = SampleNoise(self.seed, keys)
-            for record in self.sampler(dtype).iterate(problem, own, like):
-                record = replace(record, ids=ids)
-                leave_if_orphaned()
-                for watcher in watchers:
-                    watcher.on_sampling_step(trainer, self, record)
-            draws.append(record.x)
-            cost.forwards += record.forwards
-            cost.vjps += record.vjps
-            cost.second_order += record.second_order
-            for name, reason in _reasons(record).items():
-                which = f"draw {k}: " if self.samples_per_image > 1 else ""
-                failed.setdefault(name, which + reason)
-        seconds = (time.perf_counter() - started) / len(ids)  # of sampling, without A⁺y
-        restored = draws[0] if len(draws) == 1 else torch.stack(draws, 1).mean(1)
-        return Restoration(
-            id=ids,
-            restored=restored,
-            measurement=problem.operator.pinv(problem.y),
-            truth=truth,
-            draws=torch.stack(draws, 1) if len(draws) > 1 else None,
-            residual=norm(problem.y - problem.operator(restored)),
-            residual_draws=torch.stack([norm(problem.y - problem.operator(x)) for x in draws], 1),
-            noise_norm=problem.noise_norm,
-            failed=failed,
-            seconds=seconds,
-            records=_new_records(problem, len(ids)),
-            details=Details(problem, record, cost, _peak_memory(self.device)),
+        return restore(
+            problem,
+            like,
+            batch.get("x"),
+            batch["id"],
+            sampler=lambda: self.sampler(dtype),
+            seed=self.seed,
+            draws=self.samples_per_image,
+            watch=_Watchers(self),
         )
 
-    def _data(self) -> RestorationData:
-        """Return what knows the batches' problems."""
-        data = getattr(self._trainer, "datamodule", None)
-        return data if isinstance(data, RestorationData) else LoaderData()
+    def _given(self) -> str | None:
+        """Return what was measured elsewhere; None where measurements are simulated."""
+        return getattr(getattr(self._trainer, "datamodule", None), "given", None)
 
     def _refuse_operator(self, reason: str) -> None:
         """Refuse an operator that would not be used."""
@@ -356,6 +316,23 @@ class PosteriorSampler(L.LightningModule):
                 f"model.operator={type(self.operator).__name__} would not be used: {reason}. Set "
                 "model.operator=Identity."
             )
+
+    def _note_fit(self, result: Restoration) -> None:
+        """Note how well a batch's restorations fit, in units of what noise alone leaves."""
+        if any(guidance.active for guidance in self.guidances):
+            fits = (result["residual"] / result["noise_norm"]).tolist()
+            self._fits += [
+                fit
+                for name, fit in zip(result["id"], fits, strict=True)
+                if name not in result["failed"]
+            ]
+
+    def _say(self, notes: list[str]) -> None:
+        """Print each note once."""
+        for note in notes:
+            if note not in self._said and getattr(self._trainer, "is_global_zero", True):
+                print(f"cmi-lightning: {note}", file=sys.stderr)
+            self._said.add(note)
 
 
 def _watchers(trainer: Any) -> list[SamplingCallback]:
@@ -370,90 +347,58 @@ def _recorders(trainer: Any) -> list[SamplingCallback]:
     return [c for c in _watchers(trainer) if getattr(c, "key", None)]
 
 
-def _take(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """Return some rows of a batch."""
-    rows = list(rows)
-    return {k: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in batch.items()}
+class _Watchers:
+    """The callbacks that watch sampling, and the end of a process whose parent is gone."""
+
+    def __init__(self, module: PosteriorSampler) -> None:
+        self.module: PosteriorSampler = module
+        self.trainer: Any = module._trainer
+        self.callbacks = _watchers(self.trainer)
+
+    def start(self, ids: list[str], problem: Problem) -> None:
+        for callback in self.callbacks:
+            callback.on_sampling_start(self.trainer, self.module, ids, problem)
+
+    def step(self, record: Record) -> None:
+        leave_if_orphaned()
+        for callback in self.callbacks:
+            callback.on_sampling_step(self.trainer, self.module, record)
 
 
-def _nothing(batch: dict[str, Any]) -> Restoration:
-    """Return the restoration of a batch of which nothing is to be done."""
-    images = (batch["x"] if "x" in batch else batch["y_image"])[:0]
-    none = images.new_zeros(0)
-    return Restoration(
-        id=[],
-        restored=images,
-        measurement=images,
-        truth=images if "x" in batch else None,
-        draws=None,
-        residual=none,
-        residual_draws=none[:, None],
-        noise_norm=none,
-        failed={},
-        seconds=0.0,
-        records=[],
-        details=None,  # type: ignore[typeddict-item]
+class _Close(L.Callback):
+    """Lets the next run into the folder after an error."""
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        pl_module.run.close()
+
+
+def misfit(fits: list[float], given: bool) -> str | None:
+    """Return a sentence if restorations are far from their measurements; None if they fit.
+
+    Args:
+        fits: ‖y − A x̂‖ of each image over σ√m, which noise alone leaves.
+        given: the measurements were given, not simulated.
+
+    >>> misfit([0.9, 1.1], given=True)
+    """
+    finite = sorted(fit for fit in fits if math.isfinite(fit))
+    if not finite or (middle := finite[len(finite) // 2]) <= FAR:
+        return None
+    causes = "too few steps, or a step size (scale) that is too small or too large"
+    if given:
+        causes = (
+            "a kernel of the other convention (turn it by 180°), a reduction without "
+            f"antialiasing, an inverted mask, a noise level that is too low, {causes}"
+        )
+    return (
+        f"The restorations do not fit the measurements: ‖y − A x̂‖ is {middle:.3g} times what "
+        f"noise alone leaves (median of {len(finite)} images). Usual causes: {causes}."
     )
 
 
-def _joined(parts: list[Restoration]) -> Restoration:
-    """Return the restorations of a batch's parts as one."""
-    if len(parts) == 1:
-        return parts[0]
-    whole = parts[-1].copy()
-    for key in (
-        *("restored", "measurement", "truth", "draws"),
-        *("residual", "residual_draws", "noise_norm"),
-    ):
-        tensors = [part[key] for part in parts]
-        whole[key] = None if tensors[0] is None else torch.cat(tensors)  # type: ignore[arg-type]
-    whole["id"] = [name for part in parts for name in part["id"]]
-    whole["records"] = [record for part in parts for record in part["records"]]
-    whole["failed"] = {k: v for part in parts for k, v in part["failed"].items()}
-    whole["seconds"] = sum(p["seconds"] * len(p["id"]) for p in parts) / len(whole["id"])
-    whole["details"].peak_memory = max(part["details"].peak_memory for part in parts)
-    return whole
-
-
-def _new_records(problem: Problem, count: int) -> list[dict[str, Any]]:
-    """Return the samples' records, each with its noise level if it has its own."""
-    std = problem.noise_std
-    if isinstance(std, Tensor) and std.numel() == count:
-        return [{"sigma": value} for value in std.flatten().tolist()]
-    return [{} for _ in range(count)]
-
-
-def _reasons(record: Record) -> dict[str, str]:
-    """Return why samples were given up."""
-    reasons = {}
-    for name, number in zip(record.ids, record.stopped.tolist(), strict=True):
-        if number:
-            what = "not a number" if number > 0 else "diverged"
-            reasons[name] = f"{what} at step {abs(number)} of {record.num_steps}"
-    return reasons
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory is short; the CPU's has no class of its own."""
-    words = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Return the most bytes in use: of the GPU since the reset, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _each(value: Any) -> bool:
+    """Whether a value of a one-row batch is the row's."""
+    return isinstance(value, (Tensor, list)) and (not isinstance(value, Tensor) or value.ndim > 0)
 
 
 @contextlib.contextmanager

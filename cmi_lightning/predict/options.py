@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cmi_lightning import configs
-from cmi_lightning.errors import InputError, one_sentence
+from cmi_lightning.errors import InputError
+from cmi_lightning.files import write
+from cmi_lightning.predict.messages import explain
+
+SETS, APPENDS = (re.compile(rf"\bguidances{end}\"?\s*:") for end in ("", r"\+"))
 
 
 def _resolve(value: str) -> str:
@@ -37,7 +42,26 @@ def resolved(args: Sequence[str]) -> list[str]:
             out.append(f"--config={_resolve(arg.removeprefix('--config='))}")
         else:
             out.append(arg)
-    return out
+    return _appending_last(out)
+
+
+def _appending_last(args: list[str]) -> list[str]:
+    """Move configurations that append (add_cmi) behind those that set what they append to."""
+    places = [i for i, arg in enumerate(args) if i and args[i - 1] in ("-c", "--config")]
+    places += [i for i, arg in enumerate(args) if arg.startswith("--config=")]
+    texts = {i: _text(args[i].removeprefix("--config=")) for i in sorted(places)}
+    last = max((i for i, text in texts.items() if SETS.search(text)), default=-1)
+    moved = [i for i, text in texts.items() if i < last and APPENDS.search(text)]
+    if any(SETS.search(texts[i]) for i in moved):
+        return args
+    pairs = [part for i in moved for part in (["-c", args[i].removeprefix("--config=")])]
+    gone = {i for i in moved} | {i - 1 for i in moved if not args[i].startswith("--config=")}
+    kept = [arg for i, arg in enumerate(args[: last + 1]) if i not in gone]
+    return [*kept, *pairs, *args[last + 1 :]]
+
+
+def _text(config: str) -> str:
+    return Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config
 
 
 def prediction_cli(args: list[str]) -> Any:
@@ -71,7 +95,15 @@ def lightning_cli(model: type, args: list[str], resumable: bool = False, **kwarg
     warnings.filterwarnings("ignore", r"register_new_resolver\(\) is deprecated")
     OmegaConf.register_new_resolver("name", lambda path: path.rpartition(".")[2], replace=True)
 
+    command = "fit" if resumable else "predict"
+
     class CLI(LightningCLI):
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            if asked := {"-h", "--help", "--help.trainer"} & set(args):
+                print(help_text(parser.format_help(), command, "--help.trainer" in asked))
+                raise SystemExit(0)
+            super().parse_arguments(parser, args)
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             if not resumable:
                 parser.add_argument(
@@ -107,21 +139,90 @@ def lightning_cli(model: type, args: list[str], resumable: bool = False, **kwarg
                 "allow_abbrev": False,
                 **kwargs,
             },
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=config_writer(),
         )
     except ArgumentError as error:
-        raise InputError(one_sentence(str(error))) from error
+        known = [*_names(model), "overwrite"]
+        raise InputError(explain(str(error), known)) from error
     except Exception as error:
-        if not _raised_by_parser(error):
+        if not _raised_by_library(error):
             raise
-        raise InputError(f"Bad configuration: {one_sentence(str(error))}") from error
+        raise InputError(f"Bad configuration: {explain(str(error), ())}") from error
 
 
-def _raised_by_parser(error: BaseException) -> bool:
-    """Whether an error is the parser's word for a bad value, not one of a class it instantiates."""
+def _names(model: type) -> list[str]:
+    """Return the names of all options."""
+    import inspect
+
+    import lightning as L
+
+    parts = {"model": model, "trainer": L.Trainer}
+    inner = [f"{k}.{n}" for k, part in parts.items() for n in inspect.signature(part).parameters]
+    further = ["model.noise.sigma", "model.noise.range", "data.folder", "data.limit"]
+    return [*inner, *further, "data.batch_size", "config", "seed_everything", "step_sizes"]
+
+
+def help_text(text: str, command: str, of_trainer: bool) -> str:
+    """Return the parser's help with our options first, and Trainer's only where asked for."""
+    _, *sections = re.split(r"\n\n(?=\S)", text)
+    trainer = [part for part in sections if "--trainer." in part]
+    own = [part for part in sections if part not in trainer and re.search(r"\n  -", part)]
+    own.sort(key=lambda part: "--model." not in part)
+    again = "  --overwrite           Remove an earlier run's results from the folder first\n"
+    folder = "  --trainer.default_root_dir DIR\n                        Folder of the results"
+    first = f"usage: cmi-lightning {command} [-c CONFIG]... [--option VALUE]..."
+    last = f"where to, and more:\n{again if command == 'predict' else ''}{folder}\n"
+    last += "  --help.trainer        Options of Lightning's Trainer: devices, precision, loggers"
+    return "\n\n".join([first, *(trainer if of_trainer else [*own, last])])
+
+
+def config_writer() -> type:
+    """Return the callback that keeps a run's options as ``config.yaml`` in its own folder.
+
+    Paths in that folder are kept as ``${trainer.default_root_dir}``: a run of the file in another
+    folder leaves the first one alone.
+    """
+    from lightning.pytorch.cli import SaveConfigCallback
+
+    class ConfigWriter(SaveConfigCallback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            """Wait until the module has opened the folder."""
+
+        def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+            self._write(trainer)
+
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            self._write(trainer)
+
+        def _write(self, trainer: Any) -> None:
+            if trainer.is_global_zero:
+                root = str(trainer.default_root_dir)
+                config = self.config.clone()
+                for key in ("logger", "callbacks"):
+                    if config.trainer.get(key):
+                        config.trainer[key] = _relative(config.trainer[key], root)
+                text = self.parser.dump(config, skip_none=False, skip_validation=True)
+                write(Path(root).expanduser() / "config.yaml", text.encode())
+
+    return ConfigWriter
+
+
+def _relative(value: Any, root: str) -> Any:
+    """Return options with the run's folder as ``${trainer.default_root_dir}``."""
+    if isinstance(value, list):
+        return [_relative(item, root) for item in value]
+    if isinstance(value, str) and (value == root or value.startswith(f"{root}/")):
+        return "${trainer.default_root_dir}" + value.removeprefix(root)
+    if hasattr(value, "items"):
+        for key, item in list(value.items()):
+            value[key] = _relative(item, root)
+    return value
+
+
+def _raised_by_library(error: BaseException) -> bool:
+    """Whether the parser or Lightning refuses a value, and not a class that they make."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
-    parsers = ("jsonargparse", "omegaconf", "yaml")
-    return module.partition(".")[0] in parsers or module == "lightning.pytorch.cli"
+    return module.partition(".")[0] in ("jsonargparse", "omegaconf", "yaml", "lightning")

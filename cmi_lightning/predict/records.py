@@ -12,10 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cmi_lightning.data.files import natural
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import write_json
 from cmi_lightning.paths import inside
-from cmi_lightning.predict.fingerprint import differences
+from cmi_lightning.predict.fingerprint import differences, digest
+from cmi_lightning.predict.folder import RunFolder, afresh
 
 if TYPE_CHECKING:
     import lightning as L
@@ -26,6 +28,44 @@ if TYPE_CHECKING:
 # record, which no batch takes. A process that fails is noticed much sooner, by what started it.
 POLL, VISIBLE, PATIENCE = 0.5, 90.0, 6 * 3600.0
 
+# The folders that callbacks make in a run's folder.
+RESULTS = (
+    *("restored", "draws", "std", "truth", "measurement"),
+    *("records", "features", "timings"),
+)
+
+
+def refuse_other(folder: Path, fingerprint: Mapping[str, str]) -> None:
+    """Refuse a folder that belongs to another configuration.
+
+    Raises:
+        InputError: naming the options that differ.
+    """
+    try:
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return
+    if differ := differences(before, fingerprint):
+        raise InputError(
+            f"The folder '{folder}' holds the results of other options: {differ}. Set another "
+            f"trainer.default_root_dir, or {afresh()}."
+        )
+
+
+def refuse_foreign_logs(trainer: L.Trainer, folder: Path) -> None:
+    """Refuse a logger that writes into another run's folder.
+
+    Raises:
+        InputError: naming that folder.
+    """
+    for logger in trainer.loggers:
+        path = Path(logger.save_dir or folder).expanduser()
+        if path.resolve() != folder.resolve() and (path / "run.json").is_file():
+            raise InputError(
+                f"trainer.logger writes into '{path}', the folder of another run: set its save_dir "
+                "to trainer.default_root_dir."
+            )
+
 
 class Run:
     """The samples of one prediction run.
@@ -35,6 +75,7 @@ class Run:
         ids: the samples seen so far, in the loader's order, on every process the same.
         done: what was finished before this run: the checksum of its input, by id.
         failures: why a sample was given up, by id.
+        options: the checksum of all options, which every record has.
     """
 
     def __init__(self) -> None:
@@ -42,9 +83,11 @@ class Run:
         self.ids: list[str] = []
         self.done: dict[str, str] = {}
         self.failures: dict[str, str] = {}
+        self.options = ""
         self._position: dict[str, int] = {}
         self._turn = 0
         self._collected: list[dict[str, Any]] | None = None
+        self._files: RunFolder | None = None
 
     def record_path(self, name: str) -> Path:
         """Return the path of a sample's record."""
@@ -53,46 +96,39 @@ class Run:
 
     # Opening ---------------------------------------------------------------------------------
 
-    def refuse_other(self, folder: Path, identity: Mapping[str, str]) -> None:
-        """Refuse a folder that belongs to another configuration.
-
-        Raises:
-            InputError: naming the options that differ.
-        """
-        try:
-            before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-            return
-        if differ := differences(before, identity):
-            raise InputError(
-                f"The folder '{folder}' holds the results of other options: {differ}. Set another "
-                "trainer.default_root_dir, or start afresh with --overwrite."
-            )
-
     def open(
         self,
         trainer: L.Trainer,
         recorders: Sequence[SamplingCallback],
-        identity: Mapping[str, str],
+        fingerprint: Mapping[str, str],
         overwrite: bool,
     ) -> None:
         """Look up what is done, on the first process for all: no process may see later records."""
         self.folder = Path(trainer.default_root_dir).expanduser() if recorders else None
         if self.folder is None:
             return
+        self.options = digest(sorted(fingerprint.items()))
+        self._files = RunFolder(self.folder, trainer.global_rank)
         problem: Exception | None = None
         if trainer.is_global_zero:
             try:
-                self._clean(self.folder, overwrite)
-                self.refuse_other(self.folder, identity)
-                write_json(self.folder / "run.json", dict(identity))
-                for record in self._read_all():
+                self._files.lock()
+                self._files.open()
+                if overwrite:
+                    self._files.remove_all()
+                self._files.tidy()
+                refuse_other(self.folder, fingerprint)
+                records = list(self._read_all())
+                self._refuse_strangers(records, overwrite)
+                write_json(self.folder / "run.json", dict(fingerprint))
+                for record in records:
                     if all(r.recorded(record) for r in recorders):
                         self.done[record["id"]] = record["input"]
             except Exception as error:  # the others wait for an answer
                 problem = error
         self.done, problem = trainer.strategy.broadcast((self.done, problem))
         if problem is not None:
+            self.close()
             raise problem
         started = time.monotonic()
         while not (self.folder / "run.json").is_file():
@@ -102,22 +138,31 @@ class Run:
                     "to a folder that is."
                 )
             time.sleep(POLL)
+        if not trainer.is_global_zero:
+            self._files.read()
+            self._files.open()
 
-    @staticmethod
-    def _clean(folder: Path, overwrite: bool) -> None:
-        """Remove what a killed process left, and with ``overwrite`` every record."""
-        for left in folder.rglob(".*.tmp"):
-            left.unlink(missing_ok=True)
-        if overwrite:
-            (folder / "run.json").unlink(missing_ok=True)
-            for record in (folder / "records").rglob("*.json"):
-                record.unlink(missing_ok=True)
+    def close(self, finished: bool = False) -> None:
+        """Let other runs into the folder."""
+        if self._files is not None:
+            self._files.close(finished)
+
+    def _refuse_strangers(self, records: Sequence[Mapping[str, Any]], overwrite: bool) -> None:
+        """Refuse records of other options, where no run.json tells which."""
+        if strangers := [r for r in records if r.get("options") != self.options]:
+            remedy = "" if overwrite else f", or {afresh()}"
+            raise InputError(
+                f"The folder '{self.folder}' has {len(strangers)} results of other options than "
+                f"its run.json names. Set another trainer.default_root_dir{remedy}."
+            )
 
     def _read_all(self) -> Iterable[dict[str, Any]]:
         assert self.folder is not None
         for path in sorted((self.folder / "records").rglob("*.json")):
             with contextlib.suppress(ValueError):  # a crash of the machine may have cut it short
-                yield json.loads(path.read_text(encoding="utf-8"))
+                record = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(record, dict) and {"id", "input"} <= set(record):
+                    yield record
 
     # Sharing ---------------------------------------------------------------------------------
 
@@ -167,7 +212,7 @@ class Run:
         if self.done.get(name, checksum) != checksum:
             raise InputError(
                 f"'{name}' is not the image that was restored in '{self.folder}' before; set "
-                "another trainer.default_root_dir, or start afresh with --overwrite."
+                f"another trainer.default_root_dir, or {afresh()}."
             )
 
     # Records ---------------------------------------------------------------------------------
@@ -177,7 +222,7 @@ class Run:
         if record["failed"]:
             self.failures[record["id"]] = record["failed"]
         if self.folder is not None:
-            write_json(self.record_path(record["id"]), record)
+            write_json(self.record_path(record["id"]), {**record, "options": self.options})
 
     def count(self) -> int:
         """Return how many records the folder has."""
@@ -187,6 +232,9 @@ class Run:
 
     def collect(self, trainer: L.Trainer, wait: bool = True) -> list[dict[str, Any]]:
         """Return the records of this run's samples, in the loader's order, on every process.
+
+        What an earlier run of the same options did beyond them, as with a higher ``data.limit``,
+        follows.
 
         Args:
             trainer: the trainer.
@@ -201,7 +249,8 @@ class Run:
             if wait:
                 self._wait(trainer)
             records = []
-            for name in self.ids:
+            further = sorted(set(self.done) - set(self.ids), key=natural)
+            for name in [*self.ids, *further]:
                 with contextlib.suppress(FileNotFoundError):
                     records.append(json.loads(self.record_path(name).read_text(encoding="utf-8")))
             self.failures = {r["id"]: r["failed"] for r in records if r["failed"]}

@@ -1,0 +1,82 @@
+"""What the parser of options says, in one sentence with the nearest name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from cmi_lightning.errors import one_sentence
+
+LONGEST = 300  # characters of another library's words
+
+
+def explain(message: str, options: Iterable[str]) -> str:
+    """Return a sentence for a parser's message.
+
+    Args:
+        message: the message.
+        options: the names of all options, "model.num_steps".
+
+    >>> explain("unrecognized arguments: --model.num_step=5", ["model.num_steps"])
+    'There is no option --model.num_step; did you mean --model.num_steps?'
+    """
+    message = one_sentence(message)
+    if found := re.search(r"nrecognized arguments: (\S+)", message):
+        name = found[1].partition("=")[0]
+        return f"There is no option {name}{_nearest(name, [f'--{o}' for o in options])}"
+    key = re.search(r'[Kk]ey "([^"]+)"', message)
+    where = f"{key[1]}: " if key else ""
+    known = re.findall(r"class_path '([\w.]+)'[^']*Option '([^']+)' is not accepted", message)
+    if known:
+        path, option = known[-1]
+        return f"{where}{path} has no option '{option}'{_nearest(option, _arguments(path))}"
+    missing = re.search(r"Expected a dot import path string: ([^\s,;]+)", message)
+    base = re.search(r"(?:<class '|list\[)(cmi_lightning[\w.]+|torch[\w.]+)", message)
+    if missing and base and "." not in missing[1]:
+        return f"{where}there is no class '{missing[1]}'{_nearest(missing[1], _classes(base[1]))}"
+    if len(message) > LONGEST:
+        message = f"{message[: LONGEST - 100]} … {message[-97:]}"
+    return message + _quotes(message)
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(names), 1, 0.5)
+    return f"; did you mean {found[0]}?" if found else "; --help lists them."
+
+
+def _quotes(message: str) -> str:
+    """Return how to write a text that YAML or OmegaConf takes for something else."""
+    if "${" in message or "nterpolation" in message or "no viable alternative" in message:
+        return " For a plain ${, write \\\\${."
+    other = r"<class '(?:int|float|bool|datetime\.date|datetime\.datetime)'>|datetime\.date"
+    if "str" in message and re.search(other, message):
+        return " A text that looks like a number or a date needs quotes: '\"2024\"'."
+    return ""
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def _arguments(path: str) -> list[str]:
+    made = _import(path)
+    return list(inspect.signature(made).parameters) if callable(made) else []
+
+
+def _classes(path: str) -> list[str]:
+    """Return the names of the classes that may stand where ``path`` is wanted."""
+    found, rest = [], [_import(path)]
+    while rest:
+        kind = rest.pop()
+        if inspect.isclass(kind):
+            found.append(kind.__name__)
+            rest += kind.__subclasses__()
+    return found

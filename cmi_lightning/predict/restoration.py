@@ -1,0 +1,187 @@
+"""What a batch's restoration is, and how it is drawn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+from cmi_lightning.linalg import norm
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.predict.memory import peak_memory, reset_peak_memory
+from cmi_lightning.problem import Problem
+from cmi_lightning.sampler import Sampler
+from cmi_lightning.step import Cost, Record
+
+
+class Details:
+    """A batch's problem (y, A and the noise level), the last step's record, and what it cost.
+
+    A plain class: Lightning looks into containers and dataclasses and refuses frozen ones. After
+    a batch that did not fit into memory, problem and record are those of its last part. ``cost``
+    counts an image's network passes over all its draws; ``peak_memory`` is in bytes, of the GPU
+    during the batch, or of the process so far.
+    """
+
+    def __init__(self, problem: Problem, record: Record, cost: Cost, peak_memory: int) -> None:
+        self.problem, self.record = problem, record
+        self.cost, self.peak_memory = cost, peak_memory
+
+
+class Restoration(TypedDict):
+    """What ``predict_step`` returns and callbacks read; images are in [−1, 1].
+
+    ``id``: list of sample ids. ``restored``: (B, C, H, W), not clamped. ``measurement``: A⁺y
+    (B, C, H, W), the measurement seen as an image. ``truth``: (B, C, H, W), or None for real
+    measurements. ``draws``: (B, K, C, H, W), of which ``restored`` is the mean; None where K = 1.
+    ``residual``: ‖y − A x̂‖ (B,) of ``restored``, ``residual_draws`` (B, K) of each draw, and
+    ``noise_norm`` (B,) what noise alone leaves.
+    ``failed``: why a sample was given up, by id. ``seconds``: sampling time per image. ``records``:
+    what is kept of each sample, with its noise level ``sigma`` where samples have their own;
+    callbacks add to it. ``details``: what else a callback may want.
+
+    A batch that is another process's, or was finished by an earlier run, has no ids, no images and
+    no details; of one that is so in part, only the rest is there.
+    """
+
+    id: list[str]
+    restored: Tensor
+    measurement: Tensor
+    truth: Tensor | None
+    draws: Tensor | None
+    residual: Tensor
+    residual_draws: Tensor
+    noise_norm: Tensor
+    failed: dict[str, str]
+    seconds: float
+    records: list[dict[str, Any]]
+    details: Details
+
+
+class Watch(Protocol):
+    """Who is told of the steps."""
+
+    def start(self, ids: list[str], problem: Problem) -> None:
+        """Called before the first step of each draw."""
+
+    def step(self, record: Record) -> None:
+        """Called after every step."""
+
+
+def restore(
+    problem: Problem,
+    like: Tensor,
+    truth: Tensor | None,
+    ids: list[str],
+    *,
+    sampler: Callable[[], Sampler],
+    seed: int,
+    draws: int,
+    watch: Watch,
+) -> Restoration:
+    """Draw from the posterior of a batch.
+
+    Args:
+        problem: the measurements, and how they were made.
+        like: a tensor of the images' shape (B, C, H, W).
+        truth: the images (B, C, H, W), where they are known.
+        ids: names of the samples.
+        sampler: makes the sampler of a draw.
+        seed: see :class:`cmi_lightning.PosteriorSampler`.
+        draws: K; the first is the one of K = 1.
+        watch: who is told.
+    """
+    found: list[Tensor] = []
+    cost = Cost()
+    failed: dict[str, str] = {}
+    reset_peak_memory(like.device)
+    started = time.perf_counter()
+    for k in range(draws):
+        watch.start(ids, problem)
+        own = SampleNoise(seed, ids if k == 0 else [f"{name}#{k}" for name in ids])
+        for record in sampler().iterate(problem, own, like):
+            record = replace(record, ids=ids)
+            watch.step(record)
+        found.append(record.x)
+        cost.forwards += record.forwards
+        cost.vjps += record.vjps
+        cost.second_order += record.second_order
+        for name, reason in _reasons(record).items():
+            failed.setdefault(name, (f"draw {k}: " if draws > 1 else "") + reason)
+    seconds = (time.perf_counter() - started) / len(ids)  # of sampling, without A⁺y
+    restored = found[0] if draws == 1 else torch.stack(found, 1).mean(1)
+    return Restoration(
+        id=ids,
+        restored=restored,
+        measurement=problem.operator.pinv(problem.y),
+        truth=truth,
+        draws=torch.stack(found, 1) if draws > 1 else None,
+        residual=norm(problem.y - problem.operator(restored)),
+        residual_draws=torch.stack([norm(problem.y - problem.operator(x)) for x in found], 1),
+        noise_norm=problem.noise_norm,
+        failed=failed,
+        seconds=seconds,
+        records=_new_records(problem, len(ids)),
+        details=Details(problem, record, cost, peak_memory(like.device)),
+    )
+
+
+def nothing(batch: dict[str, Any]) -> Restoration:
+    """Return the restoration of a batch of which nothing is to be done."""
+    images = (batch["x"] if "x" in batch else batch["y_image"])[:0]
+    none = images.new_zeros(0)
+    return Restoration(
+        id=[],
+        restored=images,
+        measurement=images,
+        truth=images if "x" in batch else None,
+        draws=None,
+        residual=none,
+        residual_draws=none[:, None],
+        noise_norm=none,
+        failed={},
+        seconds=0.0,
+        records=[],
+        details=None,  # type: ignore[typeddict-item]
+    )
+
+
+def joined(parts: list[Restoration]) -> Restoration:
+    """Return the restorations of a batch's parts as one."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = parts[-1].copy()
+    for key in (
+        *("restored", "measurement", "truth", "draws"),
+        *("residual", "residual_draws", "noise_norm"),
+    ):
+        tensors = [part[key] for part in parts]
+        whole[key] = None if tensors[0] is None else torch.cat(tensors)  # type: ignore[arg-type]
+    whole["id"] = [name for part in parts for name in part["id"]]
+    whole["records"] = [record for part in parts for record in part["records"]]
+    whole["failed"] = {k: v for part in parts for k, v in part["failed"].items()}
+    whole["seconds"] = sum(p["seconds"] * len(p["id"]) for p in parts) / len(whole["id"])
+    whole["details"].peak_memory = max(part["details"].peak_memory for part in parts)
+    return whole
+
+
+def _new_records(problem: Problem, count: int) -> list[dict[str, Any]]:
+    """Return the samples' records, each with its noise level if it has its own."""
+    std = problem.noise_std
+    if isinstance(std, Tensor) and std.numel() == count:
+        return [{"sigma": value} for value in std.flatten().tolist()]
+    return [{} for _ in range(count)]
+
+
+def _reasons(record: Record) -> dict[str, str]:
+    """Return why samples were given up."""
+    reasons = {}
+    for name, number in zip(record.ids, record.stopped.tolist(), strict=True):
+        if number:
+            what = "not a number" if number > 0 else "diverged"
+            reasons[name] = f"{what} at step {abs(number)} of {record.num_steps}"
+    return reasons
