@@ -28,10 +28,10 @@ def write(path: Path, data: bytes) -> None:
     Raises:
         InputError: if the disk is full, or lets nobody write there.
     """
-    for claim in claims:
-        claim(path)
     temporary = path.with_name(f".{mark(path)}.{uuid.uuid4().hex}.tmp")
     try:
+        for claim in claims:
+            claim(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             file.write(data)
