@@ -44,7 +44,8 @@ def by_id(
 
     An id is the path relative to the folder, with slashes and without suffix, as
     :func:`printable` gives it. Hidden files and folders are passed over. A file may be a symbolic
-    link to anywhere; folders that are links are not entered.
+    link to anywhere; folders that are links are not entered. A run's folder within holds results,
+    and is passed over.
 
     Args:
         folder: the folder.
@@ -52,9 +53,12 @@ def by_id(
         apart: a file or folder within, which is left out.
     """
     found: dict[str, list[Path]] = {}
+    runs = {path.parent for path in folder.rglob("run.json")} - {folder}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if path.suffix.lower() not in suffixes or any(p.startswith(".") for p in relative.parts):
+            continue
+        if runs & set(path.parents):
             continue
         if apart is not None and (path.resolve() == apart or apart in path.resolve().parents):
             continue

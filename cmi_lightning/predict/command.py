@@ -37,6 +37,8 @@ def predict(args: list[str]) -> int:
                 file=sys.stderr,
             )
         raise SystemExit(130 if stop.code == 1 else stop.code) from None
+    finally:
+        cli.model.run.close()
     left_out = cli.model.run.failures or getattr(cli.datamodule, "skipped", None)
     # Lightning takes any code of a further process for a crash.
     return 3 if left_out and cli.trainer.is_global_zero else 0

@@ -70,6 +70,9 @@ class RunFolder:
         for name in self.owned:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 (self.path / name).unlink()
+        for path in self.path.glob(f"{MANIFEST}*"):
+            path.unlink(missing_ok=True)
+        self.owned.clear()
 
     def claim(self, path: Path) -> None:
         """Note a file as the run's own, before it is written.
@@ -96,8 +99,8 @@ class RunFolder:
         self.owned.add(name)
 
     def open(self) -> None:
-        """Claim whatever is written from now on."""
-        files.claims.append(self.claim)
+        """Claim whatever is written from now on; a process has one run at a time."""
+        files.claims[:] = [self.claim]
 
     def close(self, finished: bool = False) -> None:
         """Let others in; a finished run leaves one manifest."""

@@ -106,6 +106,7 @@ class PosteriorSampler(L.LightningModule):
         self.run = Run()
         self._rows_that_fit: int | None = None  # learned from running out of memory
         self._fits: list[float] = []
+        self._given = False  # measurements are given, not simulated
         self._said: set[str] = set()
         self.denoiser = denoiser
         self.operator = operator or Identity()
@@ -252,7 +253,7 @@ class PosteriorSampler(L.LightningModule):
 
     def on_predict_end(self) -> None:
         """Say so if the restorations cannot be right."""
-        if self.trainer.is_global_zero and (told := misfit(self._fits, bool(self._given()))):
+        if self.trainer.is_global_zero and (told := misfit(self._fits, self._given)):
             print(f"cmi-lightning: {told}", file=sys.stderr)
 
     def teardown(self, stage: str) -> None:
@@ -305,10 +306,6 @@ class PosteriorSampler(L.LightningModule):
             watch=_Watchers(self),
         )
 
-    def _given(self) -> str | None:
-        """Return what was measured elsewhere; None where measurements are simulated."""
-        return getattr(getattr(self._trainer, "datamodule", None), "given", None)
-
     def _refuse_operator(self, reason: str) -> None:
         """Refuse an operator that would not be used."""
         if not isinstance(self.operator, Identity):
@@ -319,7 +316,8 @@ class PosteriorSampler(L.LightningModule):
 
     def _note_fit(self, result: Restoration) -> None:
         """Note how well a batch's restorations fit, in units of what noise alone leaves."""
-        if any(guidance.active for guidance in self.guidances):
+        if result["id"] and any(guidance.active for guidance in self.guidances):
+            self._given = result["truth"] is None
             fits = (result["residual"] / result["noise_norm"]).tolist()
             self._fits += [
                 fit

@@ -251,7 +251,7 @@ class Run:
             records = []
             further = sorted(set(self.done) - set(self.ids), key=natural)
             for name in [*self.ids, *further]:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(FileNotFoundError, ValueError):
                     records.append(json.loads(self.record_path(name).read_text(encoding="utf-8")))
             self.failures = {r["id"]: r["failed"] for r in records if r["failed"]}
             self._collected = records
