@@ -240,3 +240,100 @@ def test_the_default_prior_leaves_nothing_behind(capsys, tmp_path):
     assert printed["network"] == "torch.tanh"
     assert printed["image_shape"] is None
     assert printed["weights"] is None
+
+
+# ---------------------------------------------------------------------------------------------
+# The nearest name, and remedies that exist
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [
+        ("--model.num_step=5", "did you mean --model.num_steps?"),
+        ("--modle.seed=5", "did you mean --model.seed?"),
+        ("--overwrit", "did you mean --overwrite?"),
+        ("--data.limitt=3", "did you mean limit?"),
+        ("--model.guidances=[{class_path: CMI, init_args: {scal: 1}}]", "did you mean scale?"),
+        ("--model.operator=GausianBlur", "did you mean GaussianBlur?"),
+        ("--data.folder=a${b", r"write \${"),
+        ("--trainer.strategy=foo", "strategy='foo'"),
+        ("--trainer.accelerator=foo", "accelerator='foo'"),
+        ("--trainer.precision=99", "99"),
+        ("--trainer.limit_predict_batches=0", "leaves nothing to restore"),
+    ],
+)
+def test_misspelt_options_are_told_with_the_nearest_name(capsys, option, nearest):
+    error = refusal(capsys, "predict", "-c", "demo", option)
+    assert nearest in error
+    assert len(error) < 500
+
+
+@pytest.mark.parametrize("command", ["predict", "fit", "table", "tune"])
+def test_a_folder_that_cannot_be_written_is_told(capsys, tmp_path, command):
+    (tmp_path / "file").touch()
+    config = {"predict": "demo", "fit": "fit/fashion_mnist"}.get(command, "table/smoke")
+    option = "--trainer.default_root_dir" if command in ("predict", "fit") else "--output"
+    for place in (tmp_path / "file", tmp_path / "file/inner", "/proc/x"):
+        assert main([command, "-c", config, f"{option}={place}"]) == 2
+        assert "cannot write in" in capsys.readouterr().err
+
+
+def test_what_is_appended_comes_last():
+    from cmi_lightning.predict.options import resolved
+
+    wanted = resolved(["-c", "demo", "-c", "guidance/dps", "-c", "add_cmi", "--model.seed=1"])
+    for args in (
+        ["-c", "add_cmi", "-c", "demo", "-c", "guidance/dps", "--model.seed=1"],
+        ["-c", "demo", "--config=add_cmi", "-c", "guidance/dps", "--model.seed=1"],
+        ["-c", "demo", "-c", "guidance/dps", "-c", "add_cmi", "--model.seed=1"],
+    ):
+        assert resolved(args) == wanted
+    assert resolved(["-c", "add_cmi", "-c", "solver/ddim"])[1].endswith("add_cmi.yaml")
+
+
+def test_help_shows_our_options_first(capsys):
+    for option, shown, hidden in (
+        ("--help", "--model.denoiser", "--trainer.devices"),
+        ("--help.trainer", "--trainer.devices", "--model.denoiser"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["predict", option])
+        printed = capsys.readouterr().out
+        assert printed.startswith("usage: cmi-lightning predict")
+        assert shown in printed
+        assert hidden not in printed
+        assert option == "--help.trainer" or "--overwrite" in printed
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_file(capsys, monkeypatch):
+    from cmi_lightning.predict import command
+
+    monkeypatch.setattr(command, "prediction_cli", lambda args: 1 / 0)
+    assert main(["predict"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "ZeroDivisionError: division by zero" in line
+    file = Path(line.partition("traceback: ")[2].rstrip(")"))
+    assert "prediction_cli" in file.read_text()
+    file.unlink()
+
+
+def test_a_workers_error_is_one_sentence():
+    from cmi_lightning.errors import one_sentence
+
+    told = (
+        "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+        'last):\n  File "x.py", line 1\ncmi_lightning.errors.InputError: The file is gone.\n'
+    )
+    assert one_sentence(told) == "The file is gone."
+
+
+def test_a_rerun_elsewhere_leaves_the_first_run_alone(tmp_path):
+    assert run(tmp_path / "a", "-c", "demo", *FAST) == 0
+    first = tmp_path / "a/out"
+    before = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
+    saved = str(first / "config.yaml")
+    assert run(tmp_path / "b", "-c", saved, "--model.num_steps=2") == 0
+    assert {p: p.read_bytes() for p in first.rglob("*") if p.is_file()} == before
+    assert (tmp_path / "b/out/config.yaml").is_file()
+    option = f"--trainer.logger.init_args.save_dir={first}"
+    assert run(tmp_path / "c", "-c", saved, option) == 2  # as in files of an older version

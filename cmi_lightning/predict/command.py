@@ -24,6 +24,7 @@ def predict(args: list[str]) -> int:
     # Checked before the trainer starts, so that a refused run touches no file of an earlier one.
     cli.datamodule.setup("predict")
     cli.model.check(cli.trainer, cli.datamodule)
+    make_folder(Path(cli.trainer.default_root_dir).expanduser(), "trainer.default_root_dir")
     try:
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     except SystemExit as stop:  # Lightning ends a Ctrl-C with code 1

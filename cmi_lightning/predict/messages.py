@@ -51,7 +51,7 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 def _quotes(message: str) -> str:
     """Return how to write a text that YAML or OmegaConf takes for something else."""
     if "${" in message or "nterpolation" in message or "no viable alternative" in message:
-        return " For a plain ${, write \\\\${."
+        return " For a plain ${, write \\${."
     other = r"<class '(?:int|float|bool|datetime\.date|datetime\.datetime)'>|datetime\.date"
     if "str" in message and re.search(other, message):
         return " A text that looks like a number or a date needs quotes: '\"2024\"'."

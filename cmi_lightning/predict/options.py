@@ -61,7 +61,8 @@ def _appending_last(args: list[str]) -> list[str]:
 
 
 def _text(config: str) -> str:
-    return Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config
+    """Return the YAML of a resolved configuration: a section's text, or a file's."""
+    return config if config.startswith("{") else Path(config).read_text(encoding="utf-8")
 
 
 def prediction_cli(args: list[str]) -> Any:

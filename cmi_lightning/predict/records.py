@@ -59,7 +59,7 @@ def refuse_foreign_logs(trainer: L.Trainer, folder: Path) -> None:
         InputError: naming that folder.
     """
     for logger in trainer.loggers:
-        path = Path(logger.save_dir or folder).expanduser()
+        path = Path(getattr(logger, "save_dir", None) or folder).expanduser()
         if path.resolve() != folder.resolve() and (path / "run.json").is_file():
             raise InputError(
                 f"trainer.logger writes into '{path}', the folder of another run: set its save_dir "

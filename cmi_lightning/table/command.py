@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cmi_lightning.errors import InputError, one_sentence
+from cmi_lightning.files import make_folder
 from cmi_lightning.predict.options import resolved
 from cmi_lightning.report.page import write_report
 from cmi_lightning.report.results import read_results, write_results
@@ -170,14 +171,20 @@ def _alone(table: Table) -> Iterator[None]:
     if table.report_only or not first_process():  # files are written whole: a look does no harm
         yield
         return
-    table.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(table.folder, "output")
+    lock = FileLock(table.folder / ".lock")
+    with contextlib.suppress(NotImplementedError):  # a file system without locks
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(
+                f"Another command is at work in '{table.folder}': wait for it, or set another "
+                "output."
+            ) from error
     try:
-        with FileLock(table.folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise InputError(
-            f"Another command is at work in '{table.folder}': wait for it, or set another output."
-        ) from error
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
