@@ -123,34 +123,28 @@ def test_photos_are_turned_upright(tmp_path):
     assert ready(ImageFolderData(str(tmp_path))).image_shape == (1, 8, 4)
 
 
-def broken_folder(folder: Path, kind: str) -> None:
-    save(folder / "ok.png", 8, 8)
+BAD = {
+    "text": ("bad.jpg", b"not an image", r"Cannot read the image '.*bad\.jpg'"),
+    "truncated": ("bad.png", (64, 64), r"Cannot read the image '.*bad\.png'"),
+    "float": ("bad.tif", Image.new("F", (8, 8)), r"bad\.tif' has 32-bit pixels"),
+    "cmyk": ("bad.jpg", Image.new("CMYK", (8, 8)), r"bad\.jpg' .* kind CMYK; set data\.channels"),
+    "twice": ("ok.bmp", (8, 8), r"ok\.bmp' and '.*ok\.png' would share the id 'ok'"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_files_are_named_at_setup(tmp_path, kind):
+    name, content, words = BAD[kind]
+    save(tmp_path / "ok.png", 8, 8)
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, tuple):
+        save(path, *content)
+    else:
+        content.save(path)
     if kind == "truncated":
-        save(folder / "bad.png", 64, 64)
-        data = (folder / "bad.png").read_bytes()
-        (folder / "bad.png").write_bytes(data[: len(data) // 2])
-    elif kind == "text":
-        (folder / "bad.jpg").write_text("not an image")
-    elif kind == "float":
-        Image.fromarray(np.zeros((8, 8), np.float32)).save(folder / "bad.tif")
-    elif kind == "cmyk":
-        Image.new("CMYK", (8, 8)).save(folder / "bad.jpg")
-    elif kind == "twice":
-        save(folder / "ok.bmp", 8, 8)
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("truncated", r"Cannot read the image '.*bad\.png'"),
-        ("text", r"Cannot read the image '.*bad\.jpg'"),
-        ("float", r"bad\.tif' has 32-bit pixels"),
-        ("cmyk", r"bad\.jpg' has pixels of kind CMYK; set data\.channels"),
-        ("twice", r"ok\.bmp' and '.*ok\.png' would share the id 'ok'"),
-    ],
-)
-def test_bad_files_are_named_at_setup(tmp_path, kind, words):
-    broken_folder(tmp_path, kind)
+        path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(InputError, match=words) as caught:
         ready(ImageFolderData(str(tmp_path), strict=True))
     assert "\n" not in str(caught.value)
@@ -166,21 +160,24 @@ def test_bad_folders_and_options(tmp_path):
             ready(ImageFolderData("fashion-mnist-test", **{option: 0}))
 
 
-@pytest.mark.parametrize("source", ["folder", "measurements", "fashion"])
+SOURCES = {
+    "folder": lambda: ImageFolderData("fashion-mnist-test", limit=5, batch_size=2),
+    "measurements": lambda: MeasurementFolderData(
+        str(SHIPPED["fashion-mnist-test"]), limit=5, batch_size=2
+    ),
+    "fashion": lambda: FashionMNISTData(limit=5, batch_size=2),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
 def test_lightning_takes_the_loaders(tmp_path, source):
     class Count(L.LightningModule):
         def predict_step(self, batch: dict) -> int:
             return len(batch["id"])
 
-    data: L.LightningDataModule
-    if source == "folder":
-        data = ImageFolderData("fashion-mnist-test", limit=5, batch_size=2)
-    elif source == "measurements":
-        data = MeasurementFolderData(str(SHIPPED["fashion-mnist-test"]), limit=5, batch_size=2)
-    else:
-        data = FashionMNISTData(limit=5, batch_size=2)
-        if not DEBIAN_FOLDER.is_dir():
-            pytest.skip("Fashion-MNIST is not on this machine")
+    if source == "fashion" and not DEBIAN_FOLDER.is_dir():
+        pytest.skip("Fashion-MNIST is not on this machine")
+    data = SOURCES[source]()
     trainer = L.Trainer(
         accelerator="cpu",
         logger=False,

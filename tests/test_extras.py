@@ -230,3 +230,5 @@ def test_both_conventions_of_kernels(tmp_path, convention, shape):
 def test_a_convention_that_there_is_not(tmp_path):
     with pytest.raises(InputError, match=r"data\.kernel_convention must be one of"):
         MeasurementFolderData(str(tmp_path), "blur", kernels="k", kernel_convention="fourier")
+    with pytest.raises(InputError, match=r"kernel_convention is not used by data\.kind=denoise"):
+        MeasurementFolderData(str(tmp_path), kernel_convention="convolution")

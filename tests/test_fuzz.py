@@ -1,24 +1,22 @@
 """A thousand malformed images, masks, kernels, tables and configurations.
 
-Each is either refused by one clear sentence or read right; nothing raises another error, warns or
-takes long. The examples are the same in every run.
+Each is either refused by one clear sentence or read right; nothing raises another error or warns.
+The examples are the same in every run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
-import os
 import random
 import re
 import struct
 import tempfile
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from image_files import icc
 from PIL import Image
 
 from cmi_lightning.cli import main
@@ -37,9 +36,9 @@ from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Convolution, PixelMask
 
-SIDE, SECONDS = 8, 60.0  # of which a loaded machine needs a few
+SIDE = 8
 SHARES = {"images": 400, "masks": 150, "kernels": 200, "tables": 150, "configs": 100}
-COUNTS: dict[str, int] = {}
+COUNTS: Counter[str] = Counter()
 CODES: Counter[int] = Counter()
 
 
@@ -54,14 +53,15 @@ def fuzz(what: str) -> Callable:
     )
 
 
-@contextmanager
-def example(what: str) -> Iterator[Path]:
-    """A folder for one example, which is counted and must be done in time."""
-    COUNTS[what] = COUNTS.get(what, 0) + 1
-    started = time.monotonic()
+@contextlib.contextmanager
+def example(what: str, side: int = SIDE) -> Iterator[Path]:
+    """A folder with y/a.png and y/b.png for one example, which is counted."""
+    COUNTS[what] += 1
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "y").mkdir()
+        for name in "ab":
+            Image.new("L", (side, side), 130).save(f"{folder}/y/{name}.png")
         yield Path(folder)
-    assert time.monotonic() - started < SECONDS
 
 
 def ready(data: Any) -> Any:
@@ -124,6 +124,11 @@ IMAGES: list[tuple[str, bytes]] = [
     ("webp", encoded("RGBA", "WEBP", lossless=True)),
     ("png", encoded("L", "GIF")),
     ("tif", encoded("L", "PPM")),
+    ("gif", encoded("P", "GIF", transparency=9)),
+    ("jp2", encoded("RGB", "JPEG2000")),
+    ("ppm", encoded("RGB", "PPM")),
+    ("png", encoded("L", "PNG", icc_profile=icc(1.0, gray=True))),
+    ("jpg", encoded("RGB", "JPEG", icc_profile=icc(1.0))),
 ]
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF]
 
@@ -183,9 +188,10 @@ seeds = st.integers(0, 2**32)
 def check_images(image, seed, channels, size, strict):
     suffix, source = image
     with example("images") as folder:
-        (folder / f"b.{suffix}").write_bytes(mangled(source, seed))
-        Image.new("L", (SIDE, SIDE), seed % 256).save(folder / "a.png")
-        data = ready(ImageFolderData(str(folder), size, channels, strict=strict))
+        (folder / "y/b.png").unlink()
+        (folder / f"y/b.{suffix}").write_bytes(mangled(source, seed))
+        Image.new("L", (SIDE, SIDE), seed % 256).save(folder / "y/a.png")
+        data = ready(ImageFolderData(str(folder / "y"), size, channels, strict=strict))
         if data is None:
             return
         (batch,) = data.predict_dataloader()
@@ -208,7 +214,6 @@ PNGS = [source for suffix, source in IMAGES if source.startswith(b"\x89PNG")]
 @fuzz("masks")
 def check_masks(source, seed, each, strict, side):
     with example("masks") as folder:
-        (folder / "y").mkdir()
         (folder / "m").mkdir()
         for name in "ab":
             size = side if side > SIDE else SIDE  # one size in nine does not fit
@@ -269,9 +274,7 @@ def check_kernels(content):
         suffix = "npy" if isinstance(content, bytes) else "png"
         path = folder / f"k.{suffix}"
         path.write_bytes(content if isinstance(content, bytes) else mangled(*content))
-        (folder / "y").mkdir()
-        Image.new("L", (SIDE, SIDE), 130).save(folder / "y/a.png")
-        data = MeasurementFolderData(str(folder / "y"), "blur", kernels=str(path))
+        data = MeasurementFolderData(str(folder / "y"), "blur", kernels=str(path), limit=1)
         if ready(data) is None:
             return
         (batch,) = data.predict_dataloader()
@@ -320,9 +323,6 @@ def tables(draw: st.DrawFn) -> bytes:
 @fuzz("tables")
 def check_tables(content, unit):
     with example("tables") as folder:
-        (folder / "y").mkdir()
-        for name in "ab":
-            Image.new("L", (SIDE, SIDE), 130).save(folder / f"y/{name}.png")
         (folder / "s.csv").write_bytes(content)
         data = MeasurementFolderData(
             str(folder / "y"), sigmas=str(folder / "s.csv"), sigma_range=unit
@@ -338,85 +338,35 @@ def check_tables(content, unit):
 
 # Configurations -------------------------------------------------------------------------------
 
-JUNK = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    3,
-    10**30,
-    -0.5,
-    0.1,
-    1e308,
-    math.inf,
-    math.nan,
-    "",
-    " ",
-    "x",
-    ".",
-]
-JUNK += ["no.such.Class", "cmi_lightning.solvers.DDIM", "DPS", "../../x", "~nobody/x", "x" * 5000]
-JUNK += [
-    "\0",
-    "\x1b[2J",
-    "日本",
-    "é\ud7ff",
-    "${trainer.precision}",
-    "${nowhere}",
-    "null",
-    "1e3",
-    "0x1",
-]
-JUNK += [[], [None], [1, 2], [[[]]], {}, {"x": 1}, {"class_path": "x"}, {"init_args": {}}]
-JUNK += [{"class_path": "DPS", "init_args": {"scale": "x"}}, {"class_path": "DDPM", "x": []}]
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    guidances = [
-        {"class_path": "cmi_lightning.guidance.DPS", "init_args": {"scale": 1.0}},
-        {"class_path": "cmi_lightning.guidance.PiGDM"},
-    ]
-    return {
-        "model": {
-            "denoiser": {
-                "class_path": "cmi_lightning.exact.power_law_prior",
-                "init_args": {"image_shape": [1, 32, 32], "exponent": 2.0, "std": 0.3, "mean": 0.0},
-            },
-            "operator": {
-                "class_path": "cmi_lightning.operators.BoxMask",
-                "init_args": {"size": 3, "margin": 1},
-            },
-            "solver": {"class_path": "cmi_lightning.solvers.DDIM", "init_args": {"eta": 0.5}},
-            "guidances": guidances,
-            "num_steps": 2,
-            "noise": {"sigma": 0.05, "range": "signed"},
-            "seed": 0,
-            "clamp": True,
-        },
-        "data": {
-            "class_path": "cmi_lightning.data.ImageFolderData",
-            "init_args": {
-                "folder": str(folder / "y"),
-                "size": 32,
-                "channels": 1,
-                "limit": 2,
-                "batch_size": 2,
-                "num_workers": 0,
-                "strict": False,
-            },
-        },
-        "trainer": {
-            "precision": "32-true",
-            "limit_predict_batches": 1,
-            "callbacks": [
-                {
-                    "class_path": "cmi_lightning.callbacks.ImageWriter",
-                    "init_args": {"grid_rows": 2},
-                }
-            ],
-        },
-    }
+JUNK = [None, True, False, 0, -1, 3, 10**30, -0.5, 0.1, 1e308, math.inf, math.nan, "", " ", "x"]
+JUNK += [".", "no.such.Class", "cmi_lightning.solvers.DDIM", "DPS", "../../x", "~nobody/x"]
+JUNK += ["x" * 5000, "\0", "\x1b[2J", "日本", "é\ud7ff", "${trainer.precision}", "${nowhere}"]
+JUNK += ["null", "1e3", "0x1", [], [None], [1, 2], [[[]]], {}, {"x": 1}, {"class_path": "x"}]
+JUNK += [{"init_args": {}}, {"class_path": "DPS", "init_args": {"scale": "x"}}]
+JUNK += [{"class_path": "DDPM", "x": []}]
+CONFIG = """
+model:
+  denoiser:
+    class_path: cmi_lightning.exact.power_law_prior
+    init_args: {image_shape: [1, 32, 32], exponent: 2.0, std: 0.3, mean: 0.0}
+  operator: {class_path: cmi_lightning.operators.BoxMask, init_args: {size: 3, margin: 1}}
+  solver: {class_path: cmi_lightning.solvers.DDIM, init_args: {eta: 0.5}}
+  guidances:
+  - {class_path: cmi_lightning.guidance.DPS, init_args: {scale: 1.0}}
+  - {class_path: cmi_lightning.guidance.PiGDM}
+  num_steps: 2
+  noise: {sigma: 0.05, range: signed}
+  seed: 0
+  clamp: true
+data:
+  class_path: cmi_lightning.data.ImageFolderData
+  init_args:
+    {folder: y, size: 32, channels: 1, limit: 2, batch_size: 2, num_workers: 0, strict: false}
+trainer:
+  precision: 32-true
+  limit_predict_batches: 1
+  callbacks: [{class_path: cmi_lightning.callbacks.ImageWriter, init_args: {grid_rows: 2}}]
+"""
 
 
 def _places(value: Any, path: tuple = ()) -> list[tuple]:
@@ -431,7 +381,6 @@ def _places(value: Any, path: tuple = ()) -> list[tuple]:
 def twisted(config: dict[str, Any], seed: int) -> dict[str, Any]:
     """Replace, delete, add or move one to three entries of a configuration."""
     rng = random.Random(seed)
-    config = copy.deepcopy(config)
     for _ in range(rng.choice([0, 1, 1, 1, 1, 2, 3])):
         places = _places(config)
         *above, last = rng.choice(places)
@@ -460,11 +409,10 @@ def fuzz_configs(capfd: pytest.CaptureFixture) -> None:
     @given(seeds, st.sampled_from([False, False, False, True]))
     @fuzz("configs")
     def check(seed, as_text):
-        with example("configs") as folder:
-            (folder / "y").mkdir()
-            for name in "ab":
-                Image.new("L", (32, 32), 130).save(folder / f"y/{name}.png")
-            config = twisted(_config(folder), seed) if not as_text else _config(folder)
+        with example("configs", 32) as folder:
+            config = yaml.safe_load(CONFIG)
+            config["data"]["init_args"]["folder"] = str(folder / "y")
+            config = config if as_text else twisted(config, seed)
             text = yaml.safe_dump(config, allow_unicode=True).encode("utf-8", "replace")
             (folder / "c.yaml").write_bytes(mangled(text, seed) if as_text else text)
             out = folder / "out"
@@ -472,12 +420,8 @@ def fuzz_configs(capfd: pytest.CaptureFixture) -> None:
             # Never more than this machine, and nothing written but here.
             fixed = [f"--trainer.default_root_dir={out}", "--trainer.devices=1"]
             fixed += ["--trainer.accelerator=cpu", "--trainer.logger=false"]
-            here = os.getcwd()
-            try:
-                os.chdir(folder)
+            with contextlib.chdir(folder):
                 code = main(["predict", "-c", str(folder / "c.yaml"), *fixed])
-            finally:
-                os.chdir(here)
             error = capfd.readouterr().err
             CODES[code] += 1
             if code == 2:
@@ -494,15 +438,14 @@ def fuzz_configs(capfd: pytest.CaptureFixture) -> None:
     check()
 
 
-@pytest.mark.parametrize("what", ["images", "masks", "kernels", "tables"])
+CHECKS = {"images": check_images, "masks": check_masks, "kernels": check_kernels}
+CHECKS["tables"] = check_tables
+
+
+@pytest.mark.parametrize("what", CHECKS)
 def test_malformed_files(what, capfd):
     COUNTS.pop(what, None)
-    {
-        "images": check_images,
-        "masks": check_masks,
-        "kernels": check_kernels,
-        "tables": check_tables,
-    }[what]()
+    CHECKS[what]()
     captured = capfd.readouterr()
     assert COUNTS[what] >= SHARES[what]
     # libtiff, in C, has its say past Pillow and Python.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from image_files import icc, png16
 from PIL import Image, ImageCms
 
 from cmi_lightning.data import ImageFolderData, MeasurementFolderData
@@ -118,34 +117,6 @@ def test_opaque_alpha_says_nothing(tmp_path, capsys):
 # Colour profiles ------------------------------------------------------------------------------
 
 
-def profile(gamma: float, swap: bool = False, gray: bool = False) -> bytes:
-    """An ICC profile of sRGB's primaries (or two swapped, or gray) and a power as its curve."""
-
-    def fixed(*numbers: float) -> bytes:
-        return b"".join(struct.pack(">i", round(n * 65536)) for n in numbers)
-
-    xyz = [(0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)]
-    if swap:
-        xyz = [xyz[1], xyz[0], xyz[2]]
-    d50 = (0.9642, 1.0, 0.8249)
-    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
-    tags = [(b"wtpt", b"XYZ " + bytes(4) + fixed(*d50))]
-    if gray:
-        tags.append((b"kTRC", curve))
-    else:
-        for name, colour in zip((b"r", b"g", b"b"), xyz, strict=True):
-            tags += [(name + b"XYZ", b"XYZ " + bytes(4) + fixed(*colour)), (name + b"TRC", curve)]
-    start = 128 + 4 + 12 * len(tags)
-    table, data = struct.pack(">I", len(tags)), b""
-    for name, content in tags:
-        table += name + struct.pack(">II", start + len(data), len(content))
-        data += content
-    header = struct.pack(">I", start + len(data)) + bytes(4) + bytes([2, 0x10, 0, 0]) + b"mntr"
-    header += (b"GRAY" if gray else b"RGB ") + b"XYZ " + bytes(12) + b"acsp"
-    header = header.ljust(68, b"\0") + fixed(*d50)
-    return header.ljust(128, b"\0") + table + data
-
-
 def srgb(linear: np.ndarray) -> np.ndarray:
     return np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
@@ -154,7 +125,7 @@ def srgb(linear: np.ndarray) -> np.ndarray:
 def test_profiles_are_converted_to_srgb(tmp_path, capsys, suffix):
     a = RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     options = {"lossless": True} if suffix == "webp" else {}
-    Image.fromarray(a).save(tmp_path / f"x.{suffix}", icc_profile=profile(1.0), **options)
+    Image.fromarray(a).save(tmp_path / f"x.{suffix}", icc_profile=icc(1.0), **options)
     x = set_up(tmp_path).images[0]["x"]
     assert torch.allclose(x, signed(srgb(a / 255), 1), atol=0.03)
     assert (
@@ -165,8 +136,8 @@ def test_profiles_are_converted_to_srgb(tmp_path, capsys, suffix):
 @pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA"])
 def test_profiles_of_other_kinds_of_pixels(tmp_path, mode):
     gray = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
-    icc = profile(1.0, gray=mode in ("L", "LA"))
-    Image.fromarray(gray).convert(mode).save(tmp_path / "x.png", icc_profile=icc)
+    of = icc(1.0, gray=mode in ("L", "LA"))
+    Image.fromarray(gray).convert(mode).save(tmp_path / "x.png", icc_profile=of)
     x = read_image(tmp_path / "x.png", Decoding(1))
     assert torch.allclose(x, signed(srgb(gray / 255), 1), atol=0.03)
 
@@ -174,22 +145,22 @@ def test_profiles_of_other_kinds_of_pixels(tmp_path, mode):
 def test_swapped_primaries_are_put_right(tmp_path):
     a = np.zeros((4, 4, 3), np.uint8)
     a[..., 0] = 255
-    Image.fromarray(a).save(tmp_path / "x.png", icc_profile=profile(2.2, swap=True))
+    Image.fromarray(a).save(tmp_path / "x.png", icc_profile=icc(2.2, swap=True))
     assert torch.allclose(
         read_image(tmp_path / "x.png")[:, 0, 0], torch.tensor([-1.0, 1, -1]), atol=0.05
     )
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-@pytest.mark.parametrize("icc", ["srgb", "nonsense", "other space"])
-def test_pixels_stay_without_a_profile_to_convert(tmp_path, capsys, mode, icc):
+@pytest.mark.parametrize("which", ["srgb", "nonsense", "other space"])
+def test_pixels_stay_without_a_profile_to_convert(tmp_path, capsys, mode, which):
     profiles = {
         "srgb": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
         "nonsense": b"nonsense" * 40,
-        "other space": profile(1.0, gray=mode != "L"),
+        "other space": icc(1.0, gray=mode != "L"),
     }
     image = Image.fromarray(RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)).convert(mode)
-    image.save(tmp_path / "x.png", icc_profile=profiles[icc])
+    image.save(tmp_path / "x.png", icc_profile=profiles[which])
     image.save(tmp_path / "plain.png")
     assert torch.equal(read_image(tmp_path / "x.png"), read_image(tmp_path / "plain.png"))
     set_up(tmp_path)
@@ -200,22 +171,7 @@ def test_pixels_stay_without_a_profile_to_convert(tmp_path, capsys, mode, icc):
 
 
 def save_png16(array: np.ndarray, path: Path) -> None:
-    """Write a 16-bit colour PNG, which Pillow cannot."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    height, width, channels = array.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
-    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    path.write_bytes(png16(array))
 
 
 def save_tif(**options: object) -> Callable[[np.ndarray, Path], None]:

@@ -217,22 +217,18 @@ def test_each_image_is_restored_as_if_alone(tmp_path):
 
 @pytest.mark.parametrize("kind", ["inpaint", "blur", "downsample"])
 def test_every_kind_runs_without_ground_truth(tmp_path, capsys, kind):
-    size = 16 if kind == "downsample" else 32
-    folder(tmp_path / "y", 2, size)
-    options = {"inpaint": "masks", "blur": "kernels", "downsample": "factor"}
-    value = str(tmp_path / "extra")
-    known = torch.ones(1, size, size)
+    folder(tmp_path / "y", 2, 16 if kind == "downsample" else 32)
+    known = torch.ones(1, 32, 32)
     known[:, 8:14, 8:14] = -1
-    if kind == "inpaint":
-        value += ".png"
-        save(known, Path(value))
-    elif kind == "blur":
-        value += ".npy"
-        np.save(value, np.ones((3, 3)))
-    else:
-        value = "2"
+    save(known, tmp_path / "m.png")
+    np.save(tmp_path / "k.npy", np.ones((3, 3)))
+    extra = {
+        "inpaint": f"masks={tmp_path / 'm.png'}",
+        "blur": f"kernels={tmp_path / 'k.npy'}",
+        "downsample": "factor=2",
+    }
     args = ["-c", "guidance/dps", "--data=MeasurementFolderData", f"--data.kind={kind}"]
-    args += [f"--data.measurements={tmp_path / 'y'}", f"--data.{options[kind]}={value}"]
+    args += [f"--data.measurements={tmp_path / 'y'}", f"--data.{extra[kind]}"]
     args += ["--data.sigmas=estimate", "--model.num_steps=2"]
     args += [f"--trainer.default_root_dir={tmp_path / 'out'}"]
     assert main(["predict", *args]) == 0

@@ -35,6 +35,14 @@ class FashionMNIST(Dataset):
 
     Raises:
         InputError: if ``root`` lacks the file, or it is damaged.
+
+    Example:
+        >>> import gzip, tempfile
+        >>> root = tempfile.TemporaryDirectory()
+        >>> two = gzip.compress(bytes(16 + 2 * 28 * 28))
+        >>> _ = (Path(root.name) / "t10k-images-idx3-ubyte.gz").write_bytes(two)
+        >>> FashionMNIST(train=False, root=root.name)[1]["id"]
+        'test/00001'
     """
 
     def __init__(self, train: bool, root: str | None = None) -> None:
@@ -95,6 +103,10 @@ class FashionMNISTData(RestorationData):
         num_workers: worker processes of the loaders.
         predict_split: what ``predict`` restores: held-back training images or test images.
         limit: restore only the first ``limit`` images.
+
+    Example:
+        >>> FashionMNISTData(batch_size=8).image_shape
+        (1, 32, 32)
     """
 
     def __init__(

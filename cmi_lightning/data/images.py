@@ -221,7 +221,7 @@ def _channels(
         if bool((alpha < 1).any()):
             note(f"have transparent pixels, seen on {printable(how.background)} (data.background)")
         behind = torch.tensor(ImageColor.getrgb(how.background)[:3])[:, None, None] / 127.5 - 1
-        x = colour * alpha + behind * (1 - alpha)
+        x = (colour * alpha + behind * (1 - alpha)).clamp(-1, 1)
     if len(x) == 3 and channels == 1:
         x = to_gray(x)
     if len(x) == 1 and channels > 1:
@@ -233,7 +233,7 @@ def _channels(
 
 def to_gray(x: Tensor) -> Tensor:
     """Return the gray values (1, H, W) of colours (3, H, W)."""
-    return (x * torch.tensor(GRAY)[:, None, None]).sum(0, keepdim=True)
+    return (x * torch.tensor(GRAY)[:, None, None]).sum(0, keepdim=True).clamp(-1, 1)
 
 
 def _rawmode(opened: Any) -> str | None:

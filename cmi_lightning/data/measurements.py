@@ -199,6 +199,16 @@ class MeasurementFolderData(FolderData):
             set-up, for a missing or empty folder, one with no readable image (with ``strict``: with
             an unreadable one), mixed sizes or channel counts, a missing mask or kernel, or one of
             the wrong size, and a CSV file with a missing, unknown, repeated or senseless entry.
+
+    Example:
+        >>> from cmi_lightning.data.folder import SHIPPED
+        >>> folder = str(SHIPPED["fashion-mnist-test"])
+        >>> data = MeasurementFolderData(folder, "downsample", factor=2, limit=3)
+        >>> data.setup("predict")
+        >>> data.image_shape
+        (1, 64, 64)
+        >>> sorted(data.images[0])
+        ['factor', 'id', 'y_image']
     """
 
     def __init__(
@@ -241,6 +251,8 @@ class MeasurementFolderData(FolderData):
                 )
         if kernel_convention not in get_args(Convention):
             raise InputError(f"data.kernel_convention must be one of {get_args(Convention)}.")
+        if kernel_convention != "correlation" and kind != "blur":
+            raise InputError(f"data.kernel_convention is not used by data.kind={kind}; remove it.")
         if factor is not None and factor < 2:
             raise InputError(f"data.factor must be at least 2, got {factor}.")
 

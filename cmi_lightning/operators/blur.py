@@ -148,7 +148,9 @@ class MotionBlur(OperatorFactory):
     The path is a chain of steps: lengths ~ Beta(1, 30), directions ~ triangular with a side that
     rarely flips; both spreads grow with ``intensity``. It is drawn at twice the size, softened and
     reduced. Kernels are ≥ 0 and sum to 1, and depend on the seed and the image's id alone.
-    It becomes a :class:`Convolution`.
+    They are not centred: at 61×61 the centre of mass lies 1.6 pixels from the kernel's centre on
+    average, by (0.3, 0.0) in the mean, and y is shifted by as much. It becomes a
+    :class:`Convolution`.
 
     >>> from cmi_lightning import Problem
     >>> x, noise = torch.zeros(2, 1, 8, 8), SampleNoise(0, ["a", "b"])
