@@ -8,20 +8,24 @@ import zlib
 import numpy as np
 
 
-def png(width: int, height: int, bits: int, kind: int, packed: bytes) -> bytes:
-    """A PNG of rows that are packed by zlib, each after a byte 0."""
+def png(
+    width: int, height: int, bits: int, kind: int, packed: bytes, key: bytes | None = None
+) -> bytes:
+    """A PNG of rows that are packed by zlib, each after a byte 0, with a transparent colour."""
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")]
+    chunks = [(b"IHDR", header), (b"tRNS", key), (b"IDAT", packed), (b"IEND", b"")]
+    chunks = [(k, d) for k, d in chunks if d is not None]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks
     )
 
 
-def png16(array: np.ndarray) -> bytes:
-    """A PNG of 16-bit colour (H, W, 3 or 4)."""
+def png16(array: np.ndarray, key: int | None = None) -> bytes:
+    """A PNG of 16 bits (H, W, 1, 3 or 4); ``key`` stands for transparency in all channels."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
     height, width, channels = array.shape
-    return png(width, height, 16, {3: 2, 4: 6}[channels], zlib.compress(rows))
+    clear = None if key is None else struct.pack(">H", key) * channels
+    return png(width, height, 16, {1: 0, 3: 2, 4: 6}[channels], zlib.compress(rows), clear)
 
 
 def black_png(side: int) -> bytes:

@@ -64,7 +64,17 @@ def gray_key(path: Path) -> None:
     image.save(path, transparency=7)
 
 
-HIDDEN = [rgba, gray_alpha, palette, key_colour, gray_key]
+def key_of_16_bits(path: Path, channels: int = 3) -> None:
+    a = np.full((4, 4, channels), 700, np.uint16)
+    a[1:3, 1:3] = 65535
+    path.write_bytes(png16(a, key=700))
+
+
+def gray_key_of_16_bits(path: Path) -> None:
+    key_of_16_bits(path, 1)
+
+
+HIDDEN = [rgba, gray_alpha, palette, key_colour, gray_key, key_of_16_bits, gray_key_of_16_bits]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

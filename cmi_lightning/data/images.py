@@ -138,24 +138,19 @@ def _decode(path: Path, how: Decoding, note: Callable[[str], object]) -> Tensor:
         image = ImageOps.exif_transpose(opened)
         if getattr(opened, "is_animated", False):
             note("hold several pictures, of which the first is read")
-    mode, profile = image.mode, image.info.get("icc_profile")
+    mode = image.mode
+    plain = {"LA": "L", "RGBA": "RGB", "P": "RGB", "PA": "RGB"}.get(mode, mode)
+    profile = image.info.get("icc_profile")
+    convert = _to_srgb(profile, plain) if profile else None
     if mode.startswith("I;16") or mode in ("I", "F"):
-        numbers = np.asarray(image).astype(np.float32)
-        return _channels(_scaled(numbers, mode, path, how, note)[None], how.channels or 1, how)
-    convert = _to_srgb(profile, "RGB" if mode == "RGBA" else mode) if profile else None
+        return _deep(np.asarray(image)[None], mode, image.info, path, how, note)
     if rawmode and not convert:
         with Image.open(path, formats=formats) as opened:
             opened.tile = [_of_low_bytes(tile, rawmode) for tile in opened.tile]
             opened.load()
             low = np.asarray(ImageOps.exif_transpose(opened))
-        numbers = (np.asarray(image).astype(np.float32) * 256 + low).transpose(2, 0, 1)
-        x = torch.cat(
-            [
-                _scaled(numbers[:3], mode, path, how, note),
-                torch.from_numpy(numbers[3:] / 32767.5 - 1),
-            ]
-        )
-        return _channels(x, how.channels or len(x), how, note)
+        numbers = np.asarray(image).astype(np.float32) * 256 + low
+        return _deep(numbers.transpose(2, 0, 1), mode, image.info, path, how, note)
     clear = image.has_transparency_data
     own = {"1": 1, "L": 1, "RGB": 3, "RGBA": 4, "P": 4 if clear else 3}.get(mode)
     channels = how.channels or own
@@ -165,12 +160,10 @@ def _decode(path: Path, how: Decoding, note: Callable[[str], object]) -> Tensor:
             "convert it."
         )
     alpha = image.convert("RGBA").getchannel("A") if clear else None
-    if mode in ("LA", "RGBA", "P", "PA"):
-        image = image.convert("L" if mode == "LA" else "RGB")
-    if profile and mode != "RGBA":
-        convert = _to_srgb(profile, image.mode)
+    if plain != mode:
+        image = image.convert(plain)
     if convert:
-        image = convert.apply(image).convert("L" if image.mode == "L" else "RGB")
+        image = convert.apply(image).convert("L" if plain == "L" else "RGB")
         note("have a colour profile, which is converted to sRGB")
     if alpha is None or (channels < 4 and alpha.getextrema()[0] == 255):
         return _tensor(image.convert(MODES[channels]))
@@ -185,31 +178,40 @@ def _tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).float() / 127.5 - 1
 
 
-def _scaled(
-    numbers: np.ndarray, mode: str, path: Path, how: Decoding, note: Callable[[str], object]
+def _deep(
+    numbers: np.ndarray,
+    mode: str,
+    info: dict[Any, Any],
+    path: Path,
+    how: Decoding,
+    note: Callable[[str], object],
 ) -> Tensor:
-    """Return numbers of more than 8 bits in [−1, 1]."""
-    low, high = 0.0, float(how.white_level or 65535)
-    if mode == "F" and how.range:
-        low, high = how.range
-    elif mode == "F" or (mode == "I" and not how.white_level):
-        option = (
-            "data.range to the numbers of black and white" if mode == "F" else "data.white_level"
-        )
+    """Return numbers of more than 8 bits (1, 3 or 4, H, W) as a picture."""
+    option = "data.range" if mode == "F" else "data.white_level"
+    low, high = 0.0, float(how.white_level or (65535 if mode != "I" else np.nan))
+    if mode == "F":
+        low, high = how.range or (0.0, np.nan)
+    if np.isnan(high):
         raise UnreadableError(
             f"'{printable(path)}' has 32-bit pixels (kind {mode}), whose range is unknown; set "
             f"{option}, or save it with 8 or 16 bits."
         )
-    least, most = float(numbers.min()), float(numbers.max())
+    colour, key, alpha = numbers[:3].astype(np.float32), info.get("transparency"), numbers[3:]
+    least, most = float(colour.min()), float(colour.max())
     if not low <= least <= most <= high:
-        option = "data.range" if mode == "F" else "data.white_level"
         raise InputError(
             f"'{printable(path)}' has values from {least:g} to {most:g}, outside of {low:g} to "
             f"{high:g}; set {option} to what holds for all images."
         )
-    if high == 65535 and how.white_level is None and most < DARK * high:
+    if mode not in ("I", "F") and how.white_level is None and most < DARK * high:
         note("use less than 10 % of 16 bits; if they are of fewer bits, set data.white_level")
-    return torch.from_numpy((numbers - np.float32(low)) / np.float32((high - low) / 2) - 1)
+    x = torch.from_numpy((colour - np.float32(low)) / np.float32((high - low) / 2) - 1)
+    if isinstance(key, (int, tuple)) and not len(alpha):  # a colour that stands for transparency
+        alpha = 65535 * (colour != np.reshape(key, (-1, 1, 1))).any(0, keepdims=True)
+    if len(alpha):
+        clear = torch.from_numpy(alpha.astype(np.float32) / 32767.5 - 1)
+        x = torch.cat([x.expand(3, -1, -1), clear])
+    return _channels(x, how.channels or len(numbers), how, note)
 
 
 def _channels(
