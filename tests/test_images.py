@@ -81,7 +81,7 @@ HIDDEN = [rgba, gray_alpha, palette, key_colour, gray_key, key_of_16_bits, gray_
 @pytest.mark.parametrize("make", HIDDEN)
 def test_transparent_pixels_are_seen_on_the_background(tmp_path, capsys, make, channels):
     make(tmp_path / "x.png")
-    for background, value in (("white", 1), ("black", -1), ("#808080", 128 / 127.5 - 1)):
+    for background, value in (("white", 1), ("black", -1), ("rgb(128,128,128)", 128 / 127.5 - 1)):
         x = read_image(tmp_path / "x.png", Decoding(channels, background))
         assert x.shape == (channels, 4, 4)
         assert torch.allclose(x[:, 0], torch.full((channels, 4), float(value)), atol=1e-6)
@@ -263,6 +263,7 @@ def test_floating_point_needs_a_range(tmp_path):
     [
         ({"background": "whitish"}, r"data\.background: 'whitish' is no colour"),
         ({"background": ""}, r"data\.background"),
+        ({"background": None}, r"data\.background.* or rgb\(255, 0, 0\)"),  # '#f00' in YAML
         ({"white_level": 0}, r"data\.white_level must be at least 1"),
         ({"range": (1.0, 1.0)}, r"data\.range must be two finite numbers, black < white"),
         ({"range": (0.0, float("inf"))}, r"data\.range must be two finite numbers"),

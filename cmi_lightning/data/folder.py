@@ -180,7 +180,7 @@ class ImageFolderData(FolderData):
         val_count: for ``fit``: the last ``val_count`` images are not trained on but validate.
         strict: refuse a folder with a file that cannot be decoded; else such files are reported,
             left out and listed in ``skipped``, {file: reason}.
-        background: colour behind transparent pixels, by name or as "#rrggbb".
+        background: colour behind transparent pixels, by name or as "rgb(255, 0, 0)".
         white_level: the number that is white in files of 16 or 32 bits, such as 4095; None: 65535.
         range: the numbers that are black and white in files of floating-point numbers.
 

@@ -53,8 +53,8 @@ class Decoding:
 
     Args:
         channels: convert to 1 (gray), 3 (RGB) or 4 (RGBA) channels; None keeps the file's own.
-        background: the colour behind transparent pixels, by name or as "#rrggbb"; not used where
-            the alpha channel is kept.
+        background: the colour behind transparent pixels, by name or as "rgb(255, 0, 0)"; not
+            used where the alpha channel is kept.
         white_level: the number that is white in files of 16 (65535) or 32 bits.
         range: the numbers that are black and white in files of floating-point numbers.
 
@@ -75,11 +75,11 @@ class Decoding:
         if self.channels not in (None, *MODES):
             raise InputError(f"data.channels must be 1, 3 or 4, got {self.channels}.")
         try:
-            ImageColor.getrgb(self.background)
-        except (ValueError, AttributeError) as error:
+            ImageColor.getrgb(str(self.background))
+        except ValueError as error:
             raise InputError(
                 f"data.background: '{printable(self.background)}' is no colour; give a name such "
-                "as white, or '#rrggbb'."
+                "as white, or rgb(255, 0, 0)."
             ) from error
         if self.white_level is not None and self.white_level < 1:
             raise InputError(f"data.white_level must be at least 1, got {self.white_level}.")

@@ -188,7 +188,7 @@ class MeasurementFolderData(FolderData):
         strict: refuse a folder with a file that cannot be decoded; else such files, and images
             whose own mask or kernel is one, are reported, left out and listed in ``skipped``,
             {file: reason}.
-        background: colour behind transparent pixels, by name or as "#rrggbb".
+        background: colour behind transparent pixels, by name or as "rgb(255, 0, 0)".
         white_level: the number that is white in files of 16 or 32 bits, such as 4095; None: 65535.
         range: the numbers that are black and white in files of floating-point numbers.
         kernel_convention: "correlation", or "convolution" for kernels that are mirrored in it,
