@@ -18,7 +18,7 @@ from cmi_lightning.data import (
 )
 from cmi_lightning.data.extras import read_kernel
 from cmi_lightning.data.fashion import DEBIAN_FOLDER
-from cmi_lightning.data.folder import SHIPPED, crop_to
+from cmi_lightning.data.folder import SHIPPED, FolderData, crop_to
 from cmi_lightning.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -31,12 +31,12 @@ def save(path: Path, *shape: int, dtype: type = np.uint8) -> np.ndarray:
     return array
 
 
-def ready(data: ImageFolderData | MeasurementFolderData) -> ImageFolderData | MeasurementFolderData:
+def ready(data: FolderData) -> FolderData:
     data.setup("predict")
     return data
 
 
-def items(data: ImageFolderData | MeasurementFolderData) -> list[dict]:
+def items(data: FolderData) -> list[dict]:
     images = ready(data).images
     return [images[i] for i in range(len(images))]
 
@@ -228,32 +228,33 @@ def test_kernels_sum_to_one(tmp_path):
 
 
 def test_bad_measurements(tmp_path):
-    y = tmp_path / "y"
+    y, m, k = tmp_path / "y", tmp_path / "m", tmp_path / "k"
     save(y / "0.png", 6, 5)
+    m.mkdir()
+    k.mkdir()
+    npy = str(tmp_path / "k.npy")
 
-    def refused(words: str, **options: object) -> None:
+    def refused(words: str, kind: str, **options: object) -> None:
         with pytest.raises(InputError, match=words):
-            ready(MeasurementFolderData(str(y), **options))
+            ready(MeasurementFolderData(str(y), kind, **options))
 
-    refused(r"data\.kind=inpaint needs data\.masks", kind="inpaint")
-    refused(r"data\.masks is not used by data\.kind=blur", kind="blur", kernels="k", masks="m")
-    refused(r"data\.kind must be one of", kind="haze")
-    refused(r"data\.factor must be at least 2", kind="downsample", factor=1)
-    refused(r"there is no '.*none'", kind="inpaint", masks=str(tmp_path / "none"))
-    (tmp_path / "m").mkdir()
-    refused(r"has nothing for the measurement '0'", kind="inpaint", masks=str(tmp_path / "m"))
-    save(tmp_path / "m/0.png", 5, 6)
-    refused(r"0\.png' is 5×6 .* are 6×5", kind="inpaint", masks=str(tmp_path / "m"))
-    Image.new("L", (5, 6)).save(tmp_path / "m/0.png")
-    refused("no white", kind="inpaint", masks=str(tmp_path / "m"))
-    np.save(tmp_path / "k.npy", np.array([[np.nan]]))
-    refused("must consist of finite numbers", kind="blur", kernels=str(tmp_path / "k.npy"))
-    np.save(tmp_path / "k.npy", np.array([{}]), allow_pickle=True)
-    refused("Cannot read the kernel", kind="blur", kernels=str(tmp_path / "k.npy"))
+    refused(r"data\.kind=inpaint needs data\.masks", "inpaint")
+    refused(r"data\.masks is not used by data\.kind=blur", "blur", kernels="k", masks="m")
+    refused(r"data\.kind must be one of", "haze")
+    refused(r"data\.factor must be at least 2", "downsample", factor=1)
+    refused(r"there is no '.*none'", "inpaint", masks=str(tmp_path / "none"))
+    refused(r"has nothing for the measurement '0'", "inpaint", masks=str(m))
+    save(m / "0.png", 5, 6)
+    refused(r"0\.png' is 5×6 .* are 6×5", "inpaint", masks=str(m))
+    Image.new("L", (5, 6)).save(m / "0.png")
+    refused("no white", "inpaint", masks=str(m))
+    np.save(npy, np.array([[np.nan]]))
+    refused("must consist of finite numbers", "blur", kernels=npy)
+    np.save(npy, np.array([{}]), allow_pickle=True)
+    refused("Cannot read the kernel", "blur", kernels=npy)
     save(y / "1.png", 6, 5)
-    (tmp_path / "k").mkdir()
-    np.save(tmp_path / "k/0.npy", np.ones((3, 3)))
-    np.save(tmp_path / "k/1.npy", np.ones((5, 5)))
-    refused("pad the smaller ones with zeros", kind="blur", kernels=str(tmp_path / "k"))
+    for name, side in (("0", 3), ("1", 5)):
+        np.save(k / f"{name}.npy", np.ones((side, side)))
+    refused("pad the smaller ones with zeros", "blur", kernels=str(k))
     save(y / "2.png", 7, 5)
-    refused("restore each size in a run of its own", kind="denoise")
+    refused("restore each size in a run of its own", "denoise")
