@@ -38,11 +38,11 @@ class FashionMNIST(Dataset):
 
     Example:
         >>> import gzip, tempfile
-        >>> root = tempfile.TemporaryDirectory()
-        >>> two = gzip.compress(bytes(16 + 2 * 28 * 28))
-        >>> _ = (Path(root.name) / "t10k-images-idx3-ubyte.gz").write_bytes(two)
-        >>> FashionMNIST(train=False, root=root.name)[1]["id"]
-        'test/00001'
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     file = Path(root) / "t10k-images-idx3-ubyte.gz"
+        ...     _ = file.write_bytes(gzip.compress(bytes(16 + 2 * 28 * 28)))
+        ...     print(FashionMNIST(train=False, root=root)[1]["id"])
+        test/00001
     """
 
     def __init__(self, train: bool, root: str | None = None) -> None:
