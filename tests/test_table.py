@@ -31,9 +31,10 @@ from cmi_lightning.report.tables import csv as to_csv
 from cmi_lightning.report.tables import latex, markdown
 from cmi_lightning.statistics import Estimate, mean_and_error
 from cmi_lightning.table.aggregate import aggregate
-from cmi_lightning.table.cells import SET_RESAMPLES
+from cmi_lightning.table.cells import SET_RESAMPLES, StartedCell
 from cmi_lightning.table.command import parse, rounds
-from cmi_lightning.table.run import Job, at_equal_cost, records, run, run_job
+from cmi_lightning.table.progress import ProgressPrinter
+from cmi_lightning.table.run import FinishedCell, Job, at_equal_cost, records, run, run_job
 from cmi_lightning.table.significance import (
     bootstrap_interval,
     holm,
@@ -140,6 +141,57 @@ def test_holm_is_the_step_down_of_its_definition(seed):
     assert holm([]) == []
 
 
+CLUSTERED = [f"photo{k // 5}/crop{k % 5}" for k in range(40)]
+
+
+def clustered_values() -> np.ndarray:
+    """Five crops of each of eight photographs, most of whose differences are the photograph's."""
+    rng = np.random.default_rng(6)
+    return np.repeat(rng.normal(0.4, 1.0, 8), 5) + 0.2 * rng.normal(size=40)
+
+
+def test_errors_and_intervals_of_clusters_are_those_of_resampled_photographs():
+    values, clusters = clustered_values(), [name.partition("/")[0] for name in CLUSTERED]
+    means = values.reshape(8, 5).mean(1)  # clusters of one size: the mean of the clusters' means
+    found = mean_and_error(values, clusters)
+    assert found.mean == pytest.approx(values.mean())
+    assert found.se == pytest.approx(scipy.stats.sem(means))
+    assert found.se > 1.5 * mean_and_error(values).se
+    assert mean_and_error(values, CLUSTERED) == mean_and_error(values)
+    assert mean_and_error(values, ["one"] * 40).se is None
+    assert bootstrap_interval(values, clusters) == pytest.approx(bootstrap_interval(means))
+    assert bootstrap_interval(values, CLUSTERED) == pytest.approx(bootstrap_interval(values))
+    sums = [np.dot(signs, means) for signs in itertools.product([-1, 1], repeat=8)]
+    exact = (np.abs(sums) >= abs(means.sum()) - 1e-12).mean()
+    assert sign_flip_p(values, clusters, resamples=40_000) == pytest.approx(exact, abs=0.01)
+
+
+def test_clusters_of_different_sizes_are_drawn_whole():
+    values, clusters = [1.0, 2.0, 3.0, 10.0], ["a", "a", "a", "b"]
+    draws = [np.array(v) for v in ([1, 2, 3] * 2, [1, 2, 3, 10], [10, 10])]
+    low, high = bootstrap_interval(values, clusters)
+    assert (low, high) == (min(d.mean() for d in draws), max(d.mean() for d in draws))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "name", "expected"),
+    [
+        (None, "a/b/3", None),
+        ("/", "a/b/3", "a/b"),
+        ("/", "3", "3"),
+        ("-", "lake-2-7", "lake-2"),
+        (r"^(\w+?)_", "lake_2_7", "lake"),
+    ],
+)
+def test_a_cluster_is_named_by_a_separator_or_a_group(cluster, name, expected):
+    assert small(cluster=cluster).cluster_of(name) == expected
+
+
+def test_an_id_that_has_no_cluster_is_refused():
+    with pytest.raises(InputError, match="does not match the image 'lake'"):
+        small(cluster=r"(\d+)").cluster_of("lake")
+
+
 # Cells --------------------------------------------------------------------------------------------
 
 
@@ -185,6 +237,9 @@ def test_cells_carry_their_step_sizes_and_no_others():
         ({"posterior": Posterior(draws=1)}, "draws of at least 2"),
         ({"posterior": Posterior(methods=["MCG"])}, "posterior.methods: there is no 'MCG'"),
         ({"tasks": {"../box": Task("b", [])}}, "names a folder"),
+        ({"cluster": ""}, "cluster: give a separator"),
+        ({"cluster": "(a"}, "is no pattern"),
+        ({"cluster": "(a)(b)"}, "needs one group, and has 2"),
     ],
 )
 def test_bad_tables_are_refused_in_a_sentence(options, words):
@@ -207,9 +262,27 @@ def test_packaged_tables_make_cells_that_predict_understands(name):
                     assert configs.find(value)
 
 
-def test_unknown_options_are_refused(capsys):
-    assert main(["table", "-c", "table/smoke", "--imags=3"]) == 2
-    assert "imags" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [
+        ("--imags=3", "--images"),
+        ("--cmi.optin=a", "--cmi.option"),
+        ("--step_size.box.DPS=1", "--step_sizes"),
+        ("--posterior.drws=3", "--posterior.draws"),
+        ("--im=3", "--help"),  # no abbreviations
+        ("--image=3", "--images"),
+    ],
+)
+@pytest.mark.parametrize("command", ["table", "tune"])
+def test_misspelt_options_are_told_with_the_nearest(command, option, nearest, capsys):
+    assert main([command, "-c", "table/smoke", option]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") <= 2
+    assert f"no option {option.partition('=')[0]};" in error
+    assert nearest in error
+
+
+def test_unknown_configurations_are_refused(capsys):
     assert main(["table", "-c", "no_such"]) == 2
     assert "No configuration 'no_such'" in capsys.readouterr().err
 
@@ -336,6 +409,62 @@ def test_differences_of_fewer_images_say_so(tmp_path):
     assert rows["cmi", "frechet"]["pairs_equal"] == "5"
     assert rows["cmi", "frechet"]["pairs_base"] == "12"
     assert any("first 5 images" in note for note in results.notes)
+
+
+def test_a_table_takes_clusters_as_the_independent_units(tmp_path):
+    table = small(output=str(tmp_path), images=12, only_methods=["DPS"], cluster=r"^(\d)")
+    base, cmi = np.linspace(20, 21, 12), np.linspace(20.5, 21, 12) ** 1.01
+    clusters = [str(i)[0] for i in range(1, 13)]  # 1, 10, 11 and 12 are one
+    for variant, psnr in (("base", base), ("cmi", cmi)):
+        write_records(table.cell("box", "DPS", variant), psnr.tolist())
+    results = aggregate(table)
+    assert results.cells[0].metrics["psnr"] == mean_and_error(base.tolist(), clusters)
+    found, differences = results.comparisons[0].metrics["psnr"], (cmi - base).tolist()
+    assert (found.low, found.high) == bootstrap_interval(differences, clusters)
+    assert found.p == sign_flip_p(differences, clusters)
+    assert any("The images are of 9 clusters" in note for note in results.notes)
+    alone = aggregate(replace(table, cluster=None))
+    assert alone.cells[0].metrics["psnr"] == mean_and_error(base.tolist())
+
+
+def test_distances_of_sets_are_resampled_by_clusters(tmp_path):
+    table = small(output=str(tmp_path), cluster=r"^(\d)")
+    cell, ids = table.cell("box", "DPS"), [str(i) for i in range(1, 13)]
+    write_records(cell, [20.0] * 12)
+    features = np.random.default_rng(1).normal(size=(12, 3, 4))
+    for name, feature in zip(ids, features, strict=True):
+        path = embedding_path(cell.folder, name)
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, feature)
+    started = StartedCell(table, cell, records(cell.folder), {})
+    whole, first, *_ = started.distances("frechet", ids).tolist()
+    drawn = resamples_of(9, SET_RESAMPLES)[0]
+    chosen = np.repeat(np.arange(12), [drawn[int(name[0]) - 1] for name in ids])
+    real, fake = torch.from_numpy(features[:, 0]), torch.from_numpy(features[:, 1])
+    assert whole == pytest.approx(frechet(real, fake), rel=1e-3)
+    assert first == pytest.approx(frechet(real[chosen], fake[chosen]), rel=1e-3)
+
+
+def test_time_left_is_of_the_images_that_are_left(tmp_path, capsys, monkeypatch):
+    """Two base cells are finished, CMI takes three times as long, the second round is larger."""
+    clock = [0.0]
+    monkeypatch.setattr("cmi_lightning.table.progress.time.monotonic", lambda: clock[0])
+    table = small(output=str(tmp_path), images=12, round=2, equal_cost=False)
+    cells = [table.cell("box", m, v) for m in ("none", "DPS") for v in ("base", "cmi")]
+    write_records(cells[0], [20.0] * 12)
+    jobs = [Job((cell,), images) for images in (2, 12) for cell in cells]
+    printer = ProgressPrinter(table, len(jobs))
+    printer.expect(jobs)
+    seconds = {"base": 60.0, "cmi": 180.0}
+    for job in jobs:
+        (cell,) = job.cells
+        new = 0 if cell == cells[0] else job.images - (2 if job.images == 12 else 0)
+        spent = new * seconds[cell.variant] or 6.0  # of a finished cell, to see that it is
+        clock[0] += spent
+        printer(FinishedCell(cell, job.images, spent))
+    left = [int(m) for m in re.findall(r"(\d+) min left", capsys.readouterr().out)]
+    # After one image of each variant is known, it is right: 10 images each, of 3, 1 and 3 minutes.
+    assert left[-5:] == [70, 70, 40, 30, 0]
 
 
 def test_fid_is_that_of_the_images_shown(tmp_path):
