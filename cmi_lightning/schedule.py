@@ -213,8 +213,8 @@ class Schedule:
     def respace(self, num_steps: int | str) -> Schedule:
         """Keep ``num_steps`` levels by guided-diffusion's rule; the network's times stay.
 
-        One step, alone or as the last section, keeps the noisiest level, from which sampling
-        starts; guided-diffusion keeps the least noisy one.
+        A count of one step, alone or as the last section, keeps the noisiest level, from which
+        sampling starts; guided-diffusion keeps the least noisy one. "ddimK" is as published.
 
         Args:
             num_steps: a count; "a,b,c" for counts in equal sections; or "ddimK" for the smallest
@@ -251,7 +251,7 @@ def _spaced(total: int, spec: int | str) -> list[int]:
             strides = [s for s in range(1, total + 1) if len(range(0, total, s)) == wanted]
             if not strides:
                 raise InputError(f"num_steps={text}: no integer stride leaves {wanted} of {total}.")
-            return list(range(0, total, strides[0])) if wanted > 1 else [total - 1]
+            return list(range(0, total, strides[0]))
         counts = [int(part) for part in text.split(",")]
     except ValueError as error:
         if isinstance(error, InputError):
