@@ -30,6 +30,12 @@ from cmi_lightning.operators import Downsample, Identity, LinearOperator
 SIDE, SIGMA = 8, 0.1
 
 
+@pytest.fixture(autouse=True)
+def any_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws from a Gaussian leave [−1, 1], where a user's images are refused."""
+    monkeypatch.setattr("cmi_lightning.predict.batch._check_range", lambda *args: None)
+
+
 class Exact(L.Callback):
     """Puts draws of the exact posterior in the place of the sampler's, ``width`` times as wide.
 
