@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import itertools
 import os
-import re
 import shlex
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cmi_lightning.errors import InputError, one_sentence
+from cmi_lightning.errors import InputError
 from cmi_lightning.files import make_folder
+from cmi_lightning.predict.messages import explain
 from cmi_lightning.predict.options import resolved
 from cmi_lightning.report.page import write_report
 from cmi_lightning.report.results import read_results, write_results
@@ -27,13 +25,10 @@ from cmi_lightning.report.tables import write_tables
 from cmi_lightning.table.aggregate import aggregate
 from cmi_lightning.table.progress import ProgressPrinter, first_process
 from cmi_lightning.table.run import Job, run
-from cmi_lightning.table.spec import Cell, Posterior, Table
+from cmi_lightning.table.spec import Cell, Table
 from cmi_lightning.table.tune import check as check_tuning
 from cmi_lightning.table.tune import trial
 from cmi_lightning.table.tune import tune as search
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
 
 
 def parse(args: Sequence[str], command: str) -> tuple[Table, str]:
@@ -53,22 +48,10 @@ def parse(args: Sequence[str], command: str) -> tuple[Table, str]:
     try:
         parsed = parser.parse_args(resolved(args))
     except ArgumentError as error:
-        raise InputError(_with_nearest(one_sentence(str(error)), parser)) from error
+        raise InputError(explain(str(error), parser.get_defaults().keys())) from error
     parsed.pop("config", None)
     text = parser.dump(parsed, skip_validation=True)
     return Table(**vars(parser.instantiate_classes(parsed))), text
-
-
-def _with_nearest(message: str, parser: ArgumentParser) -> str:
-    """Return what is wrong with an option, with the nearest one that there is."""
-    patterns = r"arguments: --?([\w.]+)|[Kk]ey '([\w.]+)'|key \"(\w+)\".*Option '(\w+)' is not"
-    if (wrong := re.search(patterns, message)) is None:
-        return message
-    name = ".".join(filter(None, wrong.groups()))
-    names = [*parser.get_defaults().keys(), *(f"posterior.{f.name}" for f in fields(Posterior))]
-    near = difflib.get_close_matches(name, names, n=1)
-    rest = f"the nearest is --{near[0]}" if near else f"see `{parser.prog} --help`"
-    return f"There is no option --{name}; {rest}."
 
 
 def tune(args: Sequence[str]) -> int:
