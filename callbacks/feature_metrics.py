@@ -24,8 +24,7 @@ from cmi_lightning.callbacks.embeddings import embedding_path, read_embeddings
 from cmi_lightning.callbacks.networks import Published
 from cmi_lightning.callbacks.summary import given_up, means, statistics
 from cmi_lightning.errors import InputError, first_line
-from cmi_lightning.fetch import sha256
-from cmi_lightning.files import write
+from cmi_lightning.files import sha256, write
 from cmi_lightning.paths import safe_name
 from cmi_lightning.predict.module import Restoration
 

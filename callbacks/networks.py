@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cmi_lightning import fetch
 from cmi_lightning.errors import InputError
+from cmi_lightning.files import sha256
 
 
 class Published(nn.Module):
@@ -73,7 +74,7 @@ class Published(nn.Module):
                 "install 'cmi-lightning[metrics]')."
             )
             return
-        self.file, digest = path, fetch.sha256(path)
+        self.file, digest = path, sha256(path)
         known = [fetch.hash_start(n) for n in (self.source.file, self.source.converted) if n]
         if not digest.startswith(tuple(known)):
             self.notes.append(

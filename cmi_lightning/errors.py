@@ -2,20 +2,42 @@
 
 import logging
 import re
+import unicodedata
 from functools import cache
 
+UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # controls, halves of characters, separators of lines
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # would reorder a terminal
 ON_COMMAND_LINE = False  # set by cli.main: messages name what the person who asks can type
 
 
 class InputError(ValueError):
-    """Bad input: one sentence that names the file or option and the remedy.
+    r"""Bad input: one sentence that names the file or option and the remedy.
 
-    The command line prints it alone and exits with code 2.
+    The command line prints it alone and exits with code 2. Control characters, which names of files
+    and tensors may hold, become escapes.
 
     >>> raise InputError("data.size must be at least 1, got 0.")
     Traceback (most recent call last):
     cmi_lightning.errors.InputError: data.size must be at least 1, got 0.
+    >>> print(InputError(f"There is no file 'a{chr(27)}[31m'."))
+    There is no file 'a\x1b[31m'.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(printable, message.split("\n"))))
+
+
+def printable(text: object) -> str:
+    r"""Return a path as text (NFC) that any terminal, log or UTF-8 file can take.
+
+    Controls and bytes that are not UTF-8 become escapes such as ``\x1b``.
+    """
+    return "".join(
+        c.encode("unicode_escape", "surrogatepass").decode()
+        if unicodedata.category(c) in UNSEEN or c in DIRECTIONS
+        else c
+        for c in unicodedata.normalize("NFC", str(text))
+    )
 
 
 def wording(option: str, argument: str) -> str:

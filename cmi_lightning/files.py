@@ -104,3 +104,13 @@ def make_folder(folder: Path, option: str) -> None:
         raise InputError(
             f"{option}: cannot write in '{folder}' ({reason}); choose another folder."
         ) from error
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256, as hexadecimal digits.
+
+    >>> sha256(Path(os.devnull))[:8]
+    'e3b0c442'
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

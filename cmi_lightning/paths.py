@@ -7,25 +7,10 @@ import re
 import unicodedata
 from pathlib import Path
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import UNSEEN, InputError, printable
 
 LONGEST_PART, LONGEST = 200, 1000  # bytes; file systems allow 255 and 4096, with what is added
 HASHED = re.compile(r"~[0-9a-f]{16}$")
-UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # controls, halves of characters, separators of lines
-DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # would reorder a terminal
-
-
-def printable(text: object) -> str:
-    r"""Return a path as text (NFC) that any terminal, log or UTF-8 file can take.
-
-    Controls and bytes that are not UTF-8 become escapes such as ``\x1b``.
-    """
-    return "".join(
-        c.encode("unicode_escape", "surrogatepass").decode()
-        if unicodedata.category(c) in UNSEEN or c in DIRECTIONS
-        else c
-        for c in unicodedata.normalize("NFC", str(text))
-    )
 
 
 def inside(folder: Path, name: str, suffix: str) -> Path:

@@ -168,6 +168,31 @@ def test_diffusers_layouts(tmp_path):
     flat(torch.randn(1, 3, 10, 6), level)
 
 
+def test_averages_beside_the_network(tmp_path):
+    save_pipeline(tmp_path, unet2d())
+    average = unet2d()
+    torch.nn.init.constant_(average.conv_in.bias, 0.5)
+    average.save_pretrained(tmp_path / "unet_ema")
+    with pytest.raises(InputError, match="'unet', 'unet_ema': choose one by weights_part"):
+        DiffusersDenoiser(str(tmp_path))
+    for part, same in (("unet", False), ("unet_ema", True)):
+        for denoiser in (
+            DiffusersDenoiser(str(tmp_path), weights_part=part),
+            DiffusersDenoiser(str(tmp_path / part)),
+        ):
+            assert len(denoiser.schedule) == 40
+            assert torch.equal(denoiser.network.conv_in.bias, average.conv_in.bias) == same
+
+
+@pytest.mark.parametrize("autoencoder", ["vqvae", "vae", "movq"])
+def test_pipelines_of_latents(tmp_path, autoencoder):
+    save_pipeline(tmp_path, unet2d())
+    (tmp_path / autoencoder).mkdir()
+    for folder in (tmp_path, tmp_path / "unet"):
+        with pytest.raises(InputError, match=rf"has an autoencoder \({autoencoder}\), .*latents"):
+            DiffusersDenoiser(str(folder))
+
+
 def test_diffusers_half_precision_variant(tmp_path):
     unet2d().half().save_pretrained(tmp_path, variant="fp16")
     denoiser = DiffusersDenoiser(str(tmp_path), "linear", variant="fp16")

@@ -26,8 +26,8 @@ from cmi_lightning.data import FashionMNIST, ImageFolderData, MeasurementFolderD
 from cmi_lightning.data.extras import read_kernel
 from cmi_lightning.data.images import read_image
 from cmi_lightning.denoisers.weights import _read as read_weights
-from cmi_lightning.errors import InputError
-from cmi_lightning.paths import inside, printable, safe_name
+from cmi_lightning.errors import InputError, printable
+from cmi_lightning.paths import inside, safe_name
 from cmi_lightning.predict.module import PosteriorSampler
 
 ROOT = Path(__file__).parent.parent

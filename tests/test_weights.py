@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -183,6 +185,9 @@ def test_public_checkpoints_have_the_size_of_their_networks():
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "git lfs pull"),
         (b"\n <!doctype HTML><title>Sign in</title>", "is a web page"),
         (b"<html><body>", "is a web page"),
+        (b"GGUF\3\0\0\0", "is a GGUF file, not weights of PyTorch"),
+        (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
+        (b"\x1f\x8b\x08\0", "is a gzip archive"),
     ],
 )
 def test_what_is_no_checkpoint(tmp_path, network, content, words):
@@ -240,6 +245,20 @@ CONTAINERS = {
         **{f"module.{k}": v for k, v in s.items()},
     },
     "twice the same": lambda s: {"model": s, "ema": dict(s)},
+    "partly compiled": lambda s: {
+        k.replace("blocks.1.", "blocks.1._orig_mod."): v for k, v in s.items()
+    },
+    "FSDP": lambda s: {
+        f"_fsdp_wrapped_module.{k.replace('.0.', '.0._checkpoint_wrapped_module.')}": v
+        for k, v in s.items()
+    },
+    "only LitEma": lambda s: {
+        "state_dict": {
+            **{f"model_ema.diffusion_model{k.replace('.', '')}": v for k, v in s.items()},
+            "model_ema.decay": torch.tensor(0.9999),
+            "model_ema.num_updates": torch.tensor(7),
+        }
+    },
     "only ema": lambda s: {"model": {}, "ema": s},
 }
 
@@ -267,6 +286,132 @@ def test_two_networks_in_one_file(tmp_path, network, state):
         load_weights(network, path, part="emma")
     denoiser = NetworkDenoiser(network, str(path), weights_part="ema")
     assert holds(denoiser.network, ema)
+
+
+def lit_ema(raw, ema):
+    """What latent-diffusion's Lightning module writes, its names without dots."""
+    return {
+        "state_dict": {
+            **{f"model.diffusion_model.{k}": v for k, v in raw.items()},
+            **{f"model_ema.diffusion_model{k.replace('.', '')}": v for k, v in ema.items()},
+            "model_ema.decay": torch.tensor(0.9999),
+            "model_ema.num_updates": torch.tensor(7),
+            "betas": torch.ones(1000),
+        }
+    }
+
+
+def lucidrains(raw, ema):
+    """What denoising-diffusion-pytorch's trainer writes."""
+    return {
+        "step": 7,
+        "model": {**{f"model.{k}": v for k, v in raw.items()}, "betas": torch.ones(1000)},
+        "ema": {
+            "initted": torch.tensor(True),
+            **{f"online_model.model.{k}": v for k, v in raw.items()},
+            **{f"ema_model.model.{k}": v for k, v in ema.items()},
+        },
+    }
+
+
+def lightning(raw, ema):
+    """What Lightning's WeightAveraging writes."""
+    return {
+        "state_dict": {f"network.{k}": v for k, v in ema.items()},
+        "current_model_state": {f"network.{k}": v for k, v in raw.items()},
+        "averaging_state": {"n_averaged": torch.tensor(9)},
+    }
+
+
+AVERAGES = {  # parts that choose the average, and the raw weights
+    lit_ema: ("model_ema", "diffusion_model"),
+    lucidrains: ("ema_model", "model.model"),
+    lightning: ("state_dict", "current_model_state"),
+    lambda raw, ema: {"params": raw, "params_ema": ema}: ("params_ema", "params"),
+    lambda raw, ema: {**raw, **{f"shadow.{k}": v for k, v in ema.items()}}: ("shadow", ""),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_averages_are_named_and_chosen(tmp_path, network, state, kind):
+    path, ema = tmp_path / "net.ckpt", random_state(network, 1)
+    torch.save(kind(state, ema), path)
+    average, raw = AVERAGES[kind]
+    with pytest.raises(InputError) as caught:
+        load_weights(network, path)
+    assert re.search(f"holds the network 2 times, .*an average, '[^']*{average}", str(caught.value))
+    load_weights(network, path, part=average)
+    assert holds(network, ema)
+    load_weights(network, path, part=raw)
+    assert holds(network, state)
+
+
+def test_averages_of_pipelines_are_named_and_chosen(tmp_path, network, state):
+    for name, seed in (("unet", 0), ("unet_ema", 1)):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "diffusion_pytorch_model.safetensors"
+        save_file(random_state(network, seed), file)
+    with pytest.raises(InputError, match=r"'unet', 'unet_ema': choose .*an average, 'unet_ema'"):
+        load_weights(network, tmp_path)
+    load_weights(network, tmp_path, part="unet_ema")
+    assert holds(network, random_state(network, 1))
+    load_weights(network, tmp_path, part="unet")
+    assert holds(network, state)
+
+
+@pytest.mark.parametrize("name", ["first_stage_model", "vae", "model.autoencoder"])
+def test_networks_of_latents(tmp_path, network, state, name):
+    whole = {f"model.diffusion_model.{k}": v for k, v in state.items()}
+    torch.save(
+        {"state_dict": {**whole, f"{name}.conv.weight": torch.ones(1)}}, tmp_path / "sd.ckpt"
+    )
+    with pytest.raises(InputError, match=r"holds an autoencoder .*latents and not on pixels"):
+        load_weights(network, tmp_path / "sd.ckpt")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards(tmp_path, network, state, suffix):
+    files = [f"model-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+    names = list(state)
+    halves = [{k: state[k] for k in part} for part in (names[::2], names[1::2])]
+    for file, half in zip(files, halves, strict=True):
+        save_file(half, tmp_path / file) if suffix != "bin" else torch.save(half, tmp_path / file)
+    index = tmp_path / f"model.{suffix}.index.json"
+    with pytest.raises(InputError, match="is one of 2 shards: give their folder"):
+        load_weights(network, tmp_path / files[0])
+    weight_map = {k: file for file, half in zip(files, halves, strict=True) for k in half}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for source in (tmp_path, index):
+        nn.init.zeros_(network.out[2].weight)
+        load_weights(network, source)
+        assert holds(network, state)
+    (tmp_path / files[1]).unlink()
+    with pytest.raises(InputError, match=rf"names 2 shards, and {files[1]} is not there"):
+        load_weights(network, tmp_path)
+    for text in ("{", "[]", '{"weight_map": 3}'):
+        index.write_text(text)
+        with pytest.raises(InputError, match="is no index of shards"):
+            load_weights(network, tmp_path)
+
+
+def test_a_compiled_network_is_filled(tmp_path, network, state):
+    torch.save(state, tmp_path / "net.pt")
+    network.out = nn.Sequential()
+    network.out.add_module("_orig_mod", unet().out)  # as torch.compile names it
+    load_weights(network, tmp_path / "net.pt")
+    names = {k.replace("_orig_mod.", ""): v for k, v in network.state_dict().items()}
+    assert all(torch.equal(v, state[k]) for k, v in names.items())
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m", "a\x9b2J", "a\u202eb", "a\rb"])
+def test_no_terminal_escapes(tmp_path, network, state, name):
+    torch.save({**state, f"{name}.weight": torch.ones(1)}, tmp_path / "net.pt")
+    torch.save({"model": state, name: random_state(network, 1)}, tmp_path / "two.pt")
+    for source in (tmp_path / name, tmp_path / "net.pt", tmp_path / "two.pt"):
+        with pytest.raises(InputError) as caught:
+            load_weights(network, source)
+        assert str(caught.value).isprintable()
+        assert name.encode("unicode_escape").decode() in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -312,6 +457,29 @@ def test_other_causes(tmp_path, network, state):
     prefixed = {f"module.{k}": v for k, v in state.items() if k != "out.2.bias"}
     torch.save(prefixed, tmp_path / "net.pt")
     with pytest.raises(InputError, match=r"\(its part 'module'\) do not fit.* 1 missing \(out.2.b"):
+        load_weights(network, tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("down_blocks.0.resnets.0.conv1.weight", "diffusers' layout, for DiffusersDenoiser"),
+        ("model.enc.map_noise.freqs", "NVlabs' EDM, for EDMDenoiser"),
+        ("module.all_modules.3.weight", "score_sde's"),
+        ("model.downs.0.0.mlp.1.weight", "of denoising-diffusion-pytorch"),
+        ("unet.to_q.lora_A.weight", r"low-rank adapters \(LoRA\)"),
+    ],
+)
+def test_foreign_checkpoints_have_their_cause(tmp_path, network, name, cause):
+    torch.save({"state": {name: torch.ones(2)}}, tmp_path / "net.pt")
+    with pytest.raises(InputError, match=f"no name agrees: .*{cause}"):
+        load_weights(network, tmp_path / "net.pt")
+
+
+def test_networks_that_are_told_a_text(tmp_path, network, state):
+    told = {**state, "input_blocks.1.1.transformer_blocks.0.attn2.to_q.weight": torch.ones(2)}
+    torch.save(told, tmp_path / "net.pt")
+    with pytest.raises(InputError, match="a network that is told a text"):
         load_weights(network, tmp_path / "net.pt")
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cmi_lightning.data.files import check_least, local_path
-from cmi_lightning.errors import InputError
-from cmi_lightning.paths import printable
+from cmi_lightning.errors import InputError, printable
 
 Split = Literal["train", "validation", "test"]
 PHOTOGRAPHS = Path(__file__).parents[1] / "assets" / "photos" / "photographs.csv"

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from cmi_lightning.data.files import by_id
 from cmi_lightning.data.images import SUFFIXES, Decoding, UnreadableError, read_image, to_gray
-from cmi_lightning.errors import InputError
-from cmi_lightning.paths import printable
+from cmi_lightning.errors import InputError, printable
 
 Convention = Literal["correlation", "convolution"]
 MAX_SIDE = {"kernel": 2048, "mask": 2**14}  # pixels

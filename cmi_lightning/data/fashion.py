@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from cmi_lightning.data.base import RestorationData
 from cmi_lightning.data.files import check_least, local_path
-from cmi_lightning.errors import InputError
-from cmi_lightning.paths import printable
+from cmi_lightning.errors import InputError, printable
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 NUM_HELD_OUT = 1024  # the last training images: never trained on, used to choose step sizes

@@ -11,8 +11,7 @@ from typing import Generic, NamedTuple, TypeVar
 from lightning.pytorch.utilities import rank_zero_only
 
 from cmi_lightning.data.images import FOREIGN, SUFFIXES, UnreadableError
-from cmi_lightning.errors import InputError
-from cmi_lightning.paths import printable
+from cmi_lightning.errors import InputError, printable
 
 T = TypeVar("T")
 MAX_PIXELS = 1024**3 // 12  # Pillow's default limit of an image, for images made here as well

@@ -23,8 +23,7 @@ from cmi_lightning.data.files import (
     report,
 )
 from cmi_lightning.data.images import Channels, Decoding, read_image
-from cmi_lightning.errors import InputError
-from cmi_lightning.paths import printable
+from cmi_lightning.errors import InputError, printable
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = {

@@ -17,8 +17,7 @@ import torch
 from PIL import Image, ImageCms, ImageColor, ImageOps
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
-from cmi_lightning.paths import printable
+from cmi_lightning.errors import InputError, printable
 
 Channels = Literal[1, 3, 4]
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}

@@ -24,10 +24,9 @@ from cmi_lightning.data.files import (
 from cmi_lightning.data.folder import FolderData
 from cmi_lightning.data.images import Channels, Decoding, read_image
 from cmi_lightning.data.noise_levels import Range, estimate_of, read_sigmas, report_estimates
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, printable
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import LinearOperator
-from cmi_lightning.paths import printable
 from cmi_lightning.problem import Problem
 
 Kind = Literal["denoise", "inpaint", "blur", "downsample"]

@@ -13,8 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
-from cmi_lightning.paths import printable
+from cmi_lightning.errors import InputError, printable
 
 Range = Literal["signed", "unit"]
 COLUMNS = ["id", "sigma"]

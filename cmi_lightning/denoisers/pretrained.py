@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cmi_lightning.denoisers.fitting import misfit
 from cmi_lightning.denoisers.network import Output, ScheduleName, WrappedNetwork
-from cmi_lightning.denoisers.weights import SUFFIXES, _kind, hub_folder, misfit
+from cmi_lightning.denoisers.weights import SUFFIXES, _kind, hub_folder, unet_folder
 from cmi_lightning.errors import InputError, first_line
 from cmi_lightning.schedule import Level, Schedule
 
@@ -106,9 +107,11 @@ class DiffusersDenoiser(WrappedNetwork):
             second derivative, which CMI by autograd needs.
         variant: diffusers' name of a set of files, such as "fp16"; computed in float32 all the
             same.
+        weights_part: "unet" or "unet_ema", of a pipeline that has both.
 
     Raises:
-        InputError: without diffusers; for a model that is no unconditional UNet2DModel; for weights
+        InputError: without diffusers; for a model that is no unconditional UNet2DModel, or works on
+            the latents of an autoencoder; for weights
             that do not fit their configuration; for a scheduler without βs and no ``schedule``.
     """
 
@@ -121,6 +124,7 @@ class DiffusersDenoiser(WrappedNetwork):
         value_range: tuple[float, float] | None = (-1.0, 1.0),
         second_derivatives: bool = True,
         variant: str | None = None,
+        weights_part: str | None = None,
     ) -> None:
         try:
             import diffusers
@@ -129,7 +133,7 @@ class DiffusersDenoiser(WrappedNetwork):
                 f"The network '{model}' needs diffusers: pip install 'cmi-lightning[diffusers]'."
             ) from error
         folder = hub_folder(model)
-        network = _unet(diffusers, folder, variant)
+        network = _unet(diffusers, folder, variant, weights_part)
         scheduler = _scheduler_config(folder)
         if schedule is None:
             schedule = _schedule(diffusers, scheduler, folder)
@@ -186,11 +190,11 @@ def _config(path: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _unet(diffusers: Any, folder: Path, variant: str | None) -> Any:
+def _unet(diffusers: Any, folder: Path, variant: str | None, part: str | None) -> Any:
     """Return the UNet2DModel of a folder, its weights checked, in float32."""
     import torch
 
-    home = folder / "unet" if (folder / "unet").is_dir() else folder
+    home = unet_folder(folder, part)
     if not (home / "config.json").is_file():
         raise InputError(
             f"'{home}' has no config.json: give the folder that diffusers' save_pretrained wrote."
@@ -232,7 +236,7 @@ def _unet(diffusers: Any, folder: Path, variant: str | None) -> Any:
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
     """Return the scheduler's configuration, {} where the folder has none."""
-    beside = [folder.parent / "scheduler"] if folder.name == "unet" else []
+    beside = [folder.parent / "scheduler"] if folder.name.startswith("unet") else []
     for home in (folder / "scheduler", folder, *beside):
         if (home / "scheduler_config.json").is_file():
             return _config(home / "scheduler_config.json")

@@ -9,8 +9,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cmi_lightning.denoisers.fitting import fitted, several
 from cmi_lightning.errors import InputError, first_line
+from cmi_lightning.files import sha256 as checksum
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = {
     "fashion-mnist": ASSETS / "fashion_mnist_prior.safetensors",
     "photos-64": ASSETS / "photos" / "photos64.safetensors",
+}
+FORMATS = {
+    b"GGUF": "a GGUF file",
+    b"\x89HDF": "an HDF5 file (Keras)",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
 }
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
@@ -80,33 +88,37 @@ def load_weights(
 
     Args:
         network: the module to fill.
-        source: a ``.safetensors``, ``.pt`` or ``.pth`` file; a folder with one such file, or as
-            diffusers writes them; an http(s) or file URL, downloaded once into torch.hub's cache;
-            or the name of a shipped prior ("fashion-mnist").
+        source: a ``.safetensors``, ``.pt`` or ``.pth`` file; a folder with one such file, with
+            shards and their index, or as diffusers writes them; an http(s) or file URL, downloaded
+            once into torch.hub's cache; or the name of a shipped prior ("fashion-mnist").
         sha256: the file's checksum, 64 hexadecimal digits; checked if given.
-        part: which part of a checkpoint that holds the network several times, such as "ema".
+        part: which part of a checkpoint that holds the network several times, such as "ema",
+            "model_ema" or "unet_ema"; without it such a checkpoint is refused.
 
     Raises:
         InputError: for a file that is absent, no checkpoint, cut short or of another checksum; and
             for weights that do not fit, with the first tensors that are missing, unexpected or
             misshapen and the likely cause.
     """
-    path = find_weights(source, sha256)
-    parts = dict(_parts(_read(path)))
-    if not parts:
-        raise InputError(f"'{path}' is not a state dict (a mapping of names to tensors).")
-    network.load_state_dict(_fitting(network, parts, path, part))
+    path = find_weights(source, sha256, part=part)
+    if path.parent.name == part:  # a folder beside another, as diffusers keeps averages
+        part = None
+    network.load_state_dict(fitted(network, _read(path), path, part))
 
 
 def find_weights(
-    source: str | Path, sha256: str | None = None, expected: str | None = None
+    source: str | Path,
+    sha256: str | None = None,
+    expected: str | None = None,
+    part: str | None = None,
 ) -> Path:
-    """Return the file that ``source`` means, downloaded if it is a URL; see :func:`load_weights`.
+    """Return the file that ``source`` means, downloaded if it is a URL.
 
     Args:
-        source: see there.
-        sha256: see there.
+        source: as for :func:`load_weights`.
+        sha256: checksum of the file.
         expected: name of the published file that it should be, for the message.
+        part: "unet" or "unet_ema", of a pipeline that has both.
 
     Raises:
         InputError: if there is none, or its checksum is not ``sha256``.
@@ -121,12 +133,11 @@ def find_weights(
     else:
         path = SHIPPED.get(str(source), Path(source).expanduser())
     if path.is_dir():
-        path = _in_folder(path)
+        path = _in_folder(path, part)
     if not path.is_file():
         raise InputError(_absent(str(source), expected or path.name))
     if sha256 is not None:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = checksum(path)
         if digest != sha256.lower():
             raise InputError(
                 f"'{path}' has SHA-256 {digest}, not {sha256.lower()}: delete it and download it "
@@ -174,14 +185,38 @@ def _absent(source: str, name: str) -> str:
     )
 
 
-def _in_folder(folder: Path) -> Path:
-    """Return the one weights file of a folder, in ``unet/`` for a diffusers pipeline."""
-    if (folder / "unet").is_dir():
-        folder = folder / "unet"
+def unet_folder(folder: Path, part: str | None = None) -> Path:
+    """Return the folder of a diffusers pipeline's network, or ``folder`` if it is no pipeline.
+
+    Raises:
+        InputError: where averaged weights lie beside and ``part`` does not choose, or for a
+            pipeline with an autoencoder, whose network works on latents.
+    """
+    for home in (folder, folder.parent) if folder.name.startswith("unet") else (folder,):
+        index = home / "model_index.json"
+        names = {f.name for f in home.iterdir() if f.is_dir()} if index.is_file() else set()
+        if found := sorted(names & {"vae", "vqvae", "movq", "vqmodel"}):
+            raise InputError(
+                f"The pipeline '{home}' has an autoencoder ({found[0]}), so that its network works "
+                "on latents and not on pixels, which is not supported: use a pipeline without one."
+            )
+    found = [name for name in ("unet", "unet_ema") if (folder / name).is_dir()]
+    if part in found:
+        return folder / str(part)
+    if len(found) > 1:
+        raise InputError(several(f"'{folder}'", found))
+    return folder / found[0] if found else folder
+
+
+def _in_folder(folder: Path, part: str | None) -> Path:
+    """Return the one weights file of a folder, or the index of its shards."""
+    folder = unet_folder(folder, part)
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
         if (folder / name).is_file():
             return folder / name
     files = sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES)
+    if indices := sorted(folder.glob("*.index.json")):
+        files = indices
     if len(files) != 1:
         found = ", ".join(f.name for f in files[:5]) or f"no {', '.join(SUFFIXES)}"
         raise InputError(f"The folder '{folder}' must hold one weights file, found {found}.")
@@ -233,6 +268,12 @@ def _kind(path: Path) -> str:
             f"'{path}' is a web page, not weights: use the address of the file itself (on Hugging "
             "Face …/resolve/…, not …/blob/…), or download it in a browser."
         )
+    for magic, kind in FORMATS.items():
+        if head.startswith(magic):
+            raise InputError(
+                f"'{path}' is {kind}, not weights of PyTorch: use the .pt or .safetensors of the "
+                "network's authors."
+            )
     if head.startswith(b"PK\x03\x04"):
         if not zipfile.is_zipfile(path):
             raise _cut_short(path, size, None)
@@ -266,6 +307,17 @@ def _cut_short(path: Path, size: int, whole: int | None) -> InputError:
 
 def _read(path: Path) -> Any:
     """Return what a checkpoint holds, without unpickling code."""
+    if path.name.endswith(".index.json"):
+        return _shards(path)
+    shards = re.search(r"-\d{5}-of-(\d{5})\.", path.name)
+    if shards and int(shards[1]) > 1:
+        raise InputError(
+            f"'{path}' is one of {int(shards[1])} shards: give their folder, or .index.json."
+        )
+    return _tensors(path)
+
+
+def _tensors(path: Path) -> Any:
     kind = _kind(path)
     try:
         if kind == "safetensors":
@@ -280,139 +332,19 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-def _parts(state: Any, label: str = "", depth: int = 3) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield (dotted name, tensors by name) of every mapping of tensors in a checkpoint."""
-    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-        return
-    if tensors := {k: v for k, v in state.items() if isinstance(v, Tensor)}:
-        yield label, tensors
-    if depth:
-        for key, value in state.items():
-            yield from _parts(value, f"{label}.{key}".lstrip("."), depth - 1)
-
-
-def _fitting(
-    network: nn.Module, parts: dict[str, dict[str, Tensor]], path: Path, part: str | None
-) -> dict[str, Tensor]:
-    """Return the tensors for ``network`` under its own names, from the one place they are in."""
-    own = network.state_dict()
-    # Every place that has at least one of the names, behind a prefix: (names in common, tensors).
-    places: dict[str, tuple[int, dict[str, Tensor]]] = {}
-    for label, tensors in parts.items():
-        prefixes = Counter(
-            prefix for name in tensors for prefix in _prefixes(name) if name[len(prefix) :] in own
-        )
-        for prefix, count in (prefixes or {"": 0}).items():
-            inner = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            places[f"{label}.{prefix}".strip(".")] = (count, inner)
-    if part is not None:
-        if part not in places:
-            raise InputError(
-                f"'{path}' has no part '{part}' with tensors of the network; it has "
-                f"{', '.join(repr(p) for p in list(places)[:5])}."
-            )
-        places = {part: places[part]}
-    fits = [p for p, (_, inner) in places.items() if not any(_problems(own, inner).values())]
-    if not fits:
-        best = max(places, key=lambda p: (places[p][0], -len(p)))
-        where = f" (its part '{best}')" if best else ""
-        raise InputError(misfit(f"The weights '{path}'{where}", network, places[best][1]))
-    first = places[fits[0]][1]
-    others = [p for p in fits[1:] if any(not torch.equal(first[k], places[p][1][k]) for k in own)]
-    if others:
-        names = ", ".join(repr(p) for p in [fits[0], *others])
+def _shards(index: Path) -> dict[str, Tensor]:
+    """Return the tensors of all files that an index names."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [index.parent / Path(name).name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"'{index}' is no index of shards: download it again.") from error
+    if absent := [file.name for file in files if not file.is_file()]:
         raise InputError(
-            f"'{path}' holds the network {1 + len(others)} times, as {names}: choose one by "
-            "weights_part (an average, 'ema', is usually the better one)."
+            f"'{index}' names {len(files)} shards, and {', '.join(absent[:5])} "
+            f"{'is' if len(absent) == 1 else 'are'} not there: download the rest."
         )
-    return first
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    """Yield "", "a.", "a.b.", … of a dotted name."""
-    yield ""
-    for match in list(re.finditer(r"\.", name))[:6]:
-        yield name[: match.end()]
-
-
-def _problems(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    return {
-        "missing": [name for name in own if name not in state],
-        "unexpected": [name for name in state if name not in own],
-        "misshapen": [n for n in own if n in state and state[n].shape != own[n].shape],
-    }
-
-
-def misfit(what: str, network: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """Return the sentence on ``state`` that does not fit: counts, first names, likely cause."""
-    own = network.state_dict()
-    problems = _problems(own, state)
-
-    def text(kind: str, name: str) -> str:
-        if kind != "misshapen":
-            return name
-        return f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-
-    found = "; ".join(
-        f"{len(names)} {kind} ({', '.join(text(kind, n) for n in names[:5])}"
-        f"{', …' if len(names) > 5 else ''})"
-        for kind, names in problems.items()
-        if names
-    )
-    return f"{what} do not fit the network: {found}; {_cause(own, state, problems)}."
-
-
-def _cause(
-    own: Mapping[str, Tensor], state: Mapping[str, Tensor], problems: dict[str, list[str]]
-) -> str:
-    """Return the likely cause of a misfit, and what to change."""
-    missing, unexpected, misshapen = problems.values()
-    common = [name for name in own if name in state]
-    strangers = missing + unexpected
-
-    def ratio(name: str) -> float:
-        """Output channels in the file relative to the network's, 0 if more than these differ."""
-        there, here = state[name].shape, own[name].shape
-        return there[0] / here[0] if here and there[1:] == here[1:] else 0.0
-
-    if not common:
-        return "no name agrees, so that they belong to another architecture"
-    if any(re.search("label_emb|class_emb|map_label", name) for name in unexpected):
-        return "they belong to a class-conditional network, and this one has no classes"
-    if misshapen and not strangers and set(misshapen) <= set(list(own)[-2:]):
-        if all(ratio(name) == 2 for name in misshapen):
-            return (
-                "they predict a variance as well (twice the output channels), so that the network "
-                "needs learn_variance: true (diffusers: out_channels)"
-            )
-        if all(ratio(name) == 0.5 for name in misshapen):
-            return (
-                "they predict no variance (half the output channels), so that the network needs "
-                "learn_variance: false (diffusers: out_channels)"
-            )
-    convolution = next((name for name in common if own[name].ndim == 4), None)
-    if convolution in misshapen:
-        there, here = state[convolution].shape, own[convolution].shape
-        if there[0] == here[0] and there[1] != here[1]:
-            return f"they are for images of {there[1]} channels and the network for {here[1]}"
-    if misshapen and not strangers and all("emb_layers" in name for name in misshapen):
-        return "they differ in scale_shift, whether the time embedding scales or is added"
-    if len(strangers) > 10 and _blocks(own) != _blocks(state):
-        return (
-            "the network has another number of levels or of blocks per level (channel_mult, "
-            "num_res_blocks)"
-        )
-    if 2 * len(misshapen) >= len(common):
-        name = convolution if convolution in misshapen else misshapen[0]
-        return (
-            f"the network has another width: {name} has {state[name].shape[0]} channels in the "
-            f"file and {own[name].shape[0]} here (model_channels, channel_mult)"
-        )
-    if any(re.search("qkv|attn|attention|to_q", name) for name in strangers):
-        return "attention sits at other levels of the network (attention_levels)"
-    return "the network's options must be those the weights were trained with"
-
-
-def _blocks(names: Mapping[str, Tensor]) -> set[str]:
-    """Return the names up to their first number, such as "input_blocks.3"."""
-    return {match.group() for name in names if (match := re.match(r"\D*\d+", name))}
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= _tensors(file)
+    return state

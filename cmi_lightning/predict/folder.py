@@ -9,9 +9,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from cmi_lightning import files
-from cmi_lightning.errors import InputError, wording
+from cmi_lightning.errors import InputError, printable, wording
 from cmi_lightning.files import make_folder
-from cmi_lightning.paths import printable
 
 LOCK, MANIFEST = ".lock", "manifest.txt"
 PATIENCE = 10.0  # seconds: workers of a killed process hold its lock for a while
