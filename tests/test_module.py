@@ -179,12 +179,12 @@ def test_plain_loaders_are_checked_too(prior):
 
 def test_images_are_checked_before_sampling(prior):
     class Images(L.LightningDataModule):
-        image_shape = (1, 40, 32)
+        image_shape = (1, 24, 32)
 
         def predict_dataloader(self):
             raise AssertionError("sampling must not start")
 
-    with pytest.raises(InputError, match="1×40×32"):
+    with pytest.raises(InputError, match="1×24×32"):
         L.Trainer(**QUIET).predict(PosteriorSampler(prior), datamodule=Images())
     Images.image_shape = (1, 32, 32)
     with pytest.raises(InputError, match="5"):

@@ -17,6 +17,7 @@ from cmi_lightning.denoisers import (
 )
 from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Schedule
+from cmi_lightning.training import ScoreTraining
 
 SMALL = dict(model_channels=32, channel_mult=(1, 2), attention_levels=())
 
@@ -94,6 +95,32 @@ def test_shipped_priors_have_names():
     assert shipped_prior("fashion-mnist").image_shape == (1, 32, 32)
     with pytest.raises(InputError, match="no shipped prior 'faces': use fashion-mnist, photos-64"):
         shipped_prior("faces")
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_averaged_weights_become_a_prior(tmp_path, patch_size):
+    # What `fit` leaves with EMAWeightAveraging: the average, and the last weights beside it.
+    def network():
+        options = dict(attention_levels=(), patch_size=patch_size, middle_attention=False)
+        return UNet(1, 32, (1, 2), **options)
+
+    module = ScoreTraining(network())
+    x0, noise = torch.randn(2, 4, 1, 8, 8, generator=torch.manual_seed(0))
+    indices = torch.arange(0, 1000, 250)
+    loss = module.loss(x0, indices, noise)
+    loss.backward()
+    assert float(module.network.out[2].weight.grad.abs().max()) > 0
+    average = {k: torch.randn_like(v) / 10 for k, v in module.state_dict().items()}
+    raw = module.state_dict()
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": average, "current_model_state": raw, "averaging_state": {}}, path)
+    shape = (1, None, None)
+    prior = NetworkDenoiser(network(), str(path), image_shape=shape, weights_part="state_dict")
+    prior.save_pretrained(tmp_path / "prior", torch.float16)
+    back = NetworkDenoiser.from_pretrained(tmp_path / "prior")
+    assert back.spec == prior.spec
+    for name, value in back.network.state_dict().items():
+        assert torch.equal(value, average[f"network.{name}"].half().float())
 
 
 # Patches of pixels

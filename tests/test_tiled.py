@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cmi_lightning import PosteriorSampler
 from cmi_lightning.denoisers import (
     Autocast,
     Denoiser,
@@ -21,6 +22,7 @@ from cmi_lightning.denoisers import (
 )
 from cmi_lightning.errors import InputError
 from cmi_lightning.exact import DenseCovariance, GaussianPrior, StationaryCovariance
+from cmi_lightning.guidance import DPS
 from cmi_lightning.schedule import Schedule
 
 LEVEL = Schedule.linear()[300]
@@ -198,6 +200,26 @@ def test_impossible_windows(options, words):
         Tiled(Local(), **options)
     with pytest.raises(InputError, match="set the size of the windows"):
         Tiled(Local(image_shape=(1, None, None)))
+
+
+@pytest.mark.parametrize("tile", [None, 32, 16])
+def test_the_shell_tiles(tile):
+    prior = shipped_prior()
+    if tile:
+        prior.image_shape = (1, None, None)
+    sampler = PosteriorSampler(prior, guidances=[DPS(1.0)], num_steps=2, tile=tile)
+    x = torch.rand(1, 1, 48, 32) * 2 - 1
+    restored = sampler.predict_step({"x": x, "id": ["a"]})["restored"]
+    assert restored.shape == x.shape
+    side = tile or 32  # a network of one size is tiled by itself, others when asked
+    assert f"in windows of {side}×{side}" in sampler.describe()["prior"]
+
+
+def test_the_shell_tiles_no_smaller_or_other_images():
+    sampler = PosteriorSampler(shipped_prior())
+    for shape in ((1, 16, 64), (3, 64, 64)):
+        with pytest.raises(InputError, match="the network takes 1×32×32"):
+            sampler.predict_step({"x": torch.zeros(1, *shape), "id": ["a"]})
 
 
 def kept(denoiser: Denoiser, size: int) -> int:

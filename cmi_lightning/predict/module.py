@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cmi_lightning.data.base import LoaderData, RestorationData
 from cmi_lightning.denoisers.base import Autocast, Denoiser, size_text
+from cmi_lightning.denoisers.tiled import Tiled
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.noise import SampleNoise
@@ -80,6 +81,8 @@ class PosteriorSampler(L.LightningModule):
         samples_per_image: K draws from the posterior of each image, one after the other; the first
             is the one of K = 1. ``restored`` is then their mean.
         overwrite: start afresh in a folder that has results: what a run wrote there is removed.
+        tile: side of the windows in which :class:`cmi_lightning.denoisers.Tiled` sees the image.
+            None tiles where a network of one size gets larger images, and only there.
 
     Raises:
         InputError: for parts that do not fit together, at construction or before sampling starts.
@@ -97,6 +100,7 @@ class PosteriorSampler(L.LightningModule):
         clamp: bool = True,
         samples_per_image: int = 1,
         overwrite: bool = False,
+        tile: int | None = None,
     ) -> None:
         super().__init__()
         if samples_per_image < 1:
@@ -108,7 +112,7 @@ class PosteriorSampler(L.LightningModule):
         self._fits: list[float] = []
         self._given = False  # measurements are given, not simulated
         self._said: set[str] = set()
-        self.denoiser = denoiser
+        self.denoiser = denoiser if tile is None else Tiled(denoiser, tile)
         self.operator = operator or Identity()
         self.solver = solver or DDPM()
         self.guidances = list(guidances or [])
@@ -131,6 +135,8 @@ class PosteriorSampler(L.LightningModule):
         std = self.measurement_noise.std
         shape = self.denoiser.image_shape
         size = size_text(shape) if shape else "any"
+        if isinstance(self.denoiser, Tiled):
+            size += f", in windows of {size_text(self.denoiser.window)}"
         datamodule = getattr(self._trainer, "datamodule", None)
         return {
             "prior": f"{_name(self.denoiser)}, images {size}",
@@ -184,6 +190,9 @@ class PosteriorSampler(L.LightningModule):
                 f"trainer.precision={precision} would round the measurement; use "
                 f"{precision.removesuffix('-true')}-mixed, which lowers the network alone."
             )
+        shape = getattr(datamodule, "image_shape", None)
+        if shape is not None:
+            self._tile(tuple(shape))  # first: it is one of the options that are compared
         if trainer.limit_predict_batches == 0:
             raise InputError("trainer.limit_predict_batches=0 leaves nothing to restore.")
         if _recorders(trainer):
@@ -194,12 +203,20 @@ class PosteriorSampler(L.LightningModule):
                 refuse_other(folder, self.fingerprint(trainer, datamodule))
         if given := getattr(datamodule, "given", None):
             self._refuse_operator(f"the data are {given}")
-        shape = getattr(datamodule, "image_shape", None)
         if shape is None:
             return
         self.denoiser.rehearse(tuple(shape))
         if isinstance(self.operator, OperatorFactory):
             self.operator.bind(shape, SampleNoise(self.seed, ["check"]), torch.zeros(1))
+
+    def _tile(self, shape: tuple[int, ...]) -> None:
+        """Tile a network of one size where images (C, H, W) exceed it."""
+        wanted = self.denoiser.image_shape
+        if wanted is None or None in wanted[1:] or wanted == shape:
+            return
+        larger = all(n >= side for side, n in zip(wanted[1:], shape[1:], strict=True))  # type: ignore[operator]
+        if larger and wanted[0] in (None, shape[0]):
+            self.denoiser = Tiled(self.denoiser)
 
     def on_predict_start(self) -> None:
         """Let SIGTERM end the run as Ctrl-C does, not after the last batch as Lightning would."""
@@ -294,6 +311,7 @@ class PosteriorSampler(L.LightningModule):
         )
         if "x" not in batch:
             self._refuse_operator("the batch holds measurements, which say how they were made")
+        self._tile(tuple(like.shape[1:]))
         self.denoiser.check(tuple(like.shape[1:]))
         return restore(
             problem,
