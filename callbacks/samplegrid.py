@@ -92,7 +92,8 @@ class SampleGrid(L.Callback):
         assert self.image_shape is not None
         like = torch.empty(self.num_samples, *self.image_shape, device=pl_module.device)
         network = copy.deepcopy(pl_module.network)
-        denoiser = NetworkDenoiser(network, None, pl_module.schedule).to(pl_module.device)
+        denoiser = NetworkDenoiser(network, None, pl_module.schedule, pl_module.prediction)
+        denoiser = denoiser.to(pl_module.device)
         noise = SampleNoise(self.seed, [f"sample/{i}" for i in range(self.num_samples)])
         steps = min(self.num_steps, len(pl_module.schedule))
         sampler = Sampler(denoiser, DDIM(), num_steps=steps)

@@ -16,6 +16,10 @@ from cmi_lightning.schedule import Schedule
 class ScoreTraining(L.LightningModule):
     """Fits ε_θ by E ‖ε_θ(α_t x₀ + σ_t ε, t) − ε‖², t uniform (Ho et al. 2020, Eq. 14).
 
+    With ``prediction="v"`` the network fits v = α_t ε − σ_t x₀ by its own squared error (Salimans &
+    Ho 2022). Its error in x̂₀ stays bounded where α_t is small; an error in ε is divided by α_t.
+    Validation is the squared error of ε in both cases.
+
     The times of a batch are stratified: one in each of B equal parts of the chain, which leaves
     the expected gradient unchanged and lowers its variance. Validation draws fixed noise at
     ``num_eval_levels`` evenly spaced levels, so that its loss can be compared between epochs.
@@ -30,6 +34,7 @@ class ScoreTraining(L.LightningModule):
         num_eval_levels: noise levels averaged by the validation loss.
         low_noise_power: times are drawn as N·u^power, u uniform on [0, 1]: 1 is the uniform loss
             above; larger values spend more samples on the last, least noisy levels.
+        prediction: what the network returns, "epsilon" or "v" (with α² + σ² = 1).
     """
 
     alphas: Tensor
@@ -45,6 +50,7 @@ class ScoreTraining(L.LightningModule):
         weight_decay: float = 0.0,
         num_eval_levels: int = 20,
         low_noise_power: float = 1.0,
+        prediction: Literal["epsilon", "v"] = "epsilon",
     ) -> None:
         super().__init__()
         self.network = network
@@ -52,21 +58,28 @@ class ScoreTraining(L.LightningModule):
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.weight_decay, self.num_eval_levels = weight_decay, num_eval_levels
         self.low_noise_power = low_noise_power
+        if prediction not in ("epsilon", "v"):
+            raise InputError(f"model.prediction must be epsilon or v, got '{prediction}'.")
+        self.prediction = prediction
         for name in ("alphas", "sigmas", "times"):
             values = torch.tensor(getattr(self.schedule, name), dtype=torch.float32)
             self.register_buffer(name, values, persistent=False)
 
     def loss(self, x0: Tensor, indices: Tensor, noise: Tensor) -> Tensor:
-        """Return the mean squared error of ε of a batch (B, C, H, W) at levels ``indices``."""
+        """Return the mean squared error of a batch (B, C, H, W) at levels ``indices``."""
         alpha, sigma = (v[indices][:, None, None, None] for v in (self.alphas, self.sigmas))
         predicted = self.network(alpha * x0 + sigma * noise, self.times[indices])
         if predicted.shape != noise.shape:
             raise InputError(
                 f"The network returns {tuple(predicted.shape)} for images {tuple(noise.shape)}: "
-                "training fits ε alone, so set in_channels to the images' channels and "
+                "training fits no variance, so set in_channels to the images' channels and "
                 "learn_variance to false."
             )
-        return (predicted.float() - noise).square().mean()
+        target = noise if self.prediction == "epsilon" else alpha * noise - sigma * x0
+        error = (predicted.float() - target).square()
+        if self.prediction == "v" and not self.training:
+            error = alpha**2 * error  # ε − ε̂ = α (v − v̂)
+        return error.mean()
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """One step on ``batch["x"]`` (B, C, H, W) in [−1, 1]."""

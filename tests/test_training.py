@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cmi_lightning.cli import main
+from cmi_lightning.errors import InputError
 from cmi_lightning.training import ScoreTraining
 
 
@@ -33,6 +34,35 @@ def test_loss_is_the_error_of_the_noise():
     noise = torch.randn(64, 1, 8, 8, generator=torch.manual_seed(0))
     loss = module.loss(torch.zeros_like(noise), torch.zeros(64, dtype=torch.long), noise)
     assert float(loss.detach()) == pytest.approx(float((noise - 0.5).square().mean()))
+
+
+class Clean(nn.Module):
+    """Knows that x₀ = c everywhere: v = (α x_t − x₀)/σ; an error e may be added."""
+
+    def __init__(self, schedule, c: float, e: float) -> None:
+        super().__init__()
+        self.schedule, self.c, self.e = schedule, c, e
+
+    def forward(self, x, times):
+        alpha, sigma, _ = self.schedule[int(times[0])]
+        return (alpha * x - self.c) / sigma + self.e
+
+
+def test_v_is_fitted_by_its_own_error_and_validated_by_that_of_the_noise():
+    x0 = torch.full((4, 1, 8, 8), 0.3)
+    noise = torch.randn(x0.shape, generator=torch.manual_seed(0))
+    for index in (0, 500, 999):
+        levels = torch.full((4,), index)
+        module = ScoreTraining(nn.Identity(), prediction="v")
+        alpha = module.schedule[index].alpha
+        module.network = Clean(module.schedule, 0.3, 0.0)
+        assert float(module.loss(x0, levels, noise)) < 1e-7
+        module.network.e = 0.2
+        assert float(module.loss(x0, levels, noise)) == pytest.approx(0.04, rel=1e-3)
+        module.eval()
+        assert float(module.loss(x0, levels, noise)) == pytest.approx(0.04 * alpha**2, rel=1e-3)
+    with pytest.raises(InputError, match=r"model.prediction must be epsilon or v, got 'x0'"):
+        ScoreTraining(nn.Identity(), prediction="x0")
 
 
 @pytest.mark.parametrize(("power", "share"), [(1.0, 0.1), (2.0, 0.1**0.5)])
