@@ -289,8 +289,13 @@ def test_a_resumed_run_and_other_batches_equal_an_uninterrupted_one(tmp_path):
 
 
 def test_a_run_without_it_is_made_up_for(tmp_path):
-    (tmp_path / "posterior.json").write_text("{}")
-    predict(tmp_path, ImageWriter(), count=3)
+    with pytest.raises(FileNotFoundError):  # it wrote none to read back
+        predict(tmp_path, ImageWriter(), count=3)
+    (tmp_path / "posterior.json").write_text("{}")  # a user's file: no run wrote it
+    with pytest.raises(InputError, match=r"posterior\.json' is in the way"):
+        predict(tmp_path, Exact(), ImageWriter(), PosteriorQuality(), count=3)
+    assert (tmp_path / "posterior.json").read_text() == "{}"
+    (tmp_path / "posterior.json").unlink()
     exact = Exact()
     assert predict(tmp_path, exact, ImageWriter(), PosteriorQuality(), count=3)["images"] == 3
     assert exact.ids == [f"set/{i}" for i in range(3)]

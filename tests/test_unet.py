@@ -236,8 +236,8 @@ def test_learned_variance_drives_ddpm(t):
     noise = SampleNoise(0, ["a"])
     x = noise.normal("x", 0, torch.zeros(1, 2, 4, 4))
     sampler = Sampler(denoiser, DDPM("learned"))
-    t, s = denoiser.schedule[t], denoiser.schedule[t - 1]
-    step = Step(t, x, t, s, Problem(x, Identity(), 0.1), denoiser, noise, False)
+    level, lower = denoiser.schedule[t], denoiser.schedule[t - 1]
+    step = Step(t, x, level, lower, Problem(x, Identity(), 0.1), denoiser, noise, False)
     transition = sampler.solver.transition(step, sampler.guided_x0)
 
     betas = np.linspace(1e-4, 0.02, 1000)
