@@ -12,7 +12,7 @@ import lightning as L
 import torch
 
 from cmi_lightning.callbacks.loggers import log_options, log_values
-from cmi_lightning.files import write_json
+from cmi_lightning.files import claim, remove, write_json
 from cmi_lightning.predict.callback import SamplingCallback
 from cmi_lightning.predict.module import Restoration
 
@@ -95,7 +95,9 @@ class RecordingCallback(SamplingCallback):
         return self.key in record and all(path.is_file() for path in self.files(record))
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Send the run's options to the loggers, one callback for all."""
+        """Refuse a foreign summary; send the run's options to the loggers, one callback for all."""
+        if self.summary is not None and trainer.is_global_zero:
+            claim(self.folder / self.summary)
         first = next((c for c in trainer.callbacks if isinstance(c, RecordingCallback)), None)  # type: ignore[attr-defined]
         if self is first and (folder := self.module.run.folder) is not None:
             log_options(trainer, json.loads((folder / "run.json").read_text(encoding="utf-8")))
@@ -132,7 +134,7 @@ class RecordingCallback(SamplingCallback):
         if records and trainer.is_global_zero:
             self.write(records)
             if self.summary is not None:
-                (self.folder / self.summary).unlink(missing_ok=True)
+                remove(self.folder / self.summary)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log and print the result."""

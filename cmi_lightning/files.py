@@ -30,8 +30,8 @@ def write(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{mark(path)}.{uuid.uuid4().hex}.tmp")
     try:
-        for claim in claims:
-            claim(path)
+        for ask in claims:
+            ask(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             file.write(data)
@@ -53,6 +53,24 @@ def write(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def claim(path: Path) -> None:
+    """Refuse a file that is there and that the run did not write.
+
+    Raises:
+        InputError: naming the file.
+    """
+    if os.path.lexists(path):
+        for ask in claims:
+            ask(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file of the run; a file that it did not write stays."""
+    with contextlib.suppress(InputError):
+        claim(path)
+        path.unlink(missing_ok=True)
 
 
 def mark(path: Path) -> str:

@@ -46,6 +46,7 @@ from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.fetch import ALEX, INCEPTION
 from cmi_lightning.guidance import DPS
 from cmi_lightning.operators import BoxMask, PixelMask
+from cmi_lightning.predict.folder import MANIFEST
 from cmi_lightning.problem import Problem
 from cmi_lightning.training import ScoreTraining
 
@@ -441,6 +442,7 @@ def test_perfect_and_diverged_images_still_give_json(tmp_path):
 
 def test_a_crash_keeps_what_was_finished(tmp_path):
     (tmp_path / "summary.json").write_text("{}")  # of an earlier run
+    (tmp_path / MANIFEST).write_text("summary.json\n")
     callbacks = (RestorationMetrics(), ImageWriter(), TrajectoryLogger(), Keep((1, 2)))
     with pytest.raises(RuntimeError, match="crash"):
         predict(tmp_path, *callbacks, batch_size=2)

@@ -374,9 +374,10 @@ class NetworkDenoiser(WrappedNetwork):
         return cls(made, str(home / "model.safetensors"), **spec)
 
 
-_SHIPPED_NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, int | None, int | None]]] = {
+_SHIPPED_NETWORKS: dict[str, tuple[dict[str, Any], Output, tuple[int, int | None, int | None]]] = {
     "fashion-mnist": (
         {"in_channels": 1, "channel_mult": (1, 2, 2, 2), "attention_levels": (2,)},
+        "epsilon",
         (1, 32, 32),
     ),
     "photos-64": (
@@ -386,6 +387,7 @@ _SHIPPED_NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, int | None, int | 
             "attention_levels": (),
             "middle_attention": False,
         },
+        "v",
         (3, None, None),
     ),
 }
@@ -409,6 +411,6 @@ def shipped_prior(
     if name not in _SHIPPED_NETWORKS:
         raise InputError(f"There is no shipped prior '{name}': use {', '.join(SHIPPED)}.")
     find_weights(name)  # before the network is made
-    options, image_shape = _SHIPPED_NETWORKS[name]
+    options, prediction, image_shape = _SHIPPED_NETWORKS[name]
     network = UNet(model_channels=32, num_res_blocks=1, **options)
-    return NetworkDenoiser(network, name, image_shape=image_shape)
+    return NetworkDenoiser(network, name, prediction=prediction, image_shape=image_shape)
