@@ -34,7 +34,7 @@ usage: cmi-lightning {predict,fit,verify,tune,table,configs,fetch} [-c CONFIG] [
   cmi-lightning predict -c demo -c task/super_resolution -c guidance/dps -c add_cmi
   cmi-lightning predict -c demo --overwrite                        afresh; else it goes on
   cmi-lightning predict --help                                     all options
-  cmi-lightning verify                                             the mathematics, in a minute
+  cmi-lightning verify                                             the mathematics, in seconds
   cmi-lightning verify -c mine.yaml                                the network of a configuration
   cmi-lightning table -c table/smoke                               a small table in two minutes
 

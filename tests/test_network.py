@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from cmi_lightning.data import ImageFolderData
 from cmi_lightning.denoisers import (
     AsGray,
     Autocast,
@@ -95,6 +96,23 @@ def test_shipped_priors_have_names():
     assert shipped_prior("fashion-mnist").image_shape == (1, 32, 32)
     with pytest.raises(InputError, match="no shipped prior 'faces': use fashion-mnist, photos-64"):
         shipped_prior("faces")
+
+
+def test_the_prior_of_photographs_denoises_colour_of_any_size():
+    prior, data = shipped_prior("photos-64"), ImageFolderData("photos-validation", limit=2)
+    data.setup("predict")
+    x0 = torch.stack([data.images[i]["x"] for i in range(2)])
+    noise = torch.randn(x0.shape, generator=torch.manual_seed(0))
+    for height, width in ((64, 64), (72, 128)):
+        y, z = x0[..., :height, :width], noise[..., :height, :width]
+        for time, most in ((125, 0.1), (425, 0.03), (925, 0.002)):
+            level = prior.schedule[time]
+            with torch.no_grad():
+                found = prior(level.alpha * y + level.sigma * z, level).x0
+            error = (level.alpha / level.sigma * (found - y)).square().mean()  # that of ε
+            assert float(error) < most
+    with pytest.raises(InputError, match="multiples of 8"):
+        prior(x0[..., :60, :60], prior.schedule[500])
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])

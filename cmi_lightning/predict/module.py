@@ -403,7 +403,7 @@ def misfit(fits: list[float], given: bool) -> str | None:
     causes = "too few steps, or a step size (scale) that is too small or too large"
     if given:
         causes = (
-            "a kernel of the other convention (turn it by 180°), a reduction without "
+            "a kernel of the other convention (data.kernel_convention), a reduction without "
             f"antialiasing, an inverted mask, a noise level that is too low, {causes}"
         )
     return (
