@@ -21,12 +21,8 @@ from cmi_lightning.exact.dense import (
     spectral_information,
     third_order,
 )
-from cmi_lightning.exact.mixture import (
-    GaussianMixture,
-    GaussianPrior,
-    load_mixture,
-    power_law_prior,
-)
+from cmi_lightning.exact.gaussian import GaussianPrior, power_law_prior
+from cmi_lightning.exact.mixture import GaussianMixture, load_mixture
 
 __all__ = [
     "Covariance",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cmi_lightning.errors import InputError
+from cmi_lightning.linalg import per_sample
 
 
 class Covariance(nn.Module, ABC):
@@ -225,6 +226,20 @@ class StationaryCovariance(Covariance):
     def restored(cls, options: dict[str, Tensor]) -> Self:
         """Return the covariance that gave ``options``."""
         return cls(options["spectrum"], int(options["grid"]))
+
+
+def diagonal(variances: Tensor | float, means: Tensor) -> DiagonalCovariance:
+    """Return the covariance of a number, (K,) or (K, *shape), expanded to the means' shape."""
+    values = per_sample(variances, means)
+    shared = values.ndim == 0 or len(values) == 1
+    try:
+        values = values.expand_as(means[:1] if shared else means)
+    except RuntimeError as error:
+        raise InputError(
+            f"The variances must be a number, (K,) or (K, *shape) for means of shape "
+            f"{tuple(means.shape)}, got {tuple(values.shape)}."
+        ) from error
+    return DiagonalCovariance(values.clone())
 
 
 KINDS: dict[str, type[Covariance]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,19 +17,17 @@ from cmi_lightning.exact.covariances import (
     KINDS,
     Covariance,
     DenseCovariance,
-    DiagonalCovariance,
-    StationaryCovariance,
+    diagonal,
 )
-from cmi_lightning.linalg import per_sample
+from cmi_lightning.exact.moments import conditioned, mixed, total_covariance
 from cmi_lightning.schedule import Level, Schedule
 
 
 class _Terms(NamedTuple):
-    """x_t against the components, in their eigenbases.
+    """x_t against the components, in their eigenbases; ``logits`` are log w_k N(x_t; α μ_k, V_k).
 
-    With one covariance for all, ``residual`` is Uᵀ(x_t − α c) (B, n), ``offsets`` are
-    Uᵀ(μ_k − c) (K, n) for a centre c, and ``logits`` are without what all components share. Else
-    ``residual`` is Uₖᵀ(x_t − α μ_k) (B, K, n), and ``offsets`` is None.
+    Fast: ``residual`` is Uᵀ(x_t − α c) (B, n), ``offsets`` are Uᵀ(μ_k − c) (K, n) for a centre c,
+    and ``logits`` lack what all components share. Else ``residual`` is Uₖᵀ(x_t − α μ_k) (B, K, n).
     """
 
     variance: Tensor
@@ -53,14 +51,10 @@ class GaussianMixture(Denoiser):
         ∇ log p(x_t) = Σ_k r_k s_k,
         ∂x̂₀/∂x_t = Σ_k r_k G_k + (σ²/α) Cov_r[s_k].
 
-    Everything is differentiable, as often as one likes, and is computed in the mixture's dtype and
-    returned in that of x_t. At σ = 0, densities and scores are those of
-    x₀ itself and need covariances without zero eigenvalues.
-
-    Where all components share one covariance and the means are large, responsibilities come from
-    the products ⟨x_t, μ_k⟩ alone, a matrix product that never forms (B, K, n); a row's x̂₀ then
-    depends on the rest of the batch by rounding. Else rows of a diagonal mixture are independent to
-    the last bit.
+    All of it is differentiable, computed in the mixture's dtype and returned in that of x_t.
+    At σ = 0, densities and scores are those of x₀, and need positive eigenvalues. ``fast``: with
+    one covariance for all and large means, responsibilities come from a matrix product ⟨x_t, μ_k⟩
+    that never forms (B, K, n). A row then depends on its batch by rounding.
 
     >>> mixture = GaussianMixture(torch.tensor([[-1.0], [1.0]]), covariance=0.1)
     >>> level = Level(alpha=1.0, sigma=1.0, time=0.0)
@@ -76,10 +70,6 @@ class GaussianMixture(Denoiser):
             or K components.
         weights: w (K,), at least 0; normalised. Default: equal.
         schedule: noise levels; default: the linear DDPM chain.
-
-    Attributes:
-        covariances: the C_k.
-        fast: take the matrix product.
 
     Raises:
         InputError: if means, covariance and weights do not fit together.
@@ -99,7 +89,7 @@ class GaussianMixture(Denoiser):
         self.schedule = schedule or Schedule.linear()
         self.image_shape = tuple(means.shape[1:])
         if not isinstance(covariance, Covariance):
-            covariance = _diagonal(covariance, means)
+            covariance = diagonal(covariance, means)
         count, size = len(means), means[0].numel()
         if covariance.values.shape not in ((1, size), (count, size)):
             raise InputError(
@@ -121,8 +111,7 @@ class GaussianMixture(Denoiser):
     @property
     def variances(self) -> Tensor:
         """The diagonals of the C_k, (K, *shape)."""
-        values = self.covariances.variances().unflatten(1, self.image_shape)
-        return values.expand_as(self.means)
+        return self.covariances.variances().unflatten(1, self.image_shape).expand_as(self.means)
 
     def _variance(self, level: Level) -> Tensor:
         """Return the eigenvalues of V_k = α² C_k + σ², (K, n) or (1, n)."""
@@ -138,8 +127,8 @@ class GaussianMixture(Denoiser):
         variance = self._variance(level)
         centred = x.flatten(1).to(self.means.dtype)[:, None] - level.alpha * self.means.flatten(1)
         residual = self.covariances.to_basis(centred)
-        exponent = (residual**2 / variance + torch.log(2 * torch.pi * variance)).sum(2)
-        return _Terms(variance, residual, self.log_weights - 0.5 * exponent, None)
+        logits = self.log_weights - 0.5 * _exponent(residual, variance)
+        return _Terms(variance, residual, logits, None)
 
     def _terms(self, x: Tensor, level: Level) -> _Terms:
         """Return x_t (B, *) against the components, the fast way where there is one."""
@@ -151,18 +140,15 @@ class GaussianMixture(Denoiser):
         offsets = self.covariances.to_basis(means - centre)
         scaled = level.alpha * offsets / variance
         exponent = 0.5 * level.alpha * (offsets * scaled).sum(1)
-        return _Terms(
-            variance, residual, self.log_weights - exponent + residual @ scaled.mT, offsets
-        )
+        logits = self.log_weights - exponent + residual @ scaled.mT
+        return _Terms(variance, residual, logits, offsets)
 
     def log_prob(self, x: Tensor, level: Level) -> Tensor:
         """Return log p(x_t) of x_t (B, *), in nats, (B,)."""
         terms = self._terms(x, level)
         log_prob = torch.logsumexp(terms.logits, dim=1)
         if terms.offsets is not None:
-            variance = terms.variance
-            shared = terms.residual**2 / variance + torch.log(2 * torch.pi * variance)
-            log_prob = log_prob - 0.5 * shared.sum(1)
+            log_prob = log_prob - 0.5 * _exponent(terms.residual, terms.variance)
         return log_prob.to(x.dtype)
 
     def score(self, x: Tensor, level: Level) -> Tensor:
@@ -198,44 +184,39 @@ class GaussianMixture(Denoiser):
         scores = -self.covariances.from_basis(terms.residual / terms.variance)
         scores = scores - (r[..., None] * scores).sum(1, keepdim=True)
         spread = torch.einsum("bk,bki,bkj->bij", r, scores, scores)
-        return (_mix(r, gains) + level.sigma**2 / level.alpha * spread).to(x.dtype)
-
-    def tweedie_covariance(self, x: Tensor, level: Level) -> Tensor:
-        """Return Cov[x₀ | x_t] = (σ²/α) ∂x̂₀/∂x_t (B, n, n): Tweedie's formula."""
-        return level.sigma**2 / level.alpha * self.jacobian(x, level)
+        return (mixed(r, gains) + level.sigma**2 / level.alpha * spread).to(x.dtype)
 
     def mean(self) -> Tensor:
         """Return E[x₀] (*shape)."""
-        weights = self.log_weights.exp()
-        return (weights @ self.means.flatten(1)).reshape(self.means.shape[1:])
+        return (self.log_weights.exp() @ self.means.flatten(1)).reshape(self.means.shape[1:])
 
     def covariance(self, x: Tensor | None = None, level: Level | None = None) -> Tensor:
         """Return Cov[x₀ | x_t] (B, n, n) of x_t (B, *) at ``level``; Cov[x₀] (n, n) without both.
 
-        Law of total covariance, Σ_k r_k (C_k|x + m_k m_kᵀ) − x̂₀ x̂₀ᵀ, with the components' posterior
-        means m_k = μ_k + G_k (x_t − α μ_k) and covariances C_k|x = σ² C_k V_k⁻¹.
+        By the law of total covariance, Σ_k r_k (σ² C_k V_k⁻¹ + m_k m_kᵀ) − x̂₀ x̂₀ᵀ with the
+        components' posterior means m_k = μ_k + G_k (x_t − α μ_k).
         """
+        if (x is None) != (level is None):
+            raise TypeError("covariance takes x_t and its level, or neither.")
         if x is None or level is None:
-            if x is not level:
-                raise TypeError("covariance takes x_t and its level, or neither.")
             r, means = self.log_weights.exp()[None], self.means.flatten(1)[None]
-            return _total(r, means, self.covariances.matrix())[0]
+            return total_covariance(r, means, self.covariances.matrix())[0]
         terms = self._separate(x, level)
         shrunk = self.covariances.values / terms.variance
         moved = self.covariances.from_basis(level.alpha * shrunk * terms.residual)
         within = self.covariances.matrix(level.sigma**2 * shrunk)
-        total = _total(terms.responsibilities, self.means.flatten(1) + moved, within)
+        total = total_covariance(terms.responsibilities, self.means.flatten(1) + moved, within)
         return total.to(x.dtype)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Return ``count`` draws of x₀ (count, *shape)."""
-        weights, device = self.log_weights.exp(), generator.device
-        k = torch.multinomial(weights.to(device), count, True, generator=generator)
-        shape = (count, *self.means.shape[1:])
+        device, shape = generator.device, (count, *self.means.shape[1:])
+        weights = self.log_weights.exp().to(device)
+        k = torch.multinomial(weights, count, True, generator=generator)
         z = torch.randn(shape, generator=generator, dtype=self.means.dtype, device=device)
         k, z = k.to(self.means.device), z.to(self.means.device).flatten(1)
-        # Draws are stacked per component, so that each component's basis is applied to its own.
         values = self.covariances.values
+        # Draws are stacked per component, so that each component's basis is applied to its own.
         column = k if len(values) > 1 else torch.zeros_like(k)
         same = torch.nn.functional.one_hot(column, len(values)).cumsum(0)
         row = same.gather(1, column[:, None])[:, 0] - 1
@@ -270,25 +251,11 @@ class GaussianMixture(Denoiser):
         covariance = copy.deepcopy(self.covariances).cpu().double().matrix()
         std = std.cpu() if isinstance(std, Tensor) else std
         noise = torch.as_tensor(std, dtype=A.dtype).expand(len(A)) ** 2
-        CA = covariance @ A.mT
-        S = A @ CA + torch.diag(noise)
-        L, failed = torch.linalg.cholesky_ex(S)
-        pivots = L.diagonal(dim1=1, dim2=2) ** 2
-        rounding = len(A) * torch.finfo(A.dtype).eps * S.diagonal(dim1=1, dim2=2)
-        if bool(failed.any()) or bool((pivots <= rounding).any()):
-            raise InputError(
-                "Measurements without noise determine one another, so that no density exists; set "
-                "a noise above 0 or drop the redundant ones."
-            )
-        residual = (y.cpu().double() - means @ A.mT)[..., None]
-        white = torch.linalg.solve_triangular(L, residual, upper=False)[..., 0]
-        fit = -0.5 * (white**2).sum(1) - 0.5 * pivots.log().sum(1)
-        gain = torch.cholesky_solve(CA.mT, L).mT
-        like = self.means
-        floor = A.shape[1] * torch.finfo(torch.float64).eps * float(self.covariances.values.max())
-        shrunk = covariance - gain @ CA.mT
-        posterior = DenseCovariance(0.5 * (shrunk + shrunk.mT), floor).to(like)
-        means = (means + (gain @ residual)[..., 0]).to(like).reshape(like.shape)
+        means, shrunk, fit = conditioned(means, covariance, A, y.cpu().double(), noise)
+        floor, like = A.shape[1] * torch.finfo(A.dtype).eps, self.means
+        floor *= float(self.covariances.values.max())
+        posterior = DenseCovariance(shrunk, floor).to(like)
+        means = means.to(like).reshape(like.shape)
         weights = torch.softmax(self.log_weights.cpu().double() + fit, dim=0).to(like)
         return GaussianMixture(means, posterior, weights, self.schedule)
 
@@ -305,42 +272,8 @@ class GaussianMixture(Denoiser):
         save_file(tensors, path, {"covariance": type(self.covariances).__name__})
 
 
-class GaussianPrior(GaussianMixture):
-    """p(x₀) = N(μ, C): the mixture of one component. J is constant, and CMI has no gradient.
-
-    >>> prior = GaussianPrior(torch.zeros(2))
-    >>> prior(torch.ones(1, 2), Level(alpha=1.0, sigma=1.0, time=0.0)).x0
-    tensor([[0.5000, 0.5000]])
-
-    Args:
-        mean: μ (*shape).
-        covariance: a variance ≥ 0, a number or (*shape), or a :class:`Covariance`.
-        schedule: noise levels; default: the linear DDPM chain.
-
-    Raises:
-        InputError: if mean and covariance do not fit together.
-    """
-
-    def __init__(
-        self,
-        mean: Tensor,
-        covariance: Covariance | Tensor | float = 1.0,
-        schedule: Schedule | None = None,
-    ) -> None:
-        if isinstance(covariance, Tensor) and covariance.ndim:
-            covariance = covariance[None]
-        super().__init__(mean[None], covariance, None, schedule)
-
-
 def load_mixture(path: str) -> GaussianMixture:
-    """Return the mixture that :meth:`GaussianMixture.save` wrote.
-
-    Args:
-        path: the ``.safetensors`` file.
-
-    Raises:
-        InputError: if the file is missing or holds something else.
-    """
+    """Return the mixture that :meth:`GaussianMixture.save` wrote, or raise InputError."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise InputError(f"No mixture at '{path}': give a file that GaussianMixture.save wrote.")
@@ -348,9 +281,8 @@ def load_mixture(path: str) -> GaussianMixture:
         with safe_open(file, "pt") as opened:
             kind = KINDS[(opened.metadata() or {})["covariance"]]
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        prefix = "covariance."
-        options = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-        covariance = kind.restored(options)
+        of, named = "covariance.", tensors.items()
+        covariance = kind.restored({n.removeprefix(of): v for n, v in named if n.startswith(of)})
         means, log_weights = tensors["means"], tensors["log_weights"]
         schedule = Schedule(*(tuple(row) for row in tensors["schedule"].tolist()))
     except (SafetensorError, KeyError) as error:
@@ -360,61 +292,6 @@ def load_mixture(path: str) -> GaussianMixture:
     return mixture
 
 
-def power_law_prior(
-    image_shape: list[int],
-    exponent: float = 2.0,
-    std: float = 0.3,
-    mean: float = 0.0,
-    schedule: Schedule | Literal["linear", "cosine", "edm", "vp"] = "linear",
-) -> GaussianPrior:
-    """Return a stationary Gaussian texture: power ∝ 1/|f|^exponent, on a circular grid.
-
-    The mean of an image, f = 0, has the power of the lowest frequency.
-
-    Args:
-        image_shape: (C, H, W); channels are independent.
-        exponent: 0 is white; photographs have about 2.
-        std: standard deviation of every pixel, > 0.
-        mean: mean of every pixel.
-        schedule: noise levels, or their name.
-
-    Raises:
-        InputError: for an impossible shape or standard deviation.
-
-    Source: the spectrum of photographs, Field (1987).
-    """
-    if len(image_shape) != 3 or min(image_shape) < 1:
-        raise InputError(f"image_shape must be three sizes of at least 1, got {image_shape}.")
-    if not std > 0:
-        raise InputError(f"std must be above 0, got {std}.")
-    rows, columns = (torch.fft.fftfreq(n, dtype=torch.float64) for n in image_shape[1:])
-    frequency = (rows[:, None] ** 2 + columns**2).sqrt()
-    power = frequency.clamp_min(1 / max(image_shape[1:])) ** -exponent
-    spectrum = (std**2 * power / power.mean()).expand(1, *image_shape).to(torch.get_default_dtype())
-    grey = torch.full(tuple(image_shape), float(mean))
-    return GaussianPrior(grey, StationaryCovariance(spectrum), Schedule.named(schedule))
-
-
-def _diagonal(variances: Tensor | float, means: Tensor) -> DiagonalCovariance:
-    """Return the covariance of a number, (K,) or (K, *shape), expanded to the means' shape."""
-    values = per_sample(variances, means)
-    shared = values.ndim == 0 or len(values) == 1
-    try:
-        values = values.expand_as(means[:1] if shared else means)
-    except RuntimeError as error:
-        raise InputError(
-            f"The variances must be a number, (K,) or (K, *shape) for means of shape "
-            f"{tuple(means.shape)}, got {tuple(values.shape)}."
-        ) from error
-    return DiagonalCovariance(values.clone())
-
-
-def _mix(r: Tensor, matrices: Tensor) -> Tensor:
-    """Return Σ_k r_k M_k (B, n, n) for r (B, K) and M (K, n, n) or (1, n, n)."""
-    return torch.einsum("bk,kij->bij", r, matrices.expand(r.shape[1], -1, -1))
-
-
-def _total(r: Tensor, means: Tensor, within: Tensor) -> Tensor:
-    """Return the covariance (B, n, n) of mixtures with weights (B, K) and means (B, K, n)."""
-    apart = means - (r[..., None] * means).sum(1, keepdim=True)
-    return _mix(r, within) + torch.einsum("bk,bki,bkj->bij", r, apart, apart)
+def _exponent(residual: Tensor, variance: Tensor) -> Tensor:
+    """Return −2 log N(residual; 0, variance), summed over the last dimension."""
+    return (residual**2 / variance + torch.log(2 * torch.pi * variance)).sum(-1)
