@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.denoisers.base import Denoiser
-from cmi_lightning.errors import InputError, warn_once
-from cmi_lightning.guidance.base import Guidance
+from cmi_lightning.errors import InputError
+from cmi_lightning.guidance.base import HOOKS, Guidance
 from cmi_lightning.linalg import norm, per_sample
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.problem import Problem
-from cmi_lightning.schedule import Schedule
+from cmi_lightning.schedule import Level, Schedule, reverse_coefficients
 from cmi_lightning.solvers.base import Solver
 from cmi_lightning.step import Cost, Record, Step
 
@@ -22,8 +22,6 @@ from cmi_lightning.step import Cost, Record, Step
 # is that of x̂₀, in which an error of x_t is √(α² + σ²)/α times as large, a hundredfold at the first
 # steps. DPS with long steps makes and mends such errors there.
 DIVERGED = 1e3
-# The largest α/σ at which a chain may start from pure noise: its mean is then off by a tenth of σ.
-SIGNAL_LEFT = 0.1
 
 
 class Sampler:
@@ -47,8 +45,9 @@ class Sampler:
         clamp: clamp the x̂₀ that the solver uses to the prior's value range.
 
     Raises:
-        InputError: if a guidance needs noise that the solver does not inject, or one of them a
-            variance or a derivative that the network does not give.
+        InputError: if a guidance needs noise that the solver does not inject, or edits what the
+            solver does not have; or if one of them needs a variance or a derivative that the
+            network does not give.
     """
 
     def __init__(
@@ -66,6 +65,11 @@ class Sampler:
                     "none; use DDPM, or DDIM with eta > 0."
                 )
         for guidance in guidances:
+            if guidance.active and (lost := guidance.hooks - set(solver.hooks)):
+                raise InputError(
+                    f"{type(guidance).__name__} moves {HOOKS[min(lost)]}, of which "
+                    f"{type(solver).__name__} makes no use: leave it out, or take another solver."
+                )
             if guidance.active and guidance.derivatives > denoiser.derivatives:
                 raise InputError(
                     f"{type(guidance).__name__} differentiates the network "
@@ -79,8 +83,7 @@ class Sampler:
             )
         self.denoiser, self.solver, self.clamp = denoiser, solver, clamp
         self.guidances = tuple(g for g in guidances if g.active)
-        full = denoiser.schedule
-        self.schedule: Schedule = full if num_steps is None else full.respace(num_steps)
+        self.schedule: Schedule = solver.levels(denoiser.schedule, num_steps)
 
     @property
     def differentiable(self) -> bool:
@@ -113,19 +116,13 @@ class Sampler:
                 _log_change(step, "sample", guidance, before, x)
             return x.detach()
 
-    def start(self, noise: SampleNoise, like: Tensor) -> Tensor:
-        """Return x_N ~ N(0, α² + σ²) (B, *), shaped like ``like``: N(0, I) on a DDPM chain.
-
-        That is the law of x_N where little of x₀ is left in it; else a warning says so.
-        """
-        level = self.schedule[len(self.schedule) - 1]
-        if level.alpha > SIGNAL_LEFT * level.sigma:
-            warn_once(
-                f"The chain does not end in noise: its noisiest level has α/σ = "
-                f"{level.alpha / level.sigma:.2g}, and sampling starts as if it were 0. Use a "
-                "schedule of more noise, or a num_steps that keeps the noisiest level."
-            )
-        return (level.alpha**2 + level.sigma**2) ** 0.5 * noise.normal("start", 0, like)
+    def _walk(self) -> Iterator[tuple[int, int, Level, Level]]:
+        """Yield (visit, index, t, s): blocks of levels, each walked ``solver.repeats`` times."""
+        pairs, jump = list(self.schedule.pairs()), self.solver.jump
+        for first in range(0, len(pairs), jump):
+            for visit in range(self.solver.repeats):
+                for pair in pairs[first : first + jump]:
+                    yield visit, *pair
 
     def iterate(self, problem: Problem, noise: SampleNoise, like: Tensor) -> Iterator[Record]:
         """Yield a record after every step; the last one's ``x`` is the restored batch.
@@ -139,12 +136,20 @@ class Sampler:
             noise: the batch's random numbers.
             like: any tensor of the images' shape (B, C, H, W), dtype and device.
         """
-        x, cost = self.start(noise, like), Cost()
+        at = self.schedule[len(self.schedule) - 1]  # the level of x
+        x, cost = self.solver.start(at, problem, noise, like), Cost()
+        memory: dict[str, Tensor] = {}
+        previous: Level | None = None
         stopped = torch.zeros(len(x), dtype=torch.long, device=x.device)
         limit: Tensor | None = None
-        for index, t, s in self.schedule.pairs():
+        for visit, index, t, s in self._walk():
+            if at != t:  # up again, to the first level of the block
+                z = noise.normal(f"up~{visit}", index, x)
+                x, previous = _noised(x, at, t, z), None
             step = Step(index, x, t, s, problem, self.denoiser, noise, self.differentiable, cost)
+            step.memory, step.previous, step.visit = memory, previous, visit
             proposed = self.advance(step)
+            at, previous = s, t
             with torch.no_grad():
                 _ = step.residual  # its norm is logged, at the price of one A
             x0, log = step.x0.detach(), step.log
@@ -160,6 +165,8 @@ class Sampler:
             well = stopped == 0  # no "if any": it would make a GPU wait at every step
             x = torch.where(per_sample(well, x).bool(), proposed, x)
             log = {name: torch.where(well, value, torch.nan) for name, value in log.items()}
+            if visit < self.solver.repeats - 1:
+                continue
             yield Record(
                 index,
                 len(self.schedule),
@@ -181,6 +188,11 @@ class Sampler:
         for record in self.iterate(problem, noise, like):
             x = record.x
         return x
+
+
+def _noised(x: Tensor, at: Level, t: Level, z: Tensor) -> Tensor:
+    """Return x (B, *) of level ``at`` taken up to the noisier level t, by the forward chain."""
+    return t.alpha / at.alpha * x + math.sqrt(reverse_coefficients(t, at).beta) * z
 
 
 def _log_change(step: Step, hook: str, guidance: Guidance, before: Tensor, after: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cmi_lightning.errors import InputError, warn_once
+from cmi_lightning.spacing import grid, power_grid, spaced
 
 
 class Level(NamedTuple):
@@ -77,7 +79,7 @@ class Schedule:
 
     Args:
         alphas: signal coefficients α_i > 0.
-        sigmas: noise coefficients σ_i, such that σ_i/α_i increases with i.
+        sigmas: noise coefficients σ_i > 0, such that σ_i/α_i never falls from i to i + 1.
         times: what the network receives at each level (the original index for DDPM chains).
     """
 
@@ -94,8 +96,8 @@ class Schedule:
                 "schedule, or use Schedule.from_betas, which does."
             )
         noise_to_signal = [s / a for a, s in zip(self.alphas, self.sigmas, strict=True)]
-        if not all(a < b for a, b in pairwise([0.0, *noise_to_signal])):
-            raise InputError("σ/α must be above 0 and increase from level to level.")
+        if not noise_to_signal[0] > 0 or not all(a <= b for a, b in pairwise(noise_to_signal)):
+            raise InputError("σ/α must be above 0 and increase, or stay, from level to level.")
 
     @classmethod
     def _from_alpha_bars(cls, alpha_bars: np.ndarray) -> Schedule:
@@ -113,7 +115,7 @@ class Schedule:
 
         The default βs belong to 1000 levels. Source: Ho et al. (2020), Sec. 4.
         """
-        return cls.from_betas(_grid(beta_start, beta_end, num_levels))
+        return cls.from_betas(grid(beta_start, beta_end, num_levels))
 
     @classmethod
     def cosine(cls, num_levels: int = 1000, offset: float = 0.008) -> Schedule:
@@ -138,8 +140,7 @@ class Schedule:
 
         Source: Karras et al. (2022), Eq. 5.
         """
-        ramp = _grid(sigma_min ** (1 / rho), sigma_max ** (1 / rho), num_levels)
-        sigmas = tuple((ramp**rho).tolist())
+        sigmas = tuple(power_grid(sigma_min, sigma_max, num_levels, rho))
         return cls((1.0,) * num_levels, sigmas, sigmas)
 
     @classmethod
@@ -158,7 +159,7 @@ class Schedule:
 
         Source: Song et al. (2021), Score-based generative modeling through SDEs, Eq. 33.
         """
-        t = _grid(t_min, 1, num_levels)
+        t = grid(t_min, 1, num_levels)
         log_alpha = -(t**2) * (beta_max - beta_min) / 4 - t * beta_min / 2
         sigmas = np.sqrt(-np.expm1(2 * log_alpha))
         return cls(
@@ -210,6 +211,43 @@ class Schedule:
     def __getitem__(self, i: int) -> Level:
         return Level(self.alphas[i], self.sigmas[i], self.times[i])
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest σ/α."""
+        return self.sigmas[0] / self.alphas[0], self.sigmas[-1] / self.alphas[-1]
+
+    def level(self, noise_to_signal: float) -> Level:
+        """Return the level of a given σ/α: log α and time are linear in log σ/α between neighbours.
+
+        >>> schedule = Schedule.linear()
+        >>> level = schedule.level(1.0)
+        >>> round(level.alpha**2, 4), 258 < level.time < 259
+        (0.5, True)
+
+        Raises:
+            InputError: outside of :attr:`range`.
+        """
+        low, high = self.range
+        if not low * (1 - 1e-9) <= noise_to_signal <= high * (1 + 1e-9):
+            raise InputError(
+                f"The prior knows noise levels σ/α from {low:.3g} to {high:.3g}, and not "
+                f"{noise_to_signal:.3g}."
+            )
+        i = bisect.bisect_left(
+            range(len(self)), noise_to_signal, key=lambda k: self.sigmas[k] / self.alphas[k]
+        )
+        i = min(max(i, 1), len(self) - 1)
+        below, above = self[max(i - 1, 0)], self[i]
+        a, b = (math.log(x.sigma / x.alpha) for x in (below, above))
+        share = min(max((math.log(noise_to_signal) - a) / (b - a), 0.0), 1.0) if b > a else 1.0
+        alpha = below.alpha * (above.alpha / below.alpha) ** share
+        time = below.time + share * (above.time - below.time)
+        return Level(alpha, alpha * noise_to_signal, time)
+
+    def at(self, noise_to_signal: Sequence[float]) -> Schedule:
+        """Return the schedule of the levels of given σ/α, ascending; see :meth:`level`."""
+        return Schedule(*zip(*(self.level(ratio) for ratio in noise_to_signal), strict=True))
+
     def respace(self, num_steps: int | str) -> Schedule:
         """Keep ``num_steps`` levels by guided-diffusion's rule; the network's times stay.
 
@@ -223,7 +261,7 @@ class Schedule:
         Raises:
             InputError: if there are not that many levels.
         """
-        keep = _spaced(len(self), num_steps)
+        keep = spaced(len(self), num_steps)
         alphas, sigmas, times = (
             tuple(values[i] for i in keep) for values in (self.alphas, self.sigmas, self.times)
         )
@@ -233,44 +271,3 @@ class Schedule:
         """Yield (i, level i, next lower level), from the noisiest down to the clean image."""
         for i in reversed(range(len(self))):
             yield i, self[i], self[i - 1] if i else CLEAN
-
-
-def _grid(low: float, high: float, count: int) -> np.ndarray:
-    """Return evenly spaced numbers from low to high; one is the high end, the noisiest."""
-    if count < 1:
-        raise InputError(f"A schedule needs at least 1 level, got num_levels={count}.")
-    return np.linspace(low, high, count) if count > 1 else np.array([high])
-
-
-def _spaced(total: int, spec: int | str) -> list[int]:
-    """Indices kept by guided-diffusion's ``space_timesteps`` rule, ascending."""
-    text = str(spec)
-    try:
-        if text.startswith("ddim"):
-            wanted = int(text.removeprefix("ddim"))
-            strides = [s for s in range(1, total + 1) if len(range(0, total, s)) == wanted]
-            if not strides:
-                raise InputError(f"num_steps={text}: no integer stride leaves {wanted} of {total}.")
-            return list(range(0, total, strides[0]))
-        counts = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"num_steps must be a count, 'a,b,c' or 'ddimK', got {spec!r}.") from error
-    size, extra = divmod(total, len(counts))
-    keep: list[int] = []
-    start = 0
-    for section, count in enumerate(counts):
-        length = size + (section < extra)
-        if not 1 <= count <= length:
-            raise InputError(
-                f"num_steps={text}: a section of {length} levels cannot give {count} steps; choose "
-                f"between 1 and {length}."
-            )
-        stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        position = 0.0 if count > 1 or section < len(counts) - 1 else length - 1.0
-        for _ in range(count):  # the float is accumulated, as the published code does
-            keep.append(start + round(position))
-            position += stride
-        start += length
-    return keep

@@ -85,6 +85,9 @@ class Step:
         differentiable: keep the graph of x̂₀, because some guidance asks for gradients.
         cost: counts of network passes, shared by the whole run.
         log: per-sample quantities (B,) that guidances report, by name.
+        memory: tensors (B, *) that solvers and guidances keep from step to step, by name.
+        previous: the level of the step before; None at the first, and after the chain has gone up.
+        visit: how often the chain has been at this level before.
     """
 
     index: int
@@ -97,6 +100,9 @@ class Step:
     differentiable: bool = True
     cost: Cost = field(default_factory=Cost)
     log: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    previous: Level | None = None
+    visit: int = 0
 
     def __post_init__(self) -> None:
         self._products_with_graph = False
@@ -149,11 +155,15 @@ class Step:
 
     def normal(self, stream: str, like: Tensor | None = None) -> Tensor:
         """Return this step's standard normal noise of a stream, shaped like x_t or ``like``."""
+        stream = f"{stream}~{self.visit}" if self.visit else stream
         return self.noise.normal(stream, self.index, self.x if like is None else like).detach()
 
     def at(self, x: Tensor, level: Level) -> Step:
-        """Return the same step seen from another point and noise level, for multi-stage solvers."""
-        return replace(self, x=x, t=level, log={})
+        """Return the same step seen from another point and noise level.
+
+        It reads this step's memory and leaves it as it is.
+        """
+        return replace(self, x=x, t=level, log={}, memory=dict(self.memory))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from cmi_lightning import Sampler
 from cmi_lightning.errors import InputError, warn_once
 from cmi_lightning.exact import GaussianPrior
 from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators import Identity
+from cmi_lightning.problem import Problem
 from cmi_lightning.schedule import CLEAN, Level, Schedule, reverse_coefficients
 from cmi_lightning.solvers import DDIM
 
@@ -109,7 +111,7 @@ def test_cosine_and_edm_end_where_their_papers_say():
     assert set(edm.alphas) == {1.0}
 
 
-def test_levels_must_ascend():
+def test_levels_never_fall():
     with pytest.raises(ValueError, match="increase"):
         Schedule((1.0, 1.0), (0.2, 0.1), (0, 1))
     with pytest.raises(ValueError, match="one length"):
@@ -173,7 +175,8 @@ def test_a_last_level_without_signal_is_left_out_and_said(caplog, make):
 def test_a_chain_that_does_not_end_in_noise_is_said(caplog, schedule, num_steps, warned):
     sampler = Sampler(GaussianPrior(torch.zeros(1), 1.0, schedule), DDIM(), num_steps=num_steps)
     like, noise = torch.zeros(2, 1), SampleNoise(0, ["a", "b"])
-    told = warnings_of(caplog, lambda: sampler.start(noise, like))
+    problem = Problem(like, Identity(), 0.1)
+    told = warnings_of(caplog, lambda: sampler.run(problem, noise, like))
     assert told.count("does not end in noise") == warned
 
 
@@ -182,3 +185,27 @@ def test_pairs_run_from_noise_to_clean():
     assert [i for i, _, _ in pairs] == [2, 1, 0]
     assert [now.time for _, now, _ in pairs] == [999, 500, 0]
     assert pairs[-1][2] == CLEAN
+
+
+@pytest.mark.parametrize(
+    "schedule", [Schedule.linear(), Schedule.edm(), Schedule.linear().scale_noise(2.0)]
+)
+def test_levels_between_levels(schedule):
+    for i in (0, 40, len(schedule) - 1):
+        own = schedule[i]
+        assert schedule.level(own.sigma / own.alpha) == pytest.approx(own, rel=1e-9)
+    between = schedule.level(1.3)
+    assert between.sigma / between.alpha == pytest.approx(1.3)
+    if schedule.alphas[0] != 1 and schedule.sigmas[-1] < 1.01:
+        assert between.alpha**2 + between.sigma**2 == pytest.approx(1, abs=1e-5)
+    low, high = schedule.range
+    for outside in (0.9 * low, 1.1 * high):
+        with pytest.raises(InputError, match="The prior knows noise levels"):
+            schedule.level(outside)
+
+
+def test_a_chain_may_stay_at_a_level():
+    levels = Schedule.edm().at([0.5, 0.5, 2.0])
+    assert [level.sigma for level in levels] == pytest.approx([0.5, 0.5, 2.0])
+    stay = reverse_coefficients(levels[1], levels[0])
+    assert stay == (1.0, 0.0, 0.0, 0.0)

@@ -9,6 +9,13 @@ from torch import Tensor
 from cmi_lightning.linalg import unit
 from cmi_lightning.step import Step, Transition
 
+# What each hook edits.
+HOOKS = {
+    "guide_denoised": "x̂₀",
+    "guide_transition": "the mean of a step",
+    "guide_sample": "x_s",
+}
+
 
 class Guidance(ABC):  # noqa: B024
     """Steers a solver towards the measurement. Override the one hook that the method edits.
@@ -48,6 +55,11 @@ class Guidance(ABC):  # noqa: B024
     def derivatives(self) -> int:
         """How often the guidance differentiates x̂₀: 0, 1 or 2 times."""
         return int(self.differentiable)
+
+    @property
+    def hooks(self) -> set[str]:
+        """Names of the hooks that the guidance overrides."""
+        return {hook for hook in HOOKS if getattr(type(self), hook) is not getattr(Guidance, hook)}
 
     @property
     def active(self) -> bool:

@@ -56,7 +56,7 @@ class DDPM(Solver):
 
     def _std(self, step: Step) -> float | Tensor:
         chain = step.coefficients
-        if step.s.sigma == 0:
+        if step.s.sigma == 0 or chain.beta == 0:  # the end, or equal levels
             return 0.0
         if self.variance == "small":
             return math.sqrt(chain.variance)

@@ -7,9 +7,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from cmi_lightning.errors import warn_once
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.problem import Problem
+from cmi_lightning.schedule import Level, Schedule
 from cmi_lightning.step import Step, Transition
 
 GuidedX0 = Callable[[Step], Tensor]
+# The largest α/σ at which a chain may start from pure noise: its mean is then off by a tenth of σ.
+SIGNAL_LEFT = 0.1
 
 
 class Solver(ABC):
@@ -23,14 +29,44 @@ class Solver(ABC):
 
     Attributes:
         needs_variance: the solver reads the network's learned variance.
+        hooks: the guidances' hooks that have something to edit, see
+            :class:`cmi_lightning.guidance.Guidance`.
+        jump: levels of a block that is walked ``repeats`` times, see :class:`Resampled`.
+        repeats: how often.
     """
 
     needs_variance = False  # without annotation: see Guidance
+    hooks = ("guide_denoised", "guide_transition", "guide_sample")
+    jump = 1
+    repeats = 1
 
     @property
     @abstractmethod
     def stochastic(self) -> bool:
         """Whether the transition injects noise."""
+
+    def levels(self, schedule: Schedule, num_steps: int | str | None) -> Schedule:
+        """Return the chain's levels, out of those that the prior knows.
+
+        Args:
+            schedule: the prior's.
+            num_steps: what :meth:`Schedule.respace` takes; None for all levels.
+        """
+        return schedule if num_steps is None else schedule.respace(num_steps)
+
+    def start(self, level: Level, problem: Problem, noise: SampleNoise, like: Tensor) -> Tensor:
+        """Return x_N at the chain's first level, (B, *) like ``like``.
+
+        It is N(0, α² + σ²): N(0, I) on a DDPM chain. That is the law of x_N where little of x₀ is
+        left in it; else a warning says so.
+        """
+        if level.alpha > SIGNAL_LEFT * level.sigma:
+            warn_once(
+                f"The chain does not end in noise: its noisiest level has α/σ = "
+                f"{level.alpha / level.sigma:.2g}, and sampling starts as if it were 0. Use a "
+                "schedule of more noise, or a num_steps that keeps the noisiest level."
+            )
+        return (level.alpha**2 + level.sigma**2) ** 0.5 * noise.normal("start", 0, like)
 
     @abstractmethod
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:

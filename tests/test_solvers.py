@@ -1,0 +1,101 @@
+"""The contract of solvers: levels, start, memory, resampling; each solver against closed forms."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import SHAPE
+
+from cmi_lightning.errors import InputError
+from cmi_lightning.guidance import DDNM, DPS
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.problem import Problem
+from cmi_lightning.sampler import Sampler
+from cmi_lightning.solvers import DDIM, DDPM, Renoise, Resampled
+
+NOISE = SampleNoise(0, ["a", "b"])
+LIKE = torch.zeros(2, *SHAPE, dtype=torch.float64)
+
+
+@pytest.fixture
+def problem(dense) -> Problem:
+    return Problem(torch.ones(2, 3, dtype=torch.float64), dense, 0.1)
+
+
+def test_a_walk_without_repeats_is_the_solver(mixture, problem):
+    runs = [
+        Sampler(mixture, solver, [DPS()], 6).run(problem, NOISE, LIKE)
+        for solver in (DDPM(), Resampled(DDPM(), jump=2, repeats=1))
+    ]
+    assert torch.equal(*runs)
+
+
+def test_a_walk_goes_up_by_the_forward_chain(mixture, problem):
+    sampler = Sampler(mixture, Resampled(DDIM(), jump=2, repeats=3), [], 5)
+    seen = []
+    inner = sampler.advance
+    sampler.advance = lambda step: seen.append((step, x := inner(step))) or x
+    records = list(sampler.iterate(problem, NOISE, LIKE))
+    assert [s.index for s, _ in seen] == [4, 3] * 3 + [2, 1] * 3 + [0] * 3
+    assert [s.visit for s, _ in seen] == [0, 0, 1, 1, 2, 2] * 2 + [0, 1, 2]
+    assert [r.index for r in records] == [4, 3, 2, 1, 0]
+    assert records[-1].forwards == 15
+    assert [s.previous is None for s, _ in seen[:7]] == [True, False] * 3 + [False]
+    (_, x), (again, _) = seen[1], seen[2]  # from level 2 up to level 4
+    s, t = sampler.schedule[2], sampler.schedule[4]
+    ratio = t.alpha / s.alpha
+    z = NOISE.normal("up~1", 4, x)
+    expected = ratio * x + math.sqrt(t.sigma**2 - ratio**2 * s.sigma**2) * z
+    torch.testing.assert_close(again.x.detach(), expected)
+
+
+def test_every_visit_draws_its_own_noise(mixture, problem):
+    sampler = Sampler(mixture, Resampled(DDPM(), jump=1, repeats=2), [], 3)
+    seen, inner = [], sampler.advance
+    sampler.advance = lambda step: seen.append(step.normal("solver")) or inner(step)
+    list(sampler.iterate(problem, NOISE, LIKE))
+    assert len({tuple(z.flatten().tolist()) for z in seen}) == 6
+    assert torch.equal(seen[0], NOISE.normal("solver", 2, LIKE))  # the first: as ever
+
+
+def test_renoise_mixes_old_and_new_noise(mixture, dense):
+    from conftest import make_step
+
+    step = make_step(mixture, dense)
+    moved = step.x0.detach() + 0.1
+    t, s, z = step.t, step.s, step.normal("solver")
+    for network, base in ((True, step.x0.detach()), (False, moved)):
+        got = Renoise(0.3, network).transition(step, lambda _: moved).sample()
+        epsilon = (step.x.detach() - t.alpha * base) / t.sigma
+        expected = s.alpha * moved + s.sigma * (math.sqrt(0.7) * epsilon + math.sqrt(0.3) * z)
+        torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        Renoise(0.0).transition(step, lambda _: moved).sample(),
+        DDIM(0.0).transition(step, lambda _: moved).sample(),
+    )
+
+
+@dataclass(frozen=True)
+class Blind(Renoise):
+    """A solver that asks for no guided x̂₀."""
+
+    hooks = ("guide_transition", "guide_sample")
+
+
+def test_guidances_that_a_solver_would_ignore_are_refused(mixture):
+    with pytest.raises(InputError, match=r"DDNM moves x̂₀, of which Blind makes no use"):
+        Sampler(mixture, Blind(), [DDNM()])
+    with pytest.raises(InputError, match=r"DDNM moves x̂₀, of which Resampled makes no use"):
+        Sampler(mixture, Resampled(Blind()), [DDNM()])
+    Sampler(mixture, Blind(), [DPS(), DDNM.__mro__[1]()])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Renoise(1.5), lambda: Resampled(DDPM(), 0), lambda: Resampled(DDPM(), 1, 0)]
+)
+def test_bad_options_are_refused(make):
+    with pytest.raises(InputError):
+        make()
