@@ -71,8 +71,10 @@ CASES = [
     for base, cmi, operator in itertools.product(BASES, (False, True), OPERATORS)
     for solver in (SOLVERS if base != "DSG" else [DDPM(), DDIM(1.0)])
 ]
+# Each guidance meets each operator, with one solver; each solver meets every guidance and operator.
+THRIFTY = [case for i, case in enumerate(CASES) if i % 4 in (0, 3)]
 FEW = "ddim3"  # from t = 668: at t = 999 the network's rounding is magnified by σ/α = 157
-each_case = pytest.mark.parametrize(("base", "cmi", "operator", "solver"), CASES)
+NAMES = ("base", "cmi", "operator", "solver")
 
 
 def guidances_of(base: str, cmi: bool) -> list:
@@ -95,17 +97,17 @@ def garments(shipped_images) -> torch.Tensor:
     return shipped_images[:4, :, 8:24, 8:24]
 
 
-@each_case
+@pytest.mark.parametrize(NAMES, THRIFTY)
 def test_on_the_shipped_prior(prior: Denoiser, garments, base, cmi, operator, solver):
     sampler = Sampler(prior, solver, guidances_of(base, cmi), FEW)
     ids = ["a", "b", "c", "d"]
     record = restore(sampler, operator, garments, ids)
     assert bool(torch.isfinite(record.x).all())
     assert record.forwards == 3
-    singles = [restore(sampler, operator, garments[i : i + 1], [ids[i]]).x for i in range(4)]
+    singles = [restore(sampler, operator, garments[i : i + 1], [ids[i]]).x for i in (0, 3)]
     # Moment matching multiplies the network's rounding by σ²/α = 24² and by its solve.
     tolerance = 2e-3 if base == "MomentMatching" else 1e-4
-    torch.testing.assert_close(record.x, torch.cat(singles), rtol=0, atol=tolerance)
+    torch.testing.assert_close(record.x[::3], torch.cat(singles), rtol=0, atol=tolerance)
 
     low = Sampler(Autocast(prior, torch.bfloat16), solver, guidances_of(base, cmi), FEW)
     record = restore(low, operator, garments, ids)
@@ -113,16 +115,16 @@ def test_on_the_shipped_prior(prior: Denoiser, garments, base, cmi, operator, so
     assert record.x.dtype == torch.float32
 
 
-@each_case
+@pytest.mark.parametrize(NAMES, CASES)
 def test_on_an_exact_prior_a_batch_is_its_samples(base, cmi, operator, solver):
     g = torch.Generator().manual_seed(0)
     prior = GaussianMixture(torch.randn(3, 1, 12, 8, generator=g), 0.1)
     x = prior.sample(4, g)
-    sampler = Sampler(prior, solver, guidances_of(base, cmi), 12)
+    sampler = Sampler(prior, solver, guidances_of(base, cmi), 6)
     ids = ["a", "b", "c", "d"]
     record = restore(sampler, operator, x, ids)
     assert bool(torch.isfinite(record.x).all())
-    assert record.forwards == 12
+    assert record.forwards == 6
     for i in (0, 3):
         alone = restore(sampler, operator, x[i : i + 1], [ids[i]])
         if isinstance(operator, Ragged):  # padding lengthens its sums, which then round differently

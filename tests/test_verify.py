@@ -217,7 +217,7 @@ def test_an_operator_from_the_command_line(tmp_path, capsys):
     assert "lower BoxMask.size" in capsys.readouterr().err
     config = tmp_path / "mine.yaml"
     config.write_text("model:\n  operator: {class_path: cmi_lightning.operators.Downsample}\n")
-    assert main(["verify", "-c", str(config)]) == 0
+    assert main(["verify", "-c", "prior/power_law", "-c", str(config)]) == 0
     out = capsys.readouterr().out
     assert "Downsample" in out
     assert "asymmetry of J" in out
