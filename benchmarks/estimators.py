@@ -188,7 +188,7 @@ def on_mixtures(probes: int, indices: tuple[int, ...] = (150, 300, 500)) -> None
 def on_network(
     probes: int, reference_probes: int, count: int, indices: tuple[int, ...] = (200, 400, 600)
 ) -> None:
-    prior = shipped_prior()
+    prior = shipped_prior("fashion-mnist")
     data = ImageFolderData("fashion-mnist-test", batch_size=count)
     data.setup("predict")
     batch = next(iter(data.predict_dataloader()))
@@ -235,7 +235,7 @@ def on_network(
 
 def step_lengths(count: int) -> None:
     """Largest relative error in float32, smallest cosine in bfloat16, of ``count`` images."""
-    prior = shipped_prior()
+    prior = shipped_prior("fashion-mnist")
     low = Autocast(prior, torch.bfloat16)
     data = ImageFolderData("fashion-mnist-test", batch_size=count)
     data.setup("predict")

@@ -53,7 +53,7 @@ def samples(count: int = 48, columns: int = 16) -> None:
     like = torch.zeros(count, 1, 32, 32)
     noise = SampleNoise(0, [f"unconditional/{i}" for i in range(count)])
     problem = Problem(like, Identity(), 1.0)  # without a guidance nothing looks at it
-    x = Sampler(shipped_prior(), DDIM(), num_steps=100).run(problem, noise, like)
+    x = Sampler(shipped_prior("fashion-mnist"), DDIM(), num_steps=100).run(problem, noise, like)
     tiles = [to_tile(image) for image in x]
     grid = [tiles[i : i + columns] for i in range(0, count, columns)]
     save_png(tile(grid), DOCS / "samples.png")

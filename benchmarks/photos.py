@@ -73,10 +73,10 @@ def main() -> None:
         folder = PHOTOGRAPHS.parent
         (folder / split).mkdir(exist_ok=True)
         small.save(folder / split / f"{name}.jpg", quality=95, subsampling=0, optimize=True)
-        crops = folder / f"{split}-64" / name
-        crops.mkdir(parents=True, exist_ok=True)
         for i, (x, y, side) in enumerate(five_squares(width, height)):
-            crop(photo, x, y, side, 64).save(crops / f"{i}.png", optimize=True)
+            crops = folder / f"{split}-64" / str(i)  # the first crops are of all photographs
+            crops.mkdir(parents=True, exist_ok=True)
+            crop(photo, x, y, side, 64).save(crops / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

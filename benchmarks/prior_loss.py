@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     first, last = map(int, args.times.split(":"))
 
-    prior: Denoiser = shipped_prior()
+    prior: Denoiser = shipped_prior("fashion-mnist")
     if args.precision == "bf16":
         prior = Autocast(prior, torch.bfloat16)
     data = FashionMNIST(train=False)

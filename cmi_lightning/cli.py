@@ -30,7 +30,7 @@ usage: cmi-lightning {predict,fit,verify,tune,table,configs,fetch} [-c CONFIG] [
   configs   list the configurations that ship with the package
   fetch     bring the networks of LPIPS or FID: fetch lpips, fetch fid
 
-  cmi-lightning predict -c demo                                    sixteen garments under a box
+  cmi-lightning predict -c demo                                    eight photographs, 90 % missing
   cmi-lightning predict -c demo -c task/super_resolution -c guidance/dps -c add_cmi
   cmi-lightning predict -c demo --overwrite                        afresh; else it goes on
   cmi-lightning predict --help                                     all options

@@ -73,7 +73,7 @@ def jacobian(step: Step, denoiser: GaussianMixture, row: int) -> Tensor:
 @pytest.fixture(scope="session")
 def prior() -> NetworkDenoiser:
     """The shipped Fashion-MNIST prior."""
-    return shipped_prior()
+    return shipped_prior("fashion-mnist")
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def refusal(capsys, *args: str) -> str:
 
 
 def test_demo_writes_everything(tmp_path, capsys):
-    assert run(tmp_path, "-c", "demo", *FAST) == 0
+    assert run(tmp_path, "-c", "demo/garments", *FAST) == 0
     out = tmp_path / "out"
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert {
@@ -70,7 +70,7 @@ def test_demo_writes_everything(tmp_path, capsys):
 
 
 def test_saved_config_reproduces_the_run(tmp_path):
-    assert run(tmp_path / "a", "-c", "demo", *FAST) == 0
+    assert run(tmp_path / "a", "-c", "demo/garments", *FAST) == 0
     saved = tmp_path / "a/out/config.yaml"
     assert run(tmp_path / "b", "-c", str(saved)) == 0
     a, b = (tmp_path / f"{x}/out/restored/00001.png" for x in "ab")
@@ -103,7 +103,7 @@ def test_config_in_an_own_file_and_long_spelling(tmp_path):
 
 def test_bf16_and_ddim(tmp_path):
     options = ["--trainer.precision=bf16-mixed", "-c", "solver/ddim"]
-    assert run(tmp_path, "-c", "demo", *options, *FAST) == 0
+    assert run(tmp_path, "-c", "demo/garments", *options, *FAST) == 0
 
 
 def test_usage_names_commands_and_configs(capsys):
@@ -146,7 +146,7 @@ def save_image(path, shape):
 
 def test_channels_of_another_network(capsys, tmp_path):
     save_image(tmp_path / "rgb.png", (32, 32, 3))
-    error = refusal(capsys, "predict", f"--data.folder={tmp_path}")
+    error = refusal(capsys, "predict", "-c", "prior/fashion_mnist", f"--data.folder={tmp_path}")
     assert "3×32×32" in error
     assert "1×32×32" in error
 
@@ -156,7 +156,7 @@ def test_size_that_the_factor_does_not_divide(capsys, tmp_path):
         capsys, "predict", "-c", "task/super_resolution", "--model.operator.init_args.factor=5"
     )
     assert "5" in error
-    assert "32" in error
+    assert "64" in error
 
 
 @pytest.mark.parametrize(
@@ -181,13 +181,13 @@ def test_wrong_options_are_named(capsys, option, words):
 
 
 def test_cmi_without_measurement_noise(capsys):
-    error = refusal(capsys, "predict", "-c", "demo", "--model.noise.sigma=0")
+    error = refusal(capsys, "predict", "-c", "demo/garments", "--model.noise.sigma=0")
     assert "CMI needs measurement noise" in error
 
 
 def test_second_derivatives_of_fused_attention(capsys):
     option = "--model.denoiser.init_args.network.init_args.fused_attention=true"
-    error = refusal(capsys, "predict", "-c", "demo", "-c", "prior/fashion_mnist", option)
+    error = refusal(capsys, "predict", "-c", "demo/garments", "-c", "prior/fashion_mnist", option)
     assert "estimator" in error
     assert "fused_attention" in error
 
@@ -207,7 +207,7 @@ def test_fit_names_what_is_wrong(capsys, option, words):
 
 def test_cosine_schedule_by_name(tmp_path):
     options = [*FAST, "--model.denoiser.init_args.schedule=cosine", "--trainer.callbacks=[]"]
-    assert run(tmp_path, "-c", "demo", "-c", "prior/fashion_mnist", *options) == 0
+    assert run(tmp_path, "-c", "demo/garments", "-c", "prior/fashion_mnist", *options) == 0
 
 
 def test_solver_without_noise_for_dsg(capsys):
@@ -263,7 +263,7 @@ def test_the_default_prior_leaves_nothing_behind(capsys, tmp_path):
     ],
 )
 def test_misspelt_options_are_told_with_the_nearest_name(capsys, option, nearest):
-    error = refusal(capsys, "predict", "-c", "demo", option)
+    error = refusal(capsys, "predict", "-c", "demo/garments", option)
     assert nearest in error
     assert len(error) < 500
 
@@ -271,7 +271,7 @@ def test_misspelt_options_are_told_with_the_nearest_name(capsys, option, nearest
 @pytest.mark.parametrize("command", ["predict", "fit", "table", "tune"])
 def test_a_folder_that_cannot_be_written_is_told(capsys, tmp_path, command):
     (tmp_path / "file").touch()
-    config = {"predict": "demo", "fit": "fit/fashion_mnist"}.get(command, "table/smoke")
+    config = {"predict": "demo/garments", "fit": "fit/fashion_mnist"}.get(command, "table/smoke")
     option = "--trainer.default_root_dir" if command in ("predict", "fit") else "--output"
     for place in (tmp_path / "file", tmp_path / "file/inner", "/proc/x"):
         assert main([command, "-c", config, f"{option}={place}"]) == 2
@@ -281,11 +281,13 @@ def test_a_folder_that_cannot_be_written_is_told(capsys, tmp_path, command):
 def test_what_is_appended_comes_last():
     from cmi_lightning.predict.options import resolved
 
-    wanted = resolved(["-c", "demo", "-c", "guidance/dps", "-c", "add_cmi", "--model.seed=1"])
+    wanted = resolved(
+        ["-c", "demo/garments", "-c", "guidance/dps", "-c", "add_cmi", "--model.seed=1"]
+    )
     for args in (
-        ["-c", "add_cmi", "-c", "demo", "-c", "guidance/dps", "--model.seed=1"],
-        ["-c", "demo", "--config=add_cmi", "-c", "guidance/dps", "--model.seed=1"],
-        ["-c", "demo", "-c", "guidance/dps", "-c", "add_cmi", "--model.seed=1"],
+        ["-c", "add_cmi", "-c", "demo/garments", "-c", "guidance/dps", "--model.seed=1"],
+        ["-c", "demo/garments", "--config=add_cmi", "-c", "guidance/dps", "--model.seed=1"],
+        ["-c", "demo/garments", "-c", "guidance/dps", "-c", "add_cmi", "--model.seed=1"],
     ):
         assert resolved(args) == wanted
     assert resolved(["-c", "add_cmi", "-c", "solver/ddim"])[1].endswith("add_cmi.yaml")
@@ -328,7 +330,7 @@ def test_a_workers_error_is_one_sentence():
 
 
 def test_a_rerun_elsewhere_leaves_the_first_run_alone(tmp_path):
-    assert run(tmp_path / "a", "-c", "demo", *FAST) == 0
+    assert run(tmp_path / "a", "-c", "demo/garments", *FAST) == 0
     first = tmp_path / "a/out"
     before = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
     saved = str(first / "config.yaml")

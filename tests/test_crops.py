@@ -117,6 +117,6 @@ def test_shipped_photographs_are_those_of_the_list():
         assert len(whole.images) == count
         assert len(crops.images) == 5 * count
         assert all(split[whole.images[i]["id"]] == name for i in range(count))
-        assert {crops.images[i]["id"].split("/")[0] for i in range(5 * count)} == {
+        assert {crops.images[i]["id"].split("/")[1] for i in range(5 * count)} == {
             whole.images[i]["id"] for i in range(count)
         }

@@ -476,7 +476,7 @@ def test_exact_prior_from_the_command_line(tmp_path):
     out = tmp_path / "out"
     options = ["--data.limit=2", "--data.batch_size=2", "--model.num_steps=3"]
     root = f"--trainer.default_root_dir={out}"
-    assert main(["predict", "-c", "demo", "-c", "prior/power_law", *options, root]) == 0
+    assert main(["predict", "-c", "demo/garments", "-c", "prior/power_law", *options, root]) == 0
     saved = yaml.safe_load((out / "config.yaml").read_text())
     assert saved["model"]["denoiser"]["class_path"].endswith("power_law_prior")
     assert (out / "restored/00001.png").is_file()
@@ -495,7 +495,7 @@ def test_mixture_file_from_the_command_line(tmp_path):
     own.write_text(yaml.safe_dump({"model": {"denoiser": denoiser}}))
     options = ["--data.limit=2", "--model.num_steps=3", "--trainer.callbacks=[]"]
     root = f"--trainer.default_root_dir={tmp_path / 'out'}"
-    assert main(["predict", "-c", "demo", "-c", str(own), *options, root]) == 0
+    assert main(["predict", "-c", "demo/garments", "-c", str(own), *options, root]) == 0
 
 
 # ---------------------------------------------------------------------------------------------

@@ -145,7 +145,13 @@ def test_without_tensorboard_and_matplotlib(tmp_path, monkeypatch, caplog):
 
 
 def test_a_csv_logger_on_the_command_line_loses_nothing(tmp_path):
-    options = ["-c", "demo", "--model.num_steps=1", "--data.limit=1", "--trainer.accelerator=cpu"]
+    options = [
+        "-c",
+        "demo/garments",
+        "--model.num_steps=1",
+        "--data.limit=1",
+        "--trainer.accelerator=cpu",
+    ]
     options += ["--trainer.logger=CSVLogger", f"--trainer.default_root_dir={tmp_path}"]
     for _ in range(2):  # and again on a folder that has all
         assert main(["predict", *options]) == 0

@@ -198,7 +198,14 @@ def test_each_image_is_restored_as_if_alone(tmp_path):
     """ΠGDM uses σ: with a table, each image is what a run with that σ for all makes of it."""
     folder(tmp_path / "y", 2, 32)
     csv_file = table(tmp_path / "s.csv", "id,sigma\n0,0.1\n1,0.4\n")
-    common = ["predict", "-c", "guidance/pigdm", "--data=MeasurementFolderData"]
+    common = [
+        "predict",
+        "-c",
+        "prior/fashion_mnist",
+        "-c",
+        "guidance/pigdm",
+        "--data=MeasurementFolderData",
+    ]
     common += [f"--data.measurements={tmp_path / 'y'}", "--model.num_steps=4"]
 
     def run(name: str, *options: str) -> Path:
@@ -227,7 +234,14 @@ def test_every_kind_runs_without_ground_truth(tmp_path, capsys, kind):
         "blur": f"kernels={tmp_path / 'k.npy'}",
         "downsample": "factor=2",
     }
-    args = ["-c", "guidance/dps", "--data=MeasurementFolderData", f"--data.kind={kind}"]
+    args = [
+        "-c",
+        "prior/fashion_mnist",
+        "-c",
+        "guidance/dps",
+        "--data=MeasurementFolderData",
+        f"--data.kind={kind}",
+    ]
     args += [f"--data.measurements={tmp_path / 'y'}", f"--data.{extra[kind]}"]
     args += ["--data.sigmas=estimate", "--model.num_steps=2"]
     args += [f"--trainer.default_root_dir={tmp_path / 'out'}"]

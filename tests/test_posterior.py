@@ -332,7 +332,12 @@ def test_one_draw_is_refused_before_sampling(tmp_path, capsys):
         predict(tmp_path, exact, PosteriorQuality(), module=sampler(draws=1))
     assert exact.ids == []
     assert list(tmp_path.iterdir()) == []
-    options = ["-c", "demo", "--trainer.callbacks+=PosteriorQuality", "--trainer.accelerator=cpu"]
+    options = [
+        "-c",
+        "demo/garments",
+        "--trainer.callbacks+=PosteriorQuality",
+        "--trainer.accelerator=cpu",
+    ]
     assert main(["predict", *options, f"--trainer.default_root_dir={tmp_path}"]) == 2
     assert "--model.samples_per_image" in capsys.readouterr().err
     assert not (tmp_path / "run.json").exists()

@@ -80,7 +80,7 @@ def here(tmp_path: Path) -> Path:
 
 
 def command(folder: str, *options: str, launcher: tuple[str, ...] = ()) -> list[str]:
-    start = [sys.executable, "-m", *launcher, "cmi_lightning", "predict", "-c", "demo"]
+    start = [sys.executable, "-m", *launcher, "cmi_lightning", "predict", "-c", "demo/garments"]
     fixed = [f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu"]
     return [*start, *options, *fixed]
 

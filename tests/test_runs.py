@@ -208,7 +208,7 @@ def test_two_samples_of_one_id_are_refused(tmp_path, prior, shipped_images):
 
 
 def test_overwrite_starts_afresh(tmp_path, capsys):
-    fast = ["-c", "demo", "--data.limit=2", "--model.num_steps=2"]
+    fast = ["-c", "demo/garments", "--data.limit=2", "--model.num_steps=2"]
     fast += [f"--trainer.default_root_dir={tmp_path}"]
     assert main(["predict", *fast]) == 0
     assert main(["predict", *fast, "--model.seed=1"]) == 2
@@ -291,7 +291,7 @@ def test_a_signal_ends_the_run_with_a_line(tmp_path, signum, code, capsys, monke
                 threading.Event().wait(0.01)
 
     monkeypatch.setattr(callbacks, "Stop", Stop, raising=False)
-    fast = ["-c", "demo", "--data.limit=6", "--data.batch_size=2", "--model.num_steps=2"]
+    fast = ["-c", "demo/garments", "--data.limit=6", "--data.batch_size=2", "--model.num_steps=2"]
     fast += [f"--trainer.default_root_dir={tmp_path}"]
     outer = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
@@ -500,14 +500,14 @@ def test_exit_code_3_tells_of_failures_and_of_unreadable_files(tmp_path, monkeyp
     monkeypatch.setattr(guidance, "Spoil", Spoil, raising=False)
     spoil = "{class_path: cmi_lightning.guidance.Spoil, init_args: {factor: .nan}}"
     dps = "{class_path: DPS}"
-    demo = ["-c", "demo", "--data.limit=2", f"--model.guidances=[{dps}, {spoil}]"]
+    demo = ["-c", "demo/garments", "--data.limit=2", f"--model.guidances=[{dps}, {spoil}]"]
     assert run("a", *demo) == 3
     assert run("a", *demo) == 3  # and again, from the records
     assert "1 of 2 images failed" in capsys.readouterr().out
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(2):
-        Image.fromarray(np.full((32, 32), 100 + i, np.uint8)).save(photos / f"{i}.png")
+        Image.fromarray(np.full((32, 32, 3), 100 + i, np.uint8)).save(photos / f"{i}.png")
     folder = ["-c", "task/denoise", f"--data.folder={photos}"]
     assert run("b", *folder) == 0
     (photos / "2.png").write_bytes(b"no image")

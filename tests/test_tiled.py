@@ -177,7 +177,7 @@ def test_smaller_images_are_one_window_where_the_network_allows():
 
 
 def test_what_it_says_of_itself():
-    prior = shipped_prior()
+    prior = shipped_prior("fashion-mnist")
     tiled = Tiled(prior, overlap=8)
     assert tiled.image_shape == (1, None, None)
     for name in ("schedule", "value_range", "learns_variance", "derivatives"):
@@ -204,7 +204,7 @@ def test_impossible_windows(options, words):
 
 @pytest.mark.parametrize("tile", [None, 32, 16])
 def test_the_shell_tiles(tile):
-    prior = shipped_prior()
+    prior = shipped_prior("fashion-mnist")
     if tile:
         prior.image_shape = (1, None, None)
     sampler = PosteriorSampler(prior, guidances=[DPS(1.0)], num_steps=2, tile=tile)
@@ -216,7 +216,7 @@ def test_the_shell_tiles(tile):
 
 
 def test_the_shell_tiles_no_smaller_or_other_images():
-    sampler = PosteriorSampler(shipped_prior())
+    sampler = PosteriorSampler(shipped_prior("fashion-mnist"))
     for shape in ((1, 16, 64), (3, 64, 64)):
         with pytest.raises(InputError, match="the network takes 1×32×32"):
             sampler.predict_step({"x": torch.zeros(1, *shape), "id": ["a"]})
@@ -239,14 +239,14 @@ def kept(denoiser: Denoiser, size: int) -> int:
 
 
 def test_a_graph_keeps_windows_alone():
-    prior = shipped_prior()
+    prior = shipped_prior("fashion-mnist")
     image = 4 * 64 * 64
     assert kept(Tiled(prior, overlap=8), 64) < 12 * image
     assert kept(prior, 64) > 100 * image
 
 
 def test_autocast_is_remembered_where_windows_are_computed_again():
-    prior = shipped_prior()
+    prior = shipped_prior("fashion-mnist")
     low = Autocast(Tiled(prior, overlap=8), torch.bfloat16)
     seen = []
     prior.network.out[2].register_forward_hook(lambda m, i, o: seen.append(o.dtype))

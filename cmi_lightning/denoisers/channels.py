@@ -88,7 +88,7 @@ class AsRGB(Denoiser):
         InputError: if its images have not 1 channel.
 
     >>> from cmi_lightning.denoisers import shipped_prior
-    >>> AsRGB(shipped_prior()).image_shape
+    >>> AsRGB(shipped_prior("fashion-mnist")).image_shape
     (3, 32, 32)
     """
 

@@ -394,18 +394,18 @@ _SHIPPED_NETWORKS: dict[str, tuple[dict[str, Any], Output, tuple[int, int | None
 
 
 def shipped_prior(
-    name: Literal["fashion-mnist", "photos-64"] = "fashion-mnist",
+    name: Literal["fashion-mnist", "photos-64"] = "photos-64",
 ) -> NetworkDenoiser:
     """Return a prior that ships with the package.
 
     Args:
-        name: "fashion-mnist" (gray garments, 32×32), or "photos-64" (colour photographs, trained on
-            64×64; sides that are multiples of 8).
+        name: "photos-64" (colour photographs, trained on 64×64; sides that are multiples of 8), or
+            "fashion-mnist" (gray garments, 32×32).
 
     Raises:
         InputError: for another name.
 
-    >>> shipped_prior().image_shape
+    >>> shipped_prior("fashion-mnist").image_shape
     (1, 32, 32)
     """
     if name not in _SHIPPED_NETWORKS:

@@ -38,7 +38,7 @@ class Tiled(Denoiser):
         InputError: for a size that the denoiser does not take, or an overlap outside [0, size).
 
     >>> from cmi_lightning.denoisers import shipped_prior
-    >>> prior = Tiled(shipped_prior(), overlap=8)
+    >>> prior = Tiled(shipped_prior("fashion-mnist"), overlap=8)
     >>> prior(torch.zeros(1, 1, 50, 77), prior.schedule[500]).x0.shape
     torch.Size([1, 1, 50, 77])
     """

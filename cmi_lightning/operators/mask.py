@@ -194,16 +194,19 @@ class BoxMask(OperatorFactory):
 
     top ~ U{margin, …, H − margin − h}, left ~ U{margin, …, W − margin − w}. Every image has a box
     of its own, which depends on the seed and the image's id alone. It becomes a
-    :class:`PixelMask`; measurements are (B, C, H·W − h·w).
+    :class:`PixelMask`; measurements are (B, C, H·W − h·w). Lengths are whole pixels, or shares of
+    the image's height and width: 0.5 is half of each, rounded.
 
     >>> from cmi_lightning import Problem
     >>> x, noise = torch.zeros(2, 1, 8, 8), SampleNoise(0, ["a", "b"])
     >>> Problem.simulate(x, BoxMask(4, margin=1), 0.05, noise).y.shape
     torch.Size([2, 1, 48])
+    >>> Problem.simulate(x, BoxMask(0.25, margin=0.125), 0.05, noise).y.shape
+    torch.Size([2, 1, 60])
 
     Args:
-        size: side of the box in pixels, or (height, width); at least 1.
-        margin: pixels that stay on every side, at least 0.
+        size: side of the box, or (height, width): pixels, at least 1, or shares below 1.
+        margin: what stays on every side: pixels, at least 0, or a share below 0.5.
 
     Raises:
         InputError: if an option is out of range.
@@ -211,19 +214,20 @@ class BoxMask(OperatorFactory):
     Source: the box inpainting of DPS (Chung et al., 2023).
     """
 
-    size: int | tuple[int, int] = 128
-    margin: int = 16
+    size: int | float | tuple[int | float, int | float] = 128
+    margin: int | float = 16
 
     def __post_init__(self) -> None:
-        if min(self._box) < 1 or self.margin < 0:
+        fit = [_is_length(side) and side > 0 for side in self._box]
+        if not (all(fit) and _is_length(self.margin)):
             raise InputError(
-                f"BoxMask.size must be at least 1 and BoxMask.margin at least 0, got {self.size} "
-                f"and {self.margin}."
+                "BoxMask.size must be whole pixels, at least 1, or a share of the image below 1; "
+                f"BoxMask.margin the same, or 0; got {self.size} and {self.margin}."
             )
 
     @property
-    def _box(self) -> tuple[int, int]:
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
+    def _box(self) -> tuple[int | float, int | float]:
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> PixelMask:
         """Draw the boxes.
@@ -231,20 +235,32 @@ class BoxMask(OperatorFactory):
         Raises:
             InputError: if box and margins do not fit into such images, or leave no pixel.
         """
-        height, width = self._box
-        free = [n - 2 * self.margin - k for n, k in zip(image_shape[1:], self._box, strict=True)]
+        sides = image_shape[1:]
+        height, width = (max(1, _pixels(k, n)) for k, n in zip(self._box, sides, strict=True))
+        margins = [_pixels(self.margin, n) for n in sides]
+        free = [n - 2 * m - k for n, m, k in zip(sides, margins, (height, width), strict=True)]
         if min(free) < 0:
             raise InputError(
                 f"A box of {height}×{width} with a margin of {self.margin} on each side does not "
-                f"fit into images of {image_shape[1]}×{image_shape[2]}; lower BoxMask.size or "
-                "BoxMask.margin."
+                f"fit into images of {sides[0]}×{sides[1]}; lower BoxMask.size or BoxMask.margin."
             )
         known = torch.ones(len(noise.ids), *image_shape[1:], dtype=torch.bool)
         for row in range(len(known)):
             generator = noise.generator(row, "mask")
             top, left = (
-                self.margin + int(torch.randint(n + 1, (), generator=generator)) for n in free
+                margin + int(torch.randint(n + 1, (), generator=generator))
+                for margin, n in zip(margins, free, strict=True)
             )
             known[row, top : top + height, left : left + width] = False
         batch = like.new_empty(()).expand(len(known), *image_shape)
         return PixelMask.from_mask(known, batch)
+
+
+def _is_length(value: int | float) -> bool:
+    """Whether a length is whole pixels (an int ≥ 0) or a share (a float in [0, 1))."""
+    return value >= 0 if isinstance(value, int) else 0 <= value < 1
+
+
+def _pixels(length: int | float, side: int) -> int:
+    """Return a length on a side of so many pixels."""
+    return length if isinstance(length, int) else round(length * side)
