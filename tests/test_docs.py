@@ -142,10 +142,10 @@ def house(tmp_path_factory):
     (home / "mine.yaml").write_text("model: {num_steps: 3}\n", encoding="utf-8")
     for name, size in {
         "photos": (70, 64, 3),
-        "broken": (32, 32),
-        "blurred": (32, 32),
-        "noisy": (32, 32),
-        "small": (8, 8),
+        "broken": (32, 32, 3),
+        "blurred": (32, 32, 3),
+        "noisy": (32, 32, 3),
+        "small": (8, 8, 3),
         "masks": (32, 32),
     }.items():
         images(home / name, size)
