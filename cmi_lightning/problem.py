@@ -1,8 +1,8 @@
-"""The inverse problem y = A x₀ + n of one batch, and its noise."""
+"""The inverse problem y = A(x₀) + n of one batch, and its noise."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import norm, per_sample
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators.base import LinearOperator
+from cmi_lightning.operators.base import Operator
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class GaussianNoise:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """y = A x₀ + n with n ~ N(0, diag(std²)), for a batch of images.
+    """y = A(x₀) + n with n ~ N(0, diag(std²)), for a batch of images.
 
     >>> from cmi_lightning.operators import BoxMask
     >>> x, noise = torch.zeros(2, 1, 8, 8), SampleNoise(0, ["a", "b"])
@@ -57,18 +57,18 @@ class Problem:
 
     Attributes:
         y: measurements (B, *m), in units of images in [−1, 1].
-        operator: A, bound to these images.
+        operator: A; the sampler binds it to the images where it was not.
         noise_std: standard deviation of n: a number, one per sample (B,), or one per measurement,
             broadcastable to y.
     """
 
     y: Tensor
-    operator: LinearOperator
+    operator: Operator
     noise_std: float | Tensor
 
     @classmethod
     def simulate(
-        cls, x: Tensor, operator: LinearOperator, noise_std: float | Tensor, noise: SampleNoise
+        cls, x: Tensor, operator: Operator, noise_std: float | Tensor, noise: SampleNoise
     ) -> Self:
         """Measure clean images x (B, C, H, W) in [−1, 1].
 
@@ -79,9 +79,24 @@ class Problem:
             InputError: if the operator cannot act on such images.
         """
         bound = operator.bind(tuple(x.shape[1:]), noise, x)
+        check_rows(bound, x, noise)
         clean = bound(x)
         n = bound.sample_noise(lambda like: noise.normal("measurement", 0, like), clean)
         return cls(clean + per_sample(noise_std, clean) * n, bound, noise_std)
+
+    def bind(self, noise: SampleNoise, like: Tensor) -> Self:
+        """Return the problem with its operator made concrete for images like ``like``.
+
+        An operator that has been is kept.
+
+        Raises:
+            InputError: if the operator cannot act on such images.
+        """
+        if self.operator.image_shape:
+            return self
+        bound = self.operator.bind(tuple(like.shape[1:]), noise, like)
+        check_rows(bound, like, noise)
+        return replace(self, operator=bound)
 
     @property
     def std(self) -> Tensor:
@@ -97,3 +112,32 @@ class Problem:
     def noisy(self) -> bool:
         """Whether every measurement carries noise."""
         return bool(torch.all(self.std > 0))
+
+
+def check_rows(operator: Operator, like: Tensor, noise: SampleNoise) -> None:
+    """Apply a bound operator to random images, and again after changing the first of them.
+
+    Raises:
+        InputError: if the result is not finite, has not one row an image, or lets a row depend on
+            another image.
+    """
+    name, x = type(operator).__name__, noise.normal("check", 0, like).clamp(-1, 1)
+    with torch.no_grad():
+        y = operator(x)
+        if not isinstance(y, Tensor) or y.ndim < 1 or len(y) != len(x):
+            shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise InputError(
+                f"{name} maps {len(x)} images to {shape}; its result must have one row an image."
+            )
+        if not bool(torch.isfinite(y).all()):
+            raise InputError(
+                f"{name} gives values that are no numbers for images in [−1, 1]; mend its forward."
+            )
+        if len(x) == 1:
+            return
+        others = operator(torch.cat([-x[:1], x[1:]]))[1:]
+    if not torch.allclose(others, y[1:], rtol=1e-3, atol=1e-4 * float(y.abs().max())):
+        raise InputError(
+            f"{name} mixes the images of a batch: each row of its result must depend on its own "
+            "image alone; mend its forward."
+        )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmi_lightning.denoisers.base import Denoiser
 from cmi_lightning.errors import InputError
-from cmi_lightning.guidance.base import HOOKS, Guidance
+from cmi_lightning.guidance.base import HOOKS, Guidance, refuse_nonlinear
 from cmi_lightning.linalg import norm, per_sample
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.problem import Problem
@@ -135,7 +135,12 @@ class Sampler:
             problem: the batch's measurement, operator and noise level.
             noise: the batch's random numbers.
             like: any tensor of the images' shape (B, C, H, W), dtype and device.
+
+        Raises:
+            InputError: if the operator does not fit the images, or a guidance needs a linear one.
         """
+        problem = problem.bind(noise, like)
+        refuse_nonlinear(self.guidances, problem.operator)
         at = self.schedule[len(self.schedule) - 1]  # the level of x
         x, cost = self.solver.start(at, problem, noise, like), Cost()
         memory: dict[str, Tensor] = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from cmi_lightning.denoisers.base import Denoiser, Prediction
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.problem import Problem
 from cmi_lightning.schedule import Level, PosteriorCoefficients, reverse_coefficients
 
@@ -121,9 +122,15 @@ class Step:
         return self.prediction.x0
 
     @cached_property
+    def linearized(self) -> LinearOperator:
+        """∂A/∂x at x̂₀: A itself where it is linear."""
+        return self.problem.operator.linearize(self.x0)
+
+    @cached_property
     def residual(self) -> Tensor:
-        """y − A x̂₀ (B, *m), with its graph; its norm is logged."""
-        r = self.problem.y - self.problem.operator(self.x0)
+        """y − A(x̂₀) (B, *m), with its graph; its norm is logged."""
+        value = self.linearized.value if self.differentiable else None
+        r = self.problem.y - (self.problem.operator(self.x0) if value is None else value)
         self.log["residual"] = norm(r.detach())
         return r
 

@@ -20,8 +20,8 @@ from cmi_lightning.operators import (
     Downsample,
     GaussianBlur,
     Identity,
+    LinearOperator,
     MotionBlur,
-    OperatorFactory,
     PixelMask,
     RandomMask,
 )
@@ -40,7 +40,7 @@ BASES = {
 }
 
 
-class Ragged(OperatorFactory):
+class Ragged(LinearOperator):
     """A mask that keeps a different number of pixels in every image."""
 
     def bind(self, image_shape, noise, like):

@@ -13,7 +13,7 @@ from cmi_lightning.operators import (
     Convolution,
     Downsample,
     Identity,
-    LinearOperator,
+    Operator,
     PixelMask,
 )
 from cmi_lightning.problem import Problem
@@ -55,7 +55,7 @@ class RestorationData(L.LightningDataModule):
         return None
 
     def problem(
-        self, batch: dict[str, Any], operator: LinearOperator, std: float, noise: SampleNoise
+        self, batch: dict[str, Any], operator: Operator, std: float, noise: SampleNoise
     ) -> tuple[Problem, Tensor]:
         """Return a batch's problem, and a tensor of the shape of its images (B, C, H, W).
 
@@ -72,7 +72,7 @@ class LoaderData(RestorationData):
     """The batches of a loader that came without a data module: their keys say what they hold."""
 
     def problem(
-        self, batch: dict[str, Any], operator: LinearOperator, std: float, noise: SampleNoise
+        self, batch: dict[str, Any], operator: Operator, std: float, noise: SampleNoise
     ) -> tuple[Problem, Tensor]:
         """Return the problem of simulated measurements (``"x"``) or of given ones."""
         if "x" in batch:
@@ -83,7 +83,7 @@ class LoaderData(RestorationData):
 
 
 def simulated(
-    batch: dict[str, Any], operator: LinearOperator, std: float, noise: SampleNoise
+    batch: dict[str, Any], operator: Operator, std: float, noise: SampleNoise
 ) -> tuple[Problem, Tensor]:
     """Return the problem of clean images ``"x"``, measured by ``operator``, and the images."""
     x: Tensor = batch["x"]
@@ -107,7 +107,7 @@ def measured(
     scale = int(torch.as_tensor(batch["factor"]).flatten()[0]) if kind == "downsample" else 1
     shape = (channels, height * scale, width * scale)
     like = y.new_zeros(size, *shape)
-    operator: LinearOperator = Identity()
+    operator: Operator = Identity()
     if kind == "inpaint":
         operator = PixelMask.from_mask(batch["mask"], like)
         y = operator(y)

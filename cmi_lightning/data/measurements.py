@@ -26,7 +26,7 @@ from cmi_lightning.data.images import Channels, Decoding, read_image
 from cmi_lightning.data.noise_levels import Range, estimate_of, read_sigmas, report_estimates
 from cmi_lightning.errors import InputError, printable
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import LinearOperator
+from cmi_lightning.operators import Operator
 from cmi_lightning.problem import Problem
 
 Kind = Literal["denoise", "inpaint", "blur", "downsample"]
@@ -265,7 +265,7 @@ class MeasurementFolderData(FolderData):
             self.estimates = self.images.sigmas
 
     def problem(
-        self, batch: dict[str, Any], operator: LinearOperator, std: float, noise: SampleNoise
+        self, batch: dict[str, Any], operator: Operator, std: float, noise: SampleNoise
     ) -> tuple[Problem, Tensor]:
         """Return the problem of given measurements; the sampler's operator has no part in it."""
         return measured(batch, self.kind, std, noise)

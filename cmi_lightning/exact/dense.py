@@ -16,7 +16,7 @@ from torch import Tensor
 from cmi_lightning.denoisers.base import Denoiser
 from cmi_lightning.errors import InputError
 from cmi_lightning.exact.mixture import GaussianMixture
-from cmi_lightning.operators.base import LinearOperator
+from cmi_lightning.operators.base import LinearOperator, Operator
 from cmi_lightning.problem import Problem
 from cmi_lightning.schedule import Level
 
@@ -40,14 +40,19 @@ class DenseProblem(NamedTuple):
     std: Tensor
 
 
-def as_matrix(operator: LinearOperator, y: Tensor, row: int = 0) -> Tensor:
+def as_matrix(operator: Operator, y: Tensor, row: int = 0) -> Tensor:
     """Return one sample's A, dense (m, n), one column per forward pass.
 
     Args:
         operator: A, bound to a batch of images.
         y: measurements of that batch (B, *m); only shape, dtype and device are read.
         row: the sample. m counts what is measured of it: padding is left out.
+
+    Raises:
+        InputError: if A is not linear.
     """
+    if not isinstance(operator, LinearOperator):
+        raise InputError(f"{type(operator).__name__} has no matrix: it is not linear.")
     keep = operator.zero_padding(torch.ones_like(y))[row].flatten() > 0
     columns = []
     with torch.no_grad():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Iterable
 
 from torch import Tensor
 
+from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import unit
+from cmi_lightning.operators.base import LinearOperator, Operator
 from cmi_lightning.step import Step, Transition
 
 # What each hook edits.
@@ -27,7 +30,7 @@ class Guidance(ABC):  # noqa: B024
     >>> class Nudge(Guidance):
     ...     differentiable = False
     ...     def guide_denoised(self, step, x0):
-    ...         return x0 + 0.1 * step.problem.operator.adjoint(step.residual)
+    ...         return x0 + 0.1 * step.linearized.adjoint(step.residual)
     >>> import torch
     >>> from cmi_lightning import Problem, Sampler
     >>> from cmi_lightning.exact import GaussianPrior
@@ -43,6 +46,7 @@ class Guidance(ABC):  # noqa: B024
         differentiable: the guidance asks for gradients with respect to x_t.
         stochastic: the guidance needs a solver that injects noise.
         needs_noise: the guidance needs measurements with noise.
+        needs_linear: the guidance needs a linear operator; others take :attr:`Step.linearized`.
     """
 
     # Without annotations: jsonargparse would look up their names in a subclass's module, and check
@@ -50,6 +54,7 @@ class Guidance(ABC):  # noqa: B024
     differentiable = True
     stochastic = False
     needs_noise = False
+    needs_linear = False
 
     @property
     def derivatives(self) -> int:
@@ -80,5 +85,15 @@ class Guidance(ABC):  # noqa: B024
 
 
 def residual_gradient(step: Step) -> Tensor:
-    """Return ∇_{x_t} ‖y − A x̂₀‖ = −Jᵀ Aᵀ r/‖r‖ per sample (B, *), with r = y − A x̂₀."""
-    return -step.vjp(step.problem.operator.adjoint(unit(step.residual.detach())))
+    """Return ∇_{x_t} ‖y − A(x̂₀)‖ = −Jᵀ A'ᵀ r/‖r‖ per sample (B, *), with r = y − A(x̂₀)."""
+    return -step.vjp(step.linearized.adjoint(unit(step.residual.detach())))
+
+
+def refuse_nonlinear(guidances: Iterable[Guidance], operator: Operator) -> None:
+    """Raise an InputError if a guidance needs a linear operator and this one is not."""
+    for guidance in guidances:
+        if guidance.active and guidance.needs_linear and not isinstance(operator, LinearOperator):
+            raise InputError(
+                f"{type(guidance).__name__} needs a linear operator and "
+                f"{type(operator).__name__} is none; use DPS, DSG, PiGDM or MomentMatching."
+            )

@@ -41,13 +41,14 @@ class MCG(Guidance):
             original repository's inpainting form, (1 − m)⊙(x_s − ζ∇) + m⊙y_t.
 
     Raises:
-        InputError: for an unknown ``level``.
+        InputError: for an unknown ``level``, or an operator that is not linear.
 
     Source: Chung et al. (2022), Alg. 1.
     """
 
     scale: float = 1.0
     level: Literal["then", "now"] = "then"
+    needs_linear = True
 
     def __post_init__(self) -> None:
         if self.level not in ("then", "now"):
@@ -61,6 +62,6 @@ class MCG(Guidance):
 
     def guide_sample(self, step: Step, x: Tensor) -> Tensor:
         """Project x_s onto {x : A x = y_s}."""
-        A, level = step.problem.operator, {"now": step.t, "then": step.s}[self.level]
+        A, level = step.linearized, {"now": step.t, "then": step.s}[self.level]
         noised = level.alpha * step.problem.y + level.sigma * A(step.normal("mcg"))
         return x - A.pinv(A(x) - noised)

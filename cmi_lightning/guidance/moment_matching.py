@@ -23,6 +23,8 @@ class MomentMatching(Guidance):
     symmetric positive Σ these are conjugate gradients, and on a learned network, where Σ is neither
     and those diverge, directions in which it claims a negative variance are left alone.
 
+    A nonlinear A enters by its derivative at x̂₀ (a Gauss–Newton step).
+
     Cost of a step: ``krylov`` + 1 vector-Jacobian products, no second derivative.
 
     Differs from the reference codes: they solve A J Aᵀ u = r by conjugate gradients or GMRES
@@ -60,7 +62,7 @@ class MomentMatching(Guidance):
         """Move x̂₀ to the posterior mean."""
         if not step.problem.noisy:
             raise InputError("MomentMatching needs measurement noise: noise.sigma must be above 0.")
-        A, std = step.problem.operator, step.problem.std
+        A, std = step.linearized, step.problem.std
         space = krylov(whitened(step, std), step.residual.detach() / std, self.krylov)
         w, residual = space.apply(clipped_inverse)
         step.log["moments/residual"] = residual

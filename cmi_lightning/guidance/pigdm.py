@@ -18,7 +18,8 @@ class PiGDM(Guidance):
 
     g = r² ∇_{x_t} log p(y | x_t) = Jᵀ Aᵀ (A Aᵀ + Σ_n/r²)⁻¹ (y − A x̂₀) and
     x_s ← x_s + w g. The solve is the operator's closed form, or conjugate gradients where there is
-    none (blur with reflected borders and a kernel that is not separable).
+    none (blur with reflected borders and a kernel that is not separable). A nonlinear A enters
+    by its derivative at x̂₀ (a Gauss–Newton step).
 
     There is no official code for noisy measurements, and re-implementations differ in r² and w,
     which are options here. Differs from the published code (noiseless): Σ_n is not ignored; x_N is
@@ -66,7 +67,7 @@ class PiGDM(Guidance):
 
     def direction(self, step: Step) -> Tensor:
         """Return g (B, *)."""
-        A = step.problem.operator
+        A = step.linearized
         shift = step.problem.std**2 / self.posterior_variance(step)
         return step.vjp(A.adjoint(A.solve(step.residual.detach(), shift)))
 

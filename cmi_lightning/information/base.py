@@ -143,7 +143,7 @@ def whitened(step: Step, std: Tensor) -> Callable[[Tensor], Tensor]:
     One vector-Jacobian product an application: Σ is applied as (σ_t²/α_t) Jᵀ, which on an exact
     prior is the same.
     """
-    A, c = step.problem.operator, step.covariance_factor
+    A, c = step.linearized, step.covariance_factor
 
     def matvec(v: Tensor) -> Tensor:
         return v + c / std * A(step.vjp(A.adjoint(v / std)))

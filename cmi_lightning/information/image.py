@@ -60,7 +60,7 @@ class ImageProbes(ProbeEstimator):
 
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
         """Return the estimate from one sign vector."""
-        A, std = step.problem.operator, step.problem.std
+        A, std = step.linearized, step.problem.std
         v = draw(step.x.detach())
         measured = A(v) / std
         space = krylov(whitened(step, std), measured, self.krylov)
@@ -116,7 +116,7 @@ class TwoTraces(ProbeEstimator):
 
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
         """Return the estimate from one sign vector."""
-        A, std, c = step.problem.operator, step.problem.std, step.covariance_factor
+        A, std, c = step.linearized, step.problem.std, step.covariance_factor
         lowest = self.floor * (step.t.sigma / step.t.alpha) ** 2
 
         def inverse(values: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Lanczos(ProbeEstimator):
 
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
         """Return the estimate from one sign vector."""
-        A, std = step.problem.operator, self.noise_std(step)
+        A, std = step.linearized, self.noise_std(step)
         v = A.sample_noise(draw, step.problem.y)
         space = krylov(whitened(step, std), v, self.krylov)
         w, residual = space.apply(clipped_inverse)
@@ -145,7 +145,7 @@ class TraceLimit(ProbeEstimator):
 
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
         """Return the estimate from one sign vector."""
-        A, std = step.problem.operator, _ridge_std(step, self.delta)
+        A, std = step.linearized, _ridge_std(step, self.delta)
         p = A.adjoint(A.sample_noise(draw, step.problem.y) / std)
         graph = self.derivative == "autograd"
         quadratic = step.covariance_factor * dot(step.vjp(p, create_graph=graph), p)

@@ -1,6 +1,6 @@
 """Linear operators A of y = A x₀ + n: images in, measurements out."""
 
-from cmi_lightning.operators.base import LinearOperator, OperatorFactory
+from cmi_lightning.operators.base import LinearOperator, Operator
 from cmi_lightning.operators.blur import Convolution, MotionBlur
 from cmi_lightning.operators.dense import Dense
 from cmi_lightning.operators.mask import BoxMask, Identity, PixelMask, RandomMask
@@ -15,7 +15,7 @@ __all__ = [
     "Identity",
     "LinearOperator",
     "MotionBlur",
-    "OperatorFactory",
+    "Operator",
     "PixelMask",
     "RandomMask",
     "Separable",

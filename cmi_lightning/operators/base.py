@@ -1,10 +1,12 @@
-"""The contract of a linear operator A, with generic, slower defaults beside the forward map."""
+"""The contract of a forward model A, differentiable or linear, with generic defaults."""
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable
+from functools import cached_property
+from typing import Self, overload
 
 import torch
 from torch import Tensor
@@ -14,35 +16,31 @@ from cmi_lightning.linalg import conjugate_gradient, per_sample
 from cmi_lightning.noise import SampleNoise
 
 
-class LinearOperator(ABC):
-    """A in y = A x₀ + n: images (B, C, H, W) to measurements (B, *m), every sample on its own.
+class Operator(ABC):  # noqa: B024
+    """A in y = A(x₀) + n: images (B, C, H, W) to measurements (B, *m), every sample on its own.
 
     A measurement holds measured entries only: the y of a mask is the list of kept pixels. A new
-    operator needs :meth:`forward` alone; the adjoint then comes from automatic differentiation, and
-    the pseudo-inverse and the solve from conjugate gradients. Closed forms override them.
+    operator needs :meth:`forward` alone, if autograd can differentiate it; or :meth:`bind` alone,
+    if it is drawn or built for each batch of images. A linear one derives from
+    :class:`LinearOperator`.
 
-    >>> class Grey(LinearOperator):
+    >>> class Squared(Operator):
     ...     def forward(self, x):
-    ...         return x.mean(1)
-    >>> from cmi_lightning import Problem
-    >>> problem = Problem.simulate(torch.ones(2, 3, 4, 4), Grey(), 0.0, SampleNoise(0, ["a", "b"]))
-    >>> problem.operator.pinv(problem.y).shape
-    torch.Size([2, 3, 4, 4])
+    ...         return x**2
+    >>> x = torch.full((1, 1, 2, 2), 3.0)
+    >>> Squared().vjp(x, torch.ones_like(x)).flatten()  # (∂A/∂x)ᵀ 1 = 2 x
+    tensor([6., 6., 6., 6.])
 
     Attributes:
         image_shape: shape of one image, (C, H, W); set where the operator meets images.
-        cg_iterations: the most conjugate-gradient iterations of the defaults.
-        cg_tolerance: relative residual at which they stop, per sample.
+        images: the number of images that it was made for; None for any number.
     """
 
-    image_shape: tuple[int, ...]
-    cg_iterations: int = 100
-    cg_tolerance: float = 1e-6
+    image_shape: tuple[int, ...] = ()
+    images: int | None = None
 
-    def bind(
-        self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor
-    ) -> LinearOperator:
-        """Return this operator made concrete for a batch: a hook that ``Problem.simulate`` calls.
+    def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Operator:
+        """Return this operator made concrete for a batch: a hook that ``Problem`` calls.
 
         Args:
             image_shape: shape of one image, (C, H, W).
@@ -56,16 +54,41 @@ class LinearOperator(ABC):
         object.__setattr__(bound, "image_shape", image_shape)  # it may be a frozen dataclass
         return bound
 
-    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Return A x, (B, C, H, W) → (B, *m)."""
+        """Return A(x), (B, C, H, W) → (B, *m).
 
-    def adjoint(self, y: Tensor) -> Tensor:
-        """Return Aᵀ y, (B, *m) → (B, C, H, W)."""
-        keep_graph = torch.is_grad_enabled() and y.requires_grad
-        with torch.enable_grad():
-            x = y.new_zeros(y.shape[0], *self.image_shape, requires_grad=True)
-            return torch.autograd.grad(self.forward(x), x, y, create_graph=keep_graph)[0]
+        Raises:
+            InputError: if the operator is one of :meth:`bind` alone, and was not bound.
+        """
+        raise InputError(
+            f"{type(self).__name__} is made for each batch of images: give it to Problem.simulate, "
+            "and use the problem's operator (or give it a forward)."
+        )
+
+    def linearize(self, x: Tensor) -> LinearOperator:
+        """Return A' = ∂A/∂x at x (B, C, H, W) as a linear operator, by automatic differentiation.
+
+        The graph of A(x) is built once, and goes with the operator that is returned. Where x has a
+        graph, that of A(x) continues it.
+        """
+        return Linearized(self, x)
+
+    def vjp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return (∂A/∂x)ᵀ v at x, (B, *m) → (B, C, H, W)."""
+        return self.linearize(x).adjoint(v)
+
+    def jvp(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return (∂A/∂x) u at x, (B, C, H, W) → (B, *m)."""
+        return self.linearize(x).forward(u)
+
+    def guess(self, y: Tensor) -> Tensor:
+        """Return the image (B, C, H, W) that a person is shown as the measurement.
+
+        By default y itself where it has the images' shape, else the middle gray.
+        """
+        if y.shape[1:] == self.image_shape:
+            return y
+        return y.new_zeros(len(y), *self.image_shape)
 
     def zero_padding(self, y: Tensor) -> Tensor:
         """Return y (B, *m) with zeros where a batch's common shape holds no measurement."""
@@ -80,6 +103,57 @@ class LinearOperator(ABC):
             y: measurements (B, *m).
         """
         return draw(y)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return A(x); see :meth:`forward`."""
+        return self.forward(x)
+
+    def __matmul__(self, inner: Operator) -> Operator:
+        """Return x ↦ A(inner(x)), linear if both are."""
+        return Composition(self, inner)
+
+
+class LinearOperator(Operator):
+    """A linear A. The adjoint comes from autograd, A⁺ and the solve from conjugate gradients.
+
+    Closed forms override these defaults.
+
+    >>> class Grey(LinearOperator):
+    ...     def forward(self, x):
+    ...         return x.mean(1)
+    >>> from cmi_lightning import Problem
+    >>> problem = Problem.simulate(torch.ones(2, 3, 4, 4), Grey(), 0.0, SampleNoise(0, ["a", "b"]))
+    >>> problem.operator.pinv(problem.y).shape
+    torch.Size([2, 3, 4, 4])
+
+    Attributes:
+        value: A(x) (B, *m) with its graph, where this is the derivative of some A at x.
+        cg_iterations: the most conjugate-gradient iterations of the defaults.
+        cg_tolerance: relative residual at which they stop, per sample.
+    """
+
+    value: Tensor | None = None
+    cg_iterations: int = 100
+    cg_tolerance: float = 1e-6
+
+    def bind(
+        self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor
+    ) -> LinearOperator:
+        """Return this operator made concrete for a batch; see :meth:`Operator.bind`."""
+        bound = super().bind(image_shape, noise, like)
+        assert isinstance(bound, LinearOperator)
+        return bound
+
+    def linearize(self, x: Tensor) -> LinearOperator:
+        """Return A: it is its own derivative."""
+        return self
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Return Aᵀ y, (B, *m) → (B, C, H, W)."""
+        keep_graph = torch.is_grad_enabled() and y.requires_grad
+        with torch.enable_grad():
+            x = y.new_zeros(y.shape[0], *self.image_shape, requires_grad=True)
+            return torch.autograd.grad(self.forward(x), x, y, create_graph=keep_graph)[0]
 
     def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
         """Return (A Aᵀ + diag(shift))⁻¹ y.
@@ -99,44 +173,154 @@ class LinearOperator(ABC):
         """Return A⁺ y = Aᵀ (A Aᵀ)⁺ y, (B, *m) → (B, C, H, W)."""
         return self.adjoint(self.solve(y, 0.0))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return A x; see :meth:`forward`."""
-        return self.forward(x)
+    def guess(self, y: Tensor) -> Tensor:
+        """Return A⁺ y."""
+        return self.pinv(y)
 
-
-class OperatorFactory(LinearOperator):
-    """Options of an operator that is drawn or built for each batch of images.
-
-    A subclass overrides :meth:`bind` to return the operator that the options describe. The factory
-    itself has no forward map.
-
-    >>> class HalfMask(OperatorFactory):
-    ...     def bind(self, image_shape, noise, like):
-    ...         mask = torch.ones(1, *image_shape[1:])
-    ...         mask[..., image_shape[2] // 2 :] = 0
-    ...         return PixelMask.from_mask(mask, torch.empty(1, *image_shape))
-    >>> from cmi_lightning import Problem
-    >>> from cmi_lightning.operators import PixelMask
-    >>> x = torch.zeros(1, 1, 4, 4)
-    >>> Problem.simulate(x, HalfMask(), 0.05, SampleNoise(0, ["a"])).y.shape
-    torch.Size([1, 1, 8])
-    """
-
-    @abstractmethod
-    def bind(
-        self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor
-    ) -> LinearOperator:
-        """Return the operator for a batch."""
-
-    def forward(self, x: Tensor, shift: object = None) -> Tensor:
-        """Refuse: there is no operator before there are images.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError(
-            f"{type(self).__name__} is made for each batch of images: give it to Problem.simulate, "
-            "and use the problem's operator."
+    @overload
+    def __matmul__(self, inner: LinearOperator) -> LinearOperator: ...
+    @overload
+    def __matmul__(self, inner: Operator) -> Operator: ...
+    def __matmul__(self, inner: Operator) -> Operator:
+        """Return A · inner, linear if both are."""
+        return (LinearComposition if isinstance(inner, LinearOperator) else Composition)(
+            self, inner
         )
 
-    adjoint = solve = pinv = forward  # type: ignore[assignment]
+
+class Linearized(LinearOperator):
+    """u ↦ (∂A/∂x) u at a point x, from one graph of A(x).
+
+    >>> class Squared(Operator):
+    ...     def forward(self, x):
+    ...         return x**2
+    >>> A = Linearized(Squared(), torch.full((1, 2), 3.0))
+    >>> A(torch.ones(1, 2)), A.value
+    (tensor([[6., 6.]]), tensor([[9., 9.]], grad_fn=<PowBackward0>))
+
+    Args:
+        operator: A, bound to images.
+        x: the point (B, C, H, W).
+
+    Raises:
+        InputError: if autograd cannot differentiate A.
+    """
+
+    def __init__(self, operator: Operator, x: Tensor) -> None:
+        self.operator, self.image_shape = operator, tuple(x.shape[1:])
+        with torch.enable_grad():
+            self.x = x if x.requires_grad else x.detach().requires_grad_()
+            value = operator(self.x)
+        self.value: Tensor = value
+        if not value.requires_grad:
+            raise InputError(
+                f"{type(operator).__name__} is not differentiable: its result has no gradient. "
+                "Write its forward with torch's functions of x, or give it a linearize."
+            )
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Return (∂A/∂x)ᵀ y, (B, *m) → (B, C, H, W)."""
+        return torch.autograd.grad(self.value, self.x, y, retain_graph=True)[0]
+
+    @cached_property
+    def _pulled(self) -> tuple[Tensor, Tensor]:
+        """v and (∂A/∂x)ᵀ v, which is linear in v: its derivative is (∂A/∂x)."""
+        with torch.enable_grad():
+            v = torch.zeros_like(self.value, requires_grad=True)
+            return v, torch.autograd.grad(self.value, self.x, v, create_graph=True)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (∂A/∂x) x, (B, C, H, W) → (B, *m)."""
+        v, pulled = self._pulled
+        if not pulled.requires_grad:
+            return torch.zeros_like(v)  # A is constant here
+        return torch.autograd.grad(pulled, v, x, retain_graph=True)[0]
+
+    def zero_padding(self, y: Tensor) -> Tensor:
+        """Return y as the operator does."""
+        return self.operator.zero_padding(y)
+
+    def sample_noise(self, draw: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        """Return random numbers as the operator does."""
+        return self.operator.sample_noise(draw, y)
+
+
+class Composition(Operator):
+    """x ↦ outer(inner(x)), written ``outer @ inner``.
+
+    >>> from cmi_lightning.operators import Dense
+    >>> A = Dense(torch.tensor([[1.0, 1.0]])) @ Dense(torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
+    >>> A(torch.tensor([[1.0, 1.0]])), isinstance(A, LinearOperator)
+    (tensor([[5.]]), True)
+
+    Args:
+        outer: acts on what ``inner`` gives.
+        inner: acts on images.
+    """
+
+    def __init__(self, outer: Operator, inner: Operator) -> None:
+        self.outer, self.inner = outer, inner
+        self.image_shape = inner.image_shape
+
+    @property
+    def images(self) -> int | None:  # type: ignore[override]
+        """The number of images that one of both was made for."""
+        return self.inner.images or self.outer.images
+
+    def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Self:
+        """Bind the inner one to the images, and the outer one to what comes out of it."""
+        inner = self.inner.bind(image_shape, noise, like)
+        with torch.no_grad():
+            between = inner(like.new_zeros(len(noise.ids), *image_shape))
+        bound = type(self)(self.outer.bind(tuple(between.shape[1:]), noise, between), inner)
+        bound.image_shape = image_shape
+        return bound
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return outer(inner(x))."""
+        return self.outer(self.inner(x))
+
+    def linearize(self, x: Tensor) -> LinearOperator:
+        """Return the product of both derivatives (the chain rule), each from one graph."""
+        inner = self.inner.linearize(x)
+        between = self.inner(x) if inner.value is None else inner.value
+        product = self.outer.linearize(between.detach()) @ inner
+        with torch.enable_grad():
+            product.value = self.outer(between)
+        return product
+
+    def guess(self, y: Tensor) -> Tensor:
+        """Return the inner operator's guess of the outer one's."""
+        return self.inner.guess(self.outer.guess(y))
+
+    def zero_padding(self, y: Tensor) -> Tensor:
+        """Return y as the outer operator does."""
+        return self.outer.zero_padding(y)
+
+    def sample_noise(self, draw: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        """Return random numbers as the outer operator does."""
+        return self.outer.sample_noise(draw, y)
+
+
+class LinearComposition(Composition, LinearOperator):
+    """x ↦ outer inner x of two linear operators, written ``outer @ inner``.
+
+    >>> from cmi_lightning.operators import Identity
+    >>> (Identity() @ Identity()).adjoint(torch.ones(1, 2))
+    tensor([[1., 1.]])
+    """
+
+    outer: LinearOperator
+    inner: LinearOperator
+
+    def linearize(self, x: Tensor) -> LinearOperator:
+        """Return itself."""
+        return self
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Return innerᵀ outerᵀ y."""
+        return self.inner.adjoint(self.outer.adjoint(y))
+
+    def guess(self, y: Tensor) -> Tensor:
+        """Return A⁺ y."""
+        return self.pinv(y)

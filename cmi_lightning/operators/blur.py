@@ -13,7 +13,7 @@ from torch import Tensor
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators.base import LinearOperator, OperatorFactory
+from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.operators.separable import (
     Padding,
     boundary,
@@ -58,6 +58,11 @@ class Convolution(LinearOperator):
                 f"{tuple(self.kernels.shape)}."
             )
         check_rcond(self.rcond)
+
+    @property
+    def images(self) -> int | None:  # type: ignore[override]
+        """The number of kernels; None for one kernel for all images."""
+        return len(self.kernels) if len(self.kernels) > 1 else None
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Self:
         """Take on the dtype and device of ``like``.
@@ -142,7 +147,7 @@ class Convolution(LinearOperator):
 
 
 @dataclass(frozen=True)
-class MotionBlur(OperatorFactory):
+class MotionBlur(LinearOperator):
     """Blur along the path of a shaken camera, a random one for each image.
 
     The path is a chain of steps: lengths ~ Beta(1, 30), directions ~ triangular with a side that

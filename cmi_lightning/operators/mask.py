@@ -12,7 +12,7 @@ from torch import Tensor
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators.base import LinearOperator, OperatorFactory
+from cmi_lightning.operators.base import LinearOperator
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class PixelMask(LinearOperator):
     index: Tensor
     valid: Tensor
     image_shape: tuple[int, ...]
+
+    @property
+    def images(self) -> int | None:  # type: ignore[override]
+        """The number of masks; None for one mask for all images."""
+        return len(self.index) if len(self.index) > 1 else None
 
     @classmethod
     def from_mask(cls, mask: Tensor, like: Tensor) -> Self:
@@ -143,7 +148,7 @@ class PixelMask(LinearOperator):
 
 
 @dataclass(frozen=True)
-class RandomMask(OperatorFactory):
+class RandomMask(LinearOperator):
     """Remove round(fraction·H·W) pixels of each image, drawn without replacement.
 
     Every image has a mask of its own, which depends on the seed and the image's id alone.
@@ -189,7 +194,7 @@ class RandomMask(OperatorFactory):
 
 
 @dataclass(frozen=True)
-class BoxMask(OperatorFactory):
+class BoxMask(LinearOperator):
     """Remove one box of each image, placed uniformly with a margin on all sides.
 
     top ~ U{margin, …, H − margin − h}, left ~ U{margin, …, W − margin − w}. Every image has a box

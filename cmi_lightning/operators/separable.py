@@ -12,7 +12,7 @@ from torch import Tensor
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators.base import LinearOperator, OperatorFactory
+from cmi_lightning.operators.base import LinearOperator
 
 Padding = Literal["reflect", "circular"]
 
@@ -143,7 +143,7 @@ class Separable(LinearOperator):
 
 
 @dataclass(frozen=True)
-class GaussianBlur(OperatorFactory):
+class GaussianBlur(LinearOperator):
     """Blur by the kernel k_j ∝ exp(−j² / 2 sd²), |j| ≤ r, Σ k_j = 1, along both axes.
 
     r = min(⌊4 sd + ½⌋, ⌊(kernel_size − 1)/2⌋). Measurements have the size of the images, which may
@@ -194,7 +194,7 @@ class GaussianBlur(OperatorFactory):
 
 
 @dataclass(frozen=True)
-class Downsample(OperatorFactory):
+class Downsample(LinearOperator):
     """Bicubic downsampling with antialiasing, as MATLAB's imresize: (H, W) → (H/f, W/f).
 
     Along each axis y_i = Σ_j w_ij x_j with w_ij ∝ h((u_i − j)/f), u_i = (i + ½) f − ½ and

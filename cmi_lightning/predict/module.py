@@ -20,9 +20,9 @@ from cmi_lightning.data.base import LoaderData, RestorationData
 from cmi_lightning.denoisers.base import Autocast, Denoiser, size_text
 from cmi_lightning.denoisers.tiled import Tiled
 from cmi_lightning.errors import InputError
-from cmi_lightning.guidance.base import Guidance
+from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import Identity, LinearOperator, OperatorFactory
+from cmi_lightning.operators import Identity, Operator
 from cmi_lightning.predict.batch import as_batch, take
 from cmi_lightning.predict.callback import SamplingCallback
 from cmi_lightning.predict.fingerprint import digest, inputs, options
@@ -91,7 +91,7 @@ class PosteriorSampler(L.LightningModule):
     def __init__(
         self,
         denoiser: Denoiser,
-        operator: LinearOperator | None = None,
+        operator: Operator | None = None,
         solver: Solver | None = None,
         guidances: list[Guidance] | None = None,
         num_steps: int | str | None = 100,
@@ -119,6 +119,7 @@ class PosteriorSampler(L.LightningModule):
         self.num_steps, self.seed, self.clamp = num_steps, seed, clamp
         self.measurement_noise = noise
         self.sampler()  # refuses parts that do not fit
+        refuse_nonlinear(self.guidances, self.operator)
         for guidance in self.guidances:
             if guidance.active and guidance.needs_noise and self.measurement_noise.std == 0:
                 raise InputError(
@@ -206,8 +207,8 @@ class PosteriorSampler(L.LightningModule):
         if shape is None:
             return
         self.denoiser.rehearse(tuple(shape))
-        if isinstance(self.operator, OperatorFactory):
-            self.operator.bind(shape, SampleNoise(self.seed, ["check"]), torch.zeros(1))
+        ids = [f"check/{row}" for row in range(self.operator.images or 1)]
+        self.operator.bind(shape, SampleNoise(self.seed, ids), torch.zeros(1))
 
     def _tile(self, shape: tuple[int, ...]) -> None:
         """Tile a network of one size where images (C, H, W) exceed it."""

@@ -36,8 +36,9 @@ class Restoration(TypedDict):
     """What ``predict_step`` returns and callbacks read; images are in [−1, 1].
 
     ``id``: list of sample ids. ``restored``: (B, C, H, W), not clamped. ``measurement``: A⁺y
-    (B, C, H, W), the measurement seen as an image. ``truth``: (B, C, H, W), or None for real
-    measurements. ``draws``: (B, K, C, H, W), of which ``restored`` is the mean; None where K = 1.
+    (B, C, H, W), or a nonlinear operator's guess: the measurement seen as an image. ``truth``:
+    (B, C, H, W), or None for real measurements. ``draws``: (B, K, C, H, W), of which
+    ``restored`` is the mean; None where K = 1.
     ``residual``: ‖y − A x̂‖ (B,) of ``restored``, ``residual_draws`` (B, K) of each draw, and
     ``noise_norm`` (B,) what noise alone leaves.
     ``failed``: why a sample was given up, by id. ``seconds``: sampling time per image. ``records``:
@@ -117,7 +118,7 @@ def restore(
     return Restoration(
         id=ids,
         restored=restored,
-        measurement=problem.operator.pinv(problem.y),
+        measurement=problem.operator.guess(problem.y),
         truth=truth,
         draws=torch.stack(found, 1) if draws > 1 else None,
         residual=norm(problem.y - problem.operator(restored)),
