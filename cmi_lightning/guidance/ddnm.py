@@ -27,8 +27,9 @@ class DDNM(Guidance):
     """
 
     differentiable = False
+    needs_linear = True
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
         """Replace the part of x̂₀ that A sees."""
-        A = step.problem.operator
+        A = step.linearized
         return x0 + A.pinv(step.problem.y - A(x0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -42,11 +43,12 @@ class Identity(LinearOperator):
 
 @dataclass(frozen=True, eq=False)
 class PixelMask(LinearOperator):
-    """y[b, c, i] = x[b, c, index[b, i]]: the known pixels of each image, as a list (B, C, m).
+    """y[b, c, i] = x[b, c, index[b, c, i]]: the known pixels of each image, as a list (B, C, m).
 
-    The positions are an image's own and the same in all its channels. AAᵀ is the identity, so A⁺
-    is Aᵀ: known pixels at their places, 0 elsewhere. Where the images of a batch keep unequal
-    numbers of pixels, the lists are padded to the longest with rows in which A is zero.
+    The positions are an image's own, and the same in all its channels unless the mask has them. AAᵀ
+    is the identity, so A⁺ is Aᵀ: known pixels at their places, 0 elsewhere. Where images or
+    channels keep unequal numbers of pixels, the lists are padded to the longest with rows in which
+    A is zero.
 
     >>> x = torch.arange(4.0).reshape(1, 1, 2, 2)
     >>> A = PixelMask.from_mask(torch.tensor([[[1, 0], [0, 1]]]), x)
@@ -54,8 +56,8 @@ class PixelMask(LinearOperator):
     (tensor([[[0., 3.]]]), tensor([0., 0., 0., 3.]))
 
     Args:
-        index: positions in the flattened image (B, m), int64, no position twice in an image.
-        valid: False at padding (B, m).
+        index: positions in the flattened channel (B, 1 or C, m), int64, none twice.
+        valid: False at padding (B, 1 or C, m).
         image_shape: (C, H, W).
     """
 
@@ -73,20 +75,24 @@ class PixelMask(LinearOperator):
         """Make the operator from a mask.
 
         Args:
-            mask: (B, H, W) or, one for all images, (1, H, W); True, or above 0.5, is known.
+            mask: (B, H, W), or (B, C, H, W) with one for each channel; B = 1 serves all images.
+                True, or above 0.5, is known.
             like: a tensor of the images' shape (B, C, H, W), on their device.
 
         Raises:
             InputError: if the mask is of another shape, or knows no pixel of any image.
         """
         batch, channels, height, width = like.shape
-        if mask.ndim != 3 or mask.shape[0] not in (1, batch) or mask.shape[1:] != like.shape[2:]:
+        shape = tuple(mask.shape)
+        mask = mask[:, None] if mask.ndim == 3 else mask
+        fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, channels)
+        if not fits or mask.shape[2:] != like.shape[2:]:
             raise InputError(
-                f"The mask is of shape {tuple(mask.shape)} and the images need ({batch}, {height}, "
-                f"{width}) or (1, {height}, {width}); resize the mask."
+                f"The mask is of shape {shape} and the images need ({batch}, {height}, {width}) or "
+                f"(1, {height}, {width}); resize the mask."
             )
-        known = mask.to(like.device).expand(batch, -1, -1).flatten(1) > 0.5
-        counts = known.sum(1)
+        known = mask.to(like.device).expand(batch, -1, -1, -1).flatten(2) > 0.5
+        counts = known.sum(2, keepdim=True)
         longest = int(counts.max())
         if longest == 0:
             raise InputError(
@@ -95,9 +101,9 @@ class PixelMask(LinearOperator):
             )
         # A stable sort lists known pixels in reading order and pads with removed ones, so that an
         # index never occurs twice.
-        index = known.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-        valid = torch.arange(longest, device=like.device) < counts[:, None]
-        return cls(index, valid, (channels, height, width))
+        order = known.logical_not().to(torch.uint8).argsort(dim=2, stable=True)
+        valid = torch.arange(longest, device=like.device) < counts
+        return cls(order[..., :longest], valid, (channels, height, width))
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Self:
         """Check the images against the mask.
@@ -105,25 +111,24 @@ class PixelMask(LinearOperator):
         Raises:
             InputError: if the mask is made for images of another size or number.
         """
-        if len(self.index) == 1 and len(noise.ids) > 1:  # one mask for all images
-            index, valid = (t.expand(len(noise.ids), -1) for t in (self.index, self.valid))
-            return type(self)(index, valid, self.image_shape).bind(image_shape, noise, like)
-        made, given = (len(self.index), *self.image_shape[1:]), (len(noise.ids), *image_shape[1:])
-        if made != given:
+        count = len(noise.ids)
+        made = (self.images or count, *self.image_shape[1:])
+        given = (count, *image_shape[1:])
+        if made != given or self.index.shape[1] not in (1, image_shape[0]):
             raise InputError(
                 f"The mask is made for images of (number, height, width) {made}, not {given}; make "
                 "it anew for these."
             )
-        return type(self)(self.index.to(like.device), self.valid.to(like.device), image_shape)
+        index, valid = (t.expand(count, -1, -1).to(like.device) for t in (self.index, self.valid))
+        return type(self)(index, valid, image_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the known pixels, (B, C, H, W) → (B, C, m)."""
-        index = self.index[:, None].expand(*x.shape[:2], -1)
-        return self.zero_padding(x.flatten(2).gather(2, index))
+        return self.zero_padding(x.flatten(2).gather(2, self.index.expand(*x.shape[:2], -1)))
 
     def zero_padding(self, y: Tensor) -> Tensor:
         """Return y (B, C, m) with zeros at padding."""
-        return y.masked_fill(~self.valid[:, None], 0)
+        return y.masked_fill(~self.valid, 0)
 
     def sample_noise(self, draw: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
         """Return one random number per known pixel, drawn per pixel of the image; 0 at padding."""
@@ -133,18 +138,51 @@ class PixelMask(LinearOperator):
         """Return an image of the known pixels and zeros, (B, C, m) → (B, C, H, W)."""
         height, width = self.image_shape[1:]
         flat = y.new_zeros(*y.shape[:2], height * width)
-        index = self.index[:, None].expand(*y.shape[:2], -1)
-        flat = flat.scatter(2, index, self.zero_padding(y))
+        flat = flat.scatter(2, self.index.expand(*y.shape[:2], -1), self.zero_padding(y))
         return flat.unflatten(2, (height, width))
 
     def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
         """Return y / (1 + shift), at padding y / shift; 0 at padding without shift."""
-        total = self.valid[:, None] + per_sample(shift, y)
+        total = self.valid + per_sample(shift, y)
         return torch.where(total > 0, y, 0) / torch.where(total > 0, total, 1)
 
     def pinv(self, y: Tensor) -> Tensor:
         """Return A⁺ y = Aᵀ y."""
         return self.adjoint(y)
+
+
+@dataclass(frozen=True, eq=False)
+class Inpaint(LinearOperator):
+    """Keep the known pixels of a mask of your own. It becomes a :class:`PixelMask`.
+
+    >>> from cmi_lightning import Problem
+    >>> x, noise = torch.zeros(2, 3, 4, 4), SampleNoise(0, ["a", "b"])
+    >>> Problem.simulate(x, Inpaint(torch.eye(4)), 0.05, noise).y.shape
+    torch.Size([2, 3, 4])
+
+    Args:
+        mask: known pixels, True or above 0.5: (H, W) for all images, (C, H, W) with one for each
+            channel, or (B, 1 or C, H, W) with one for each image. Or an image or ``.npy`` file,
+            in which white is known and black is missing.
+
+    Raises:
+        InputError: when it meets images, if the file cannot be read or the sizes differ.
+    """
+
+    mask: str | Tensor
+
+    def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> PixelMask:
+        """Read the mask, and check it against the images."""
+        if isinstance(self.mask, (str, Path)):
+            from cmi_lightning.data.extras import read_mask
+
+            mask = read_mask(Path(self.mask).expanduser(), tuple(image_shape[1:]))
+        else:
+            mask = torch.as_tensor(self.mask)
+        if mask.ndim < 4:
+            mask = mask[None]
+        batch = like.new_empty(()).expand(len(noise.ids), *image_shape)
+        return PixelMask.from_mask(mask, batch)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Operators that act on rows and columns apart: Gaussian blur and downsampling."""
+"""Operators that act on rows and columns apart, such as Gaussian blur."""
 
 from __future__ import annotations
 
@@ -193,65 +193,8 @@ class GaussianBlur(LinearOperator):
         return Separable(height, width, self.rcond).bind(image_shape, noise, like)
 
 
-@dataclass(frozen=True)
-class Downsample(LinearOperator):
-    """Bicubic downsampling with antialiasing, as MATLAB's imresize: (H, W) → (H/f, W/f).
-
-    Along each axis y_i = Σ_j w_ij x_j with w_ij ∝ h((u_i − j)/f), u_i = (i + ½) f − ½ and
-    Σ_j w_ij = 1. h is Keys' cubic kernel with a = −½, and the image is mirrored at its edges.
-    It becomes a :class:`Separable`. A is well conditioned, so that A⁺ is exact.
-
-    >>> from cmi_lightning import Problem
-    >>> x, noise = torch.zeros(2, 1, 8, 8), SampleNoise(0, ["a", "b"])
-    >>> Problem.simulate(x, Downsample(4), 0.05, noise).y.shape
-    torch.Size([2, 1, 2, 2])
-
-    Args:
-        factor: f, at least 1.
-
-    Raises:
-        InputError: if ``factor`` is below 1.
-
-    Source: Keys (1981); the super-resolution of DPS (Chung et al., 2023).
-    """
-
-    factor: int = 4
-
-    def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise InputError(f"Downsample.factor must be at least 1, got {self.factor}.")
-
-    def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Separable:
-        """Build the two matrices.
-
-        Raises:
-            InputError: if the factor does not divide both sides of the images.
-        """
-        if any(n % self.factor for n in image_shape[1:]):
-            raise InputError(
-                f"Downsample with factor {self.factor} cannot act on images of {image_shape[1]}×"
-                f"{image_shape[2]}: the factor must divide both sides; resize or crop the images, "
-                "or set another Downsample.factor."
-            )
-        height, width = (_bicubic_matrix(n, self.factor) for n in image_shape[1:])
-        return Separable(height, width, rcond=1e-3).bind(image_shape, noise, like)
-
-
 def _blur_matrix(kernel: Tensor, size: int, padding: Padding) -> Tensor:
     radius = len(kernel) // 2
     column = boundary(size, radius, radius, padding).unfold(0, len(kernel), 1)
     matrix = kernel.new_zeros(size, size)
     return matrix.scatter_add(1, column, kernel.expand(size, -1))
-
-
-def _bicubic_matrix(size: int, factor: int) -> Tensor:
-    reach = 2 * factor  # of the stretched kernel, on either side
-    centre = (torch.arange(size // factor, dtype=torch.float64) + 0.5) * factor - 0.5
-    position = torch.arange(-reach, size + reach, dtype=torch.float64)
-    distance = ((centre[:, None] - position) / factor).abs()
-    near = 1.5 * distance**3 - 2.5 * distance**2 + 1
-    far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
-    weight = torch.where(distance <= 1, near, torch.where(distance < 2, far, 0))
-    weight = weight / weight.sum(1, keepdim=True)
-    column = boundary(size, reach, reach, "symmetric").expand_as(weight)
-    return weight.new_zeros(len(centre), size).scatter_add(1, column, weight)
