@@ -482,7 +482,8 @@ def test_configuration(options: dict[str, Any], expected: object) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--operator", type=LinearOperator)
     options = {**options, "class_path": f"cmi_lightning.operators.{options['class_path']}"}
-    made = parser.instantiate(parser.parse_object({"operator": options})).operator
+    make = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its former name
+    made = make(parser.parse_object({"operator": options})).operator
     assert made == expected or type(made).__name__ == expected
 
 
