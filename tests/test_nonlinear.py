@@ -154,6 +154,11 @@ class Mixing(Operator):
         return x - x.mean(0, keepdim=True)
 
 
+class Spread(Operator):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.square().mean().sqrt()
+
+
 class Infinite(Operator):
     def forward(self, x: Tensor) -> Tensor:
         return x.log()
@@ -173,6 +178,7 @@ class Detached(Operator):
     ("operator", "words"),
     [
         (Mixing(), "Mixing mixes the images of a batch"),
+        (Spread(), "Spread mixes the images of a batch"),
         (Infinite(), "Infinite gives values that are no numbers"),
         (Short(), "Short maps 2 images to .* one row an image"),
         (Detached(), "Detached is not differentiable: its result has no gradient. Write"),
