@@ -40,6 +40,7 @@ LEVELS = [Schedule.linear()[100], Schedule.linear()[600], Level(1.0, 0.7, 0.7)]
 KINDS = ["isotropic", "diagonal", "dense", "shared", "stationary", "degenerate"]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_level = pytest.mark.parametrize("level", LEVELS, ids=["low", "high", "exploding"])
+STDS = [0.2, torch.tensor([0.05, 0.3, 1.0], dtype=torch.float64)]
 
 
 def positive(count: int, size: int, generator: torch.Generator, rank: int | None = None) -> Tensor:
@@ -168,23 +169,32 @@ def test_tweedie_is_the_law_of_total_covariance(kind, level):
     assert float(torch.linalg.eigvalsh(covariance).min()) > -1e-12
 
 
+def on_a_grid(seed: int, weights: Tensor) -> tuple[GaussianMixture, Tensor, Tensor]:
+    """A mixture in two dimensions, a grid (g, 2) around it, and scipy's density there."""
+    g = torch.Generator().manual_seed(seed)
+    means = 1.5 * torch.randn(3, 2, generator=g, dtype=torch.float64)
+    covariances = positive(3, 2, g)
+    nodes = torch.linspace(-9, 9, 601, dtype=torch.float64)
+    grid = torch.cartesian_prod(nodes, nodes)
+    density = sum(
+        float(w) * multivariate_normal(m.numpy(), c.numpy()).pdf(grid.numpy())
+        for w, m, c in zip(weights, means, covariances, strict=True)
+    )
+    mixture = GaussianMixture(means, DenseCovariance(covariances), weights)
+    return mixture, grid, torch.as_tensor(density)
+
+
 @pytest.mark.parametrize("dimension", [1, 2])
 def test_posterior_moments_match_numerical_integration(dimension):
-    g = torch.Generator().manual_seed(2)
-    means = 1.5 * torch.randn(3, dimension, generator=g, dtype=torch.float64)
-    covariances = positive(3, dimension, g)
-    mixture = GaussianMixture(means, DenseCovariance(covariances))
+    mixture, grid, density = on_a_grid(2, torch.ones(3))
+    if dimension == 1:  # its first coordinate
+        C = mixture.covariances.matrix()[:, :1, :1]
+        mixture, grid = GaussianMixture(mixture.means[:, :1], DenseCovariance(C)), grid[:, :1]
     level = Schedule.linear()[300]
     x = points(mixture, level, 3)
-    nodes = torch.linspace(-9, 9, 40_001 if dimension == 1 else 1201, dtype=torch.float64)
-    grid = torch.cartesian_prod(*[nodes] * dimension).reshape(-1, dimension)
-    density = sum(
-        multivariate_normal(m.numpy(), c.numpy()).pdf(grid.numpy())
-        for m, c in zip(means, covariances, strict=True)
-    )
     for row in range(3):
         off = ((x[row] - level.alpha * grid) ** 2).sum(1)
-        weight = torch.as_tensor(density) * torch.exp(-off / (2 * level.sigma**2))
+        weight = density * torch.exp(-off / (2 * level.sigma**2))
         mean = (weight[:, None] * grid).sum(0) / weight.sum()
         apart = grid - mean
         covariance = torch.einsum("g,gi,gj->ij", weight, apart, apart) / weight.sum()
@@ -472,30 +482,21 @@ def test_unguided_sampling_reproduces_the_prior(solver):
     assert abs(float(x.mean())) < 4 * error
 
 
-def test_exact_prior_from_the_command_line(tmp_path):
-    out = tmp_path / "out"
+@pytest.mark.parametrize("prior", ["power_law_prior", "load_mixture"])
+def test_exact_priors_from_the_command_line(tmp_path, prior):
+    path, own, out = (tmp_path / name for name in ("prior.safetensors", "own.yaml", "out"))
+    g = torch.Generator().manual_seed(0)
+    GaussianMixture(torch.rand(4, 1, 32, 32, generator=g), 0.1).save(path)
+    mixture = {"class_path": "cmi_lightning.exact.load_mixture", "init_args": {"path": str(path)}}
+    own.write_text(yaml.safe_dump({"model": {"denoiser": mixture}}))
+    config = "prior/power_law" if prior == "power_law_prior" else str(own)
     options = ["--data.limit=2", "--data.batch_size=2", "--model.num_steps=3"]
     root = f"--trainer.default_root_dir={out}"
-    assert main(["predict", "-c", "demo/garments", "-c", "prior/power_law", *options, root]) == 0
+    assert main(["predict", "-c", "demo/garments", "-c", config, *options, root]) == 0
     saved = yaml.safe_load((out / "config.yaml").read_text())
-    assert saved["model"]["denoiser"]["class_path"].endswith("power_law_prior")
+    assert saved["model"]["denoiser"]["class_path"].endswith(prior)
     assert (out / "restored/00001.png").is_file()
     assert (out / "metrics.csv").is_file()
-
-
-def test_mixture_file_from_the_command_line(tmp_path):
-    g = torch.Generator().manual_seed(0)
-    mixture = GaussianMixture(torch.rand(4, 1, 32, 32, generator=g), 0.1)
-    mixture.save(tmp_path / "prior.safetensors")
-    own = tmp_path / "own.yaml"
-    denoiser = {
-        "class_path": "cmi_lightning.exact.load_mixture",
-        "init_args": {"path": str(tmp_path / "prior.safetensors")},
-    }
-    own.write_text(yaml.safe_dump({"model": {"denoiser": denoiser}}))
-    options = ["--data.limit=2", "--model.num_steps=3", "--trainer.callbacks=[]"]
-    root = f"--trainer.default_root_dir={tmp_path / 'out'}"
-    assert main(["predict", "-c", "demo/garments", "-c", str(own), *options, root]) == 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -533,21 +534,12 @@ def test_posterior_is_dense_gaussian_conditioning(kind, std):
 
 
 def test_posterior_density_is_bayes_on_a_grid():
-    g = torch.Generator().manual_seed(6)
-    means = 1.5 * torch.randn(3, 2, generator=g, dtype=torch.float64)
-    covariances = positive(3, 2, g)
-    mixture = GaussianMixture(means, DenseCovariance(covariances), torch.tensor([0.2, 0.5, 0.3]))
+    mixture, grid, density = on_a_grid(6, torch.tensor([0.2, 0.5, 0.3]))
     A = torch.tensor([[1.0, -0.5]], dtype=torch.float64)
     y = torch.tensor([0.8], dtype=torch.float64)
     posterior = mixture.condition(A, y, 0.3)
-    nodes = torch.linspace(-9, 9, 1201, dtype=torch.float64)
-    grid = torch.cartesian_prod(nodes, nodes)
-    density = sum(
-        w * multivariate_normal(m.numpy(), c.numpy()).pdf(grid.numpy())
-        for w, m, c in zip([0.2, 0.5, 0.3], means, covariances, strict=True)
-    )
-    density = torch.as_tensor(density) * torch.exp(-((y - grid @ A.T)[:, 0] ** 2) / (2 * 0.3**2))
-    density = density / (density.sum() * float(nodes[1] - nodes[0]) ** 2)
+    density = density * torch.exp(-((y - grid @ A.T)[:, 0] ** 2) / (2 * 0.3**2))
+    density = density / (density.sum() * float(grid[1, 1] - grid[0, 1]) ** 2)
     mine = posterior.log_prob(grid, CLEAN).exp()
     close(mine, density, 1e-6)
     weight = density / density.sum()
@@ -617,9 +609,6 @@ def test_ragged_masks_lose_their_padding():
 # ---------------------------------------------------------------------------------------------
 # Conditional mutual information
 
-STDS = [0.2, torch.tensor([0.05, 0.3, 1.0], dtype=torch.float64)]
-each_std = pytest.mark.parametrize("std", STDS, ids=["one std", "stds"])
-
 
 class Twisted(nn.Module):
     """Some x̂₀ whose Jacobian is neither symmetric nor that of a mixture."""
@@ -642,10 +631,15 @@ class Network(Denoiser):
         return Prediction(self.network(x.flatten(1)).reshape(x.shape))
 
 
-@each_std
+def slope_along(f, x: Tensor, direction: Tensor, h: float = 1e-5) -> Tensor:
+    """The central difference of f (B,) along a direction."""
+    return (f(x + h * direction) - f(x - h * direction)) / (2 * h)
+
+
+@pytest.mark.parametrize("std", STDS, ids=["one std", "stds"])
 @each_level
 @pytest.mark.parametrize("kind", ["dense", "shared", "diagonal", "stationary"])
-def test_the_forms_of_the_value_agree(kind, level, std):
+def test_the_forms_of_value_and_gradient_agree(kind, level, std):
     mixture, _ = make(kind)
     x = points(mixture, level)
     value = exact.information(mixture, x, level, A, std)
@@ -659,25 +653,15 @@ def test_the_forms_of_the_value_agree(kind, level, std):
     truth = 0.5 * (np.linalg.slogdet(S)[1] - np.linalg.slogdet(noise)[1])
     close(value, torch.tensor(truth))
 
-
-@each_std
-@each_level
-@pytest.mark.parametrize("kind", ["dense", "shared", "diagonal", "stationary"])
-def test_the_forms_of_the_gradient_agree(kind, level, std):
-    mixture, _ = make(kind)
-    x = points(mixture, level)
     gradient = exact.gradient(mixture, x, level, A, std)
     assert gradient.shape == x.shape
     assert float(gradient.abs().max()) > 1e-4
     close(exact.gradient_theorem_2(mixture, x, level, A, std), gradient)
     close(exact.gradient_autograd(mixture, x, level, A, std), gradient)
     close(exact.gradient_autograd(mixture, x, level, A, std, spectral=True), gradient)
-    h = 1e-5
-    ahead, behind = (
-        exact.information(mixture, x + s * h * gradient, level, A, std) for s in (1, -1)
-    )
-    slope = gradient.square().flatten(1).sum(1)
-    torch.testing.assert_close((ahead - behind) / (2 * h), slope, rtol=1e-5, atol=1e-8)
+    slope = slope_along(lambda z: exact.information(mixture, z, level, A, std), x, gradient)
+    square = gradient.square().flatten(1).sum(1)
+    torch.testing.assert_close(slope, square, rtol=1e-5, atol=1e-8)
 
 
 def test_closed_form_jacobian_and_autograd_agree():
@@ -712,10 +696,9 @@ def test_a_network_needs_no_symmetry():
     close(exact.gradient_autograd(network, x, level, A, 0.5), gradient)
     close(exact.gradient_theorem_2(network, x, level, A, 0.5), gradient)
     spectral = exact.gradient_autograd(network, x, level, A, 0.5, spectral=True)
-    for f, slope in ((exact.information, gradient), (exact.spectral_information, spectral)):
-        ahead, behind = (f(network, x + s * 1e-5 * slope, level, A, 0.5) for s in (1, -1))
-        square = slope.square().flatten(1).sum(1)
-        torch.testing.assert_close((ahead - behind) / 2e-5, square, rtol=1e-5, atol=1e-8)
+    for f, d in ((exact.information, gradient), (exact.spectral_information, spectral)):
+        slope = slope_along(lambda z, f=f: f(network, z, level, A, 0.5), x, d)
+        torch.testing.assert_close(slope, d.square().flatten(1).sum(1), rtol=1e-5, atol=1e-8)
 
 
 def test_spectral_form_of_an_indefinite_covariance():
