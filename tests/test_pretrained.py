@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from conftest import SHAPE
@@ -141,8 +140,8 @@ def test_continuous_vp_as_its_authors_call_it(mixture):
     # σ² = 1 − exp(−∫β), β(s) = 0.1 + 19.9 s.
     def network(x, labels):
         t = labels[0].item() / 999
-        s = np.linspace(0, t, 20_001)
-        integral = np.trapezoid(0.1 + 19.9 * s, s)
+        s = torch.linspace(0, t, 20_001, dtype=torch.float64)
+        integral = float(torch.trapezoid(0.1 + 19.9 * s, s))
         alpha = math.exp(-integral / 2)
         level = Level(alpha, math.sqrt(1 - alpha**2), t)
         return (x - alpha * mixture(x, level).x0) / level.sigma
