@@ -34,7 +34,7 @@ class Resampled(Solver):
         repeats: walks over every level, at least 1.
 
     Raises:
-        InputError: if an option is out of range.
+        InputError: if an option is out of range, or the solver is resampled already.
 
     Source: Lugmayr et al. (2022), Alg. 1; Wang et al. (2023), "time travel".
     """
@@ -49,6 +49,8 @@ class Resampled(Solver):
                 f"Resampled.jump and Resampled.repeats must be at least 1, got {self.jump} and "
                 f"{self.repeats}."
             )
+        if self.solver.repeats > 1:
+            raise InputError("Resampled.solver is Resampled itself; give the solver that steps.")
         for name in ("needs_variance", "hooks"):
             object.__setattr__(self, name, getattr(self.solver, name))
 
