@@ -108,6 +108,30 @@ class Problem:
         """√(Σ std²) (B,), the residual that noise alone leaves: σ√m for m measured entries."""
         return norm(self.operator.zero_padding(self.std.expand_as(self.y)))
 
+    def prox(self, x: Tensor, variance: float) -> Tensor:
+        """Return the mean of N(x₀; x, v)·p(y | x₀) (B, *): x + Aᵀ(A Aᵀ + Σ_n/v)⁻¹(y − A x).
+
+        Args:
+            x: centre (B, *).
+            variance: v > 0.
+        """
+        A = self.operator
+        return x + A.adjoint(A.solve(self.y - A(x), self.std**2 / variance))
+
+    def draw(self, x: Tensor, variance: float, z: Tensor, n: Tensor) -> Tensor:
+        """Return an exact sample of N(x₀; x, v)·p(y | x₀) (B, *), by one solve.
+
+        It is the :meth:`prox` of perturbed data: of x + √v z, with y + σ n for y.
+
+        Args:
+            x: centre (B, *).
+            variance: v > 0.
+            z: standard normal, like x.
+            n: standard normal, like y.
+        """
+        perturbed = replace(self, y=self.y + self.std * self.operator.zero_padding(n))
+        return perturbed.prox(x + variance**0.5 * z, variance)
+
     @property
     def noisy(self) -> bool:
         """Whether every measurement carries noise."""

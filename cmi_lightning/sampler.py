@@ -67,8 +67,9 @@ class Sampler:
         for guidance in guidances:
             if guidance.active and (lost := guidance.hooks - set(solver.hooks)):
                 raise InputError(
-                    f"{type(guidance).__name__} moves {HOOKS[min(lost)]}, of which "
-                    f"{type(solver).__name__} makes no use: leave it out, or take another solver."
+                    f"{type(guidance).__name__} moves {HOOKS[min(lost)]}, and "
+                    f"{type(solver).__name__} takes no such move: leave it out, or take another "
+                    "solver."
                 )
             if guidance.active and guidance.derivatives > denoiser.derivatives:
                 raise InputError(
@@ -153,6 +154,7 @@ class Sampler:
                 x, previous = _noised(x, at, t, z), None
             step = Step(index, x, t, s, problem, self.denoiser, noise, self.differentiable, cost)
             step.memory, step.previous, step.visit = memory, previous, visit
+            step.num_steps = len(self.schedule)
             proposed = self.advance(step)
             at, previous = s, t
             with torch.no_grad():

@@ -89,6 +89,7 @@ class Step:
         memory: tensors (B, *) that solvers and guidances keep from step to step, by name.
         previous: the level of the step before; None at the first, and after the chain has gone up.
         visit: how often the chain has been at this level before.
+        num_steps: N.
     """
 
     index: int
@@ -104,6 +105,7 @@ class Step:
     memory: dict[str, Tensor] = field(default_factory=dict)
     previous: Level | None = None
     visit: int = 0
+    num_steps: int = 0
 
     def __post_init__(self) -> None:
         self._products_with_graph = False

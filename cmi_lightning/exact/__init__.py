@@ -6,6 +6,7 @@ from cmi_lightning.exact.covariances import (
     DiagonalCovariance,
     StationaryCovariance,
 )
+from cmi_lightning.exact.law import sampler_law, wasserstein
 from cmi_lightning.exact.dense import (
     DenseProblem,
     as_dense,
@@ -44,6 +45,8 @@ __all__ = [
     "jacobian",
     "load_mixture",
     "power_law_prior",
+    "sampler_law",
     "spectral_information",
     "third_order",
+    "wasserstein",
 ]

@@ -177,6 +177,21 @@ class LinearOperator(Operator):
         """Return A⁺ y."""
         return self.pinv(y)
 
+    def spectral(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return V f(s) Vᵀ x (B, *), with A = U s Vᵀ; f(0) is for what A does not see.
+
+        Args:
+            x: images (B, *).
+            f: maps singular values to numbers; its result broadcasts to x.
+
+        Raises:
+            InputError: for an operator without closed form.
+        """
+        raise InputError(
+            f"{type(self).__name__} has no singular values in closed form: use a method that needs "
+            "none, such as solver/ddnm in place of solver/ddrm."
+        )
+
     @overload
     def __matmul__(self, inner: LinearOperator) -> LinearOperator: ...
     @overload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -110,6 +111,12 @@ class Convolution(LinearOperator):
         if self.padding == "reflect" or not constant_per_channel(added):
             return super().solve(y, added)
         return _filter(y, reciprocal(_amplitude(self._transfer(y)) ** 2 + added))
+
+    def spectral(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return V f(s) Vᵀ x for circular padding: a filter, (B, C, H, W) → (B, C, H, W)."""
+        if self.padding == "reflect":
+            return super().spectral(x, f)
+        return _filter(x, f(_amplitude(self._transfer(x))))
 
     def pinv(self, y: Tensor) -> Tensor:
         """Return A⁺ y, truncated or damped by ``rcond``; (B, C, H, W) → (B, C, H, W)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -78,6 +79,15 @@ class Dense(LinearOperator):
             return super().solve(y, added)
         u, s, _ = self._svd
         return (y @ u * reciprocal(s**2 + added)) @ u.mT
+
+    def spectral(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return V f(s) Vᵀ x, (B, *image_shape) → (B, *image_shape)."""
+        _, s, vh = self._svd
+        rank = min(self.matrix.shape)
+        unseen = f(s.new_zeros(()))
+        seen = (x.flatten(1) @ vh[:rank].mT).reshape(len(x), *(1,) * (x.ndim - 2), rank)
+        seen = (seen * (f(s[:rank]) - unseen)).flatten(1)
+        return unseen * x + (seen @ vh[:rank]).reshape(x.shape)
 
     def pinv(self, y: Tensor) -> Tensor:
         """Return M⁺ y, (B, m) → (B, *image_shape)."""

@@ -36,6 +36,10 @@ class Identity(LinearOperator):
         """Return y / (1 + shift)."""
         return y / (1 + per_sample(shift, y))
 
+    def spectral(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return f(1) x."""
+        return f(x.new_ones(())) * x
+
     def pinv(self, y: Tensor) -> Tensor:
         """Return y."""
         return y
@@ -145,6 +149,11 @@ class PixelMask(LinearOperator):
         """Return y / (1 + shift), at padding y / shift; 0 at padding without shift."""
         total = self.valid + per_sample(shift, y)
         return torch.where(total > 0, y, 0) / torch.where(total > 0, total, 1)
+
+    def spectral(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return f(1) x at known pixels, f(0) x elsewhere."""
+        known = self.adjoint(self(torch.ones_like(x))) > 0
+        return torch.where(known, f(x.new_ones(())), f(x.new_zeros(()))) * x
 
     def pinv(self, y: Tensor) -> Tensor:
         """Return A⁺ y = Aᵀ y."""

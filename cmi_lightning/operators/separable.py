@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Self
@@ -134,6 +135,12 @@ class Separable(LinearOperator):
             return super().solve(y, added)
         uh, uw, values, _, _ = self._svd
         return uh @ ((uh.T @ y @ uw) * reciprocal(values**2 + added)) @ uw.T
+
+    def spectral(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return V f(s) Vᵀ x, (B, C, H, W) → (B, C, H, W)."""
+        _, _, values, vh, vw = self._svd
+        unseen = f(values.new_zeros(()))
+        return unseen * x + vh @ ((vh.T @ x @ vw) * (f(values) - unseen)) @ vw.T
 
     def pinv(self, y: Tensor) -> Tensor:
         """Return A⁺ y, truncated by ``rcond``; (B, C, h, w) → (B, C, H, W)."""

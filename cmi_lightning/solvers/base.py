@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from cmi_lightning.errors import warn_once
+from cmi_lightning.guidance.base import HOOKS
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.problem import Problem
 from cmi_lightning.schedule import Level, Schedule
@@ -29,6 +30,8 @@ class Solver(ABC):
 
     Attributes:
         needs_variance: the solver reads the network's learned variance.
+        needs_linear: the solver needs a linear operator.
+        needs_noise: the solver needs measurements with noise.
         hooks: the guidances' hooks that have something to edit, see
             :class:`cmi_lightning.guidance.Guidance`.
         jump: levels of a block that is walked ``repeats`` times, see :class:`Resampled`.
@@ -36,7 +39,9 @@ class Solver(ABC):
     """
 
     needs_variance = False  # without annotation: see Guidance
-    hooks = ("guide_denoised", "guide_transition", "guide_sample")
+    needs_linear = False
+    needs_noise = False
+    hooks = tuple(HOOKS)
     jump = 1
     repeats = 1
 

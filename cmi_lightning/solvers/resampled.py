@@ -51,7 +51,7 @@ class Resampled(Solver):
             )
         if self.solver.repeats > 1:
             raise InputError("Resampled.solver is Resampled itself; give the solver that steps.")
-        for name in ("needs_variance", "hooks"):
+        for name in ("needs_variance", "needs_linear", "needs_noise", "hooks"):
             object.__setattr__(self, name, getattr(self.solver, name))
 
     @property

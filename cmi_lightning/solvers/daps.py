@@ -1,0 +1,110 @@
+"""Decoupled annealing posterior sampling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+
+from cmi_lightning.errors import InputError
+from cmi_lightning.operators.base import LinearOperator
+from cmi_lightning.schedule import Schedule
+from cmi_lightning.solvers.base import GuidedX0, Solver
+from cmi_lightning.spacing import power_grid
+from cmi_lightning.step import Step, Transition
+
+
+@dataclass(frozen=True)
+class DAPS(Solver):
+    """Three parts a level: an image x̂ of x_t, a draw x₀ ~ N(x̂, ϱ²)·p(y | x₀), noise of level s.
+
+    ϱ = σ_t/α_t. x̂ comes from ``ode_steps`` Euler steps of the probability flow from ϱ to
+    ``ode_end``; one step to 0 is x̂₀ itself (``ode_steps=0``). For linear A the draw is exact, by
+    one solve; else it takes Langevin steps x₀ ← x₀ + h g + √(2h) z with
+    g = A'ᵀ(y − A(x₀))/σ_y² + (x̂ − x₀)/ϱ² and h falling to a hundredth over the chain.
+
+    The flow's end is itself a draw of x₀ | x_t, and the noise ϱ² is added to it: where y tells
+    nothing, the variance becomes twice the truth in many steps of many ODE steps; with x̂₀ it comes
+    out right. So ``ode_steps=0`` is the better sampler at a fifth of the cost, and 5 the paper's.
+    Cost of a step: max(1, ode_steps) evaluations and one for the log, no gradient.
+
+    Differs from the code: the likelihood is p(y | x₀) (there, without ½ and with σ_y = 0.01
+    whatever the noise); each sample is its own (there, one that is not a number zeroes the batch).
+
+    >>> from cmi_lightning import Sampler
+    >>> from cmi_lightning.denoisers import shipped_prior
+    >>> sampler = Sampler(shipped_prior(), DAPS(ode_steps=0), num_steps=50, clamp=False)
+
+    Args:
+        ode_steps: Euler steps a level, at least 0.
+        ode_end: σ/α at which they end, not below the prior's smallest.
+        high: σ/α of the first level, or the prior's largest if that is less.
+        low: σ/α of the last level.
+        langevin_steps: of the draw for a nonlinear A.
+        langevin_size: h at the first level.
+
+    Raises:
+        InputError: if an option is out of range, or y has no noise where A is nonlinear.
+
+    Source: Zhang et al. (2024), Alg. 1.
+    """
+
+    ode_steps: int = 5
+    ode_end: float = 0.01
+    high: float = 100.0
+    low: float = 0.1
+    langevin_steps: int = 100
+    langevin_size: float = 1e-4
+    stochastic = True  # type: ignore[misc]
+    hooks = ("guide_transition", "guide_sample")
+
+    def __post_init__(self) -> None:
+        positive = self.langevin_size > 0 < self.ode_end and self.langevin_steps > 0
+        if self.ode_steps < 0 or not positive or not 0 < self.low < self.high:
+            raise InputError(f"{self}: steps and sizes must be positive, and low below high.")
+
+    def levels(self, schedule: Schedule, num_steps: int | str | None) -> Schedule:
+        """Return levels from ``high`` to ``low`` whose seventh roots are evenly spaced."""
+        low, high = schedule.range
+        count = 200 if num_steps is None else len(schedule.respace(num_steps))
+        return schedule.at(power_grid(max(self.low, low), min(self.high, high), count))
+
+    def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
+        """Return the drawn image at level s."""
+        spread = step.t.sigma / step.t.alpha
+        x = self._flow(step, spread)
+        if isinstance(step.problem.operator, LinearOperator):
+            z, n = step.normal("daps"), step.normal("daps/measurement", step.problem.y)
+            x = step.problem.draw(x, spread**2, z, n)
+        else:
+            x = self._langevin(step, x, spread)
+        return Transition(step.s.alpha * x, step.s.sigma, step.normal("solver"))
+
+    def _flow(self, step: Step, spread: float) -> Tensor:
+        """Return x̂ of x_t."""
+        schedule, x = step.denoiser.schedule, step.x.detach() / step.t.alpha
+        end = min(max(self.ode_end, schedule.range[0]), spread)
+        if self.ode_steps == 0 or end == spread:
+            return step.x0.detach()
+        grid = power_grid(end, spread, self.ode_steps + 1)[::-1]
+        for here, there in pairwise(grid):
+            level = schedule.level(here)
+            x0 = step.x0 if here == grid[0] else step.at(level.alpha * x, level).x0
+            x = x + (there - here) / here * (x - x0.detach())
+        return x
+
+    def _langevin(self, step: Step, centre: Tensor, spread: float) -> Tensor:
+        """Return a draw of N(centre, spread²)·p(y | x₀) for a nonlinear A."""
+        problem, x = step.problem, centre
+        if not problem.noisy:
+            raise InputError("DAPS needs measurement noise: noise.sigma must be above 0.")
+        # h falls linearly to a hundredth, with the noise level on the annealing's own grid.
+        done = 1 - (spread / self.high) ** (1 / 7)
+        size = self.langevin_size * (1 - 0.99 * min(max(done, 0.0), 1.0))
+        for k in range(self.langevin_steps):
+            residual = (problem.y - problem.operator(x)) / problem.std**2
+            g = problem.operator.adjoint(residual) + (centre - x) / spread**2
+            x = x + size * g + math.sqrt(2 * size) * step.normal(f"daps/{k}")
+        return x
