@@ -111,12 +111,14 @@ class Problem:
     def prox(self, x: Tensor, variance: float) -> Tensor:
         """Return the mean of N(x₀; x, v)·p(y | x₀) (B, *): x + Aᵀ(A Aᵀ + Σ_n/v)⁻¹(y − A x).
 
+        A nonlinear A enters by its derivative at x.
+
         Args:
             x: centre (B, *).
             variance: v > 0.
         """
-        A = self.operator
-        return x + A.adjoint(A.solve(self.y - A(x), self.std**2 / variance))
+        A = self.operator.linearize(x)
+        return x + A.adjoint(A.solve(self.y - self.operator(x), self.std**2 / variance))
 
     def draw(self, x: Tensor, variance: float, z: Tensor, n: Tensor) -> Tensor:
         """Return an exact sample of N(x₀; x, v)·p(y | x₀) (B, *), by one solve.

@@ -141,7 +141,7 @@ class Sampler:
             InputError: if the operator does not fit the images, or a guidance needs a linear one.
         """
         problem = problem.bind(noise, like)
-        refuse_nonlinear(self.guidances, problem.operator)
+        refuse_nonlinear((self.solver, *self.guidances), problem.operator)
         at = self.schedule[len(self.schedule) - 1]  # the level of x
         x, cost = self.solver.start(at, problem, noise, like), Cost()
         memory: dict[str, Tensor] = {}

@@ -27,6 +27,8 @@ class Level(NamedTuple):
     time: float
 
 
+# α of σ/α: variance-preserving, rectified, variance-exploding.
+_FORMS = (lambda r: (1 + r * r) ** -0.5, lambda r: 1 / (1 + r), lambda r: 1.0)
 CLEAN = Level(alpha=1.0, sigma=0.0, time=0.0)
 
 
@@ -217,7 +219,10 @@ class Schedule:
         return self.sigmas[0] / self.alphas[0], self.sigmas[-1] / self.alphas[-1]
 
     def level(self, noise_to_signal: float) -> Level:
-        """Return the level of a given σ/α: log α and time are linear in log σ/α between neighbours.
+        """Return the level of a given σ/α.
+
+        Between neighbours log α and time are linear in log σ/α. On schedules with α² + σ² = 1,
+        α + σ = 1 or α = 1 the level is on them; a time proportional to σ stays so.
 
         >>> schedule = Schedule.linear()
         >>> level = schedule.level(1.0)
@@ -241,8 +246,14 @@ class Schedule:
         a, b = (math.log(x.sigma / x.alpha) for x in (below, above))
         share = min(max((math.log(noise_to_signal) - a) / (b - a), 0.0), 1.0) if b > a else 1.0
         alpha = below.alpha * (above.alpha / below.alpha) ** share
-        time = below.time + share * (above.time - below.time)
-        return Level(alpha, alpha * noise_to_signal, time)
+        for form in _FORMS:  # exact where the schedule is of one of them
+            low, high = (x.alpha / form(x.sigma / x.alpha) for x in (below, above))
+            if math.isclose(low, high, rel_tol=1e-9):
+                alpha = low * form(noise_to_signal)
+        sigma, time = alpha * noise_to_signal, below.time + share * (above.time - below.time)
+        if math.isclose(below.time * above.sigma, above.time * below.sigma, rel_tol=1e-9):
+            time = above.time / above.sigma * sigma  # as where the network is told σ
+        return Level(alpha, sigma, time)
 
     def at(self, noise_to_signal: Sequence[float]) -> Schedule:
         """Return the schedule of the levels of given σ/α, ascending; see :meth:`level`."""

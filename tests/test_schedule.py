@@ -187,17 +187,27 @@ def test_pairs_run_from_noise_to_clean():
     assert pairs[-1][2] == CLEAN
 
 
+RECTIFIED = [0.02 + 0.096 * k for k in range(11)]
+
+
 @pytest.mark.parametrize(
-    "schedule", [Schedule.linear(), Schedule.edm(), Schedule.linear().scale_noise(2.0)]
+    ("schedule", "total", "accuracy"),
+    [
+        (Schedule.linear().respace(20), lambda a, s: a**2 + s**2, 1e-12),
+        (Schedule.edm(20), lambda a, s: a, 1e-12),
+        (Schedule([1 - s for s in RECTIFIED], RECTIFIED, RECTIFIED), lambda a, s: a + s, 1e-12),
+        (Schedule.linear().scale_noise(2.0), lambda a, s: a**2 + s**2 / 4, 1e-5),
+    ],
 )
-def test_levels_between_levels(schedule):
-    for i in (0, 40, len(schedule) - 1):
+def test_levels_between_levels(schedule, total, accuracy):
+    for i in (0, 4, len(schedule) - 1):
         own = schedule[i]
         assert schedule.level(own.sigma / own.alpha) == pytest.approx(own, rel=1e-9)
     between = schedule.level(1.3)
     assert between.sigma / between.alpha == pytest.approx(1.3)
-    if schedule.alphas[0] != 1 and schedule.sigmas[-1] < 1.01:
-        assert between.alpha**2 + between.sigma**2 == pytest.approx(1, abs=1e-5)
+    assert total(between.alpha, between.sigma) == pytest.approx(1, abs=accuracy)
+    if schedule.times[3] == schedule.sigmas[3]:
+        assert between.time == pytest.approx(between.sigma)
     low, high = schedule.range
     for outside in (0.9 * low, 1.1 * high):
         with pytest.raises(InputError, match="The prior knows noise levels"):

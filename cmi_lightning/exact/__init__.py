@@ -6,7 +6,6 @@ from cmi_lightning.exact.covariances import (
     DiagonalCovariance,
     StationaryCovariance,
 )
-from cmi_lightning.exact.law import sampler_law, wasserstein
 from cmi_lightning.exact.dense import (
     DenseProblem,
     as_dense,
@@ -23,6 +22,7 @@ from cmi_lightning.exact.dense import (
     third_order,
 )
 from cmi_lightning.exact.gaussian import GaussianPrior, power_law_prior
+from cmi_lightning.exact.law import sampler_law, wasserstein
 from cmi_lightning.exact.mixture import GaussianMixture, load_mixture
 
 __all__ = [

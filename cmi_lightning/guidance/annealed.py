@@ -28,5 +28,5 @@ class AnnealedDPS(Guidance):
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
         """Move x̂₀ by the annealed likelihood's score."""
         variance = step.problem.std**2 + (step.t.sigma / step.t.alpha) ** 2
-        A = step.problem.operator
+        A = step.linearized
         return x0 + step.covariance_factor * step.vjp(A.adjoint(step.residual.detach() / variance))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -89,11 +90,12 @@ def residual_gradient(step: Step) -> Tensor:
     return -step.vjp(step.linearized.adjoint(unit(step.residual.detach())))
 
 
-def refuse_nonlinear(guidances: Iterable[Guidance], operator: Operator) -> None:
-    """Raise an InputError if a guidance needs a linear operator and this one is not."""
-    for guidance in guidances:
-        if guidance.active and guidance.needs_linear and not isinstance(operator, LinearOperator):
+def refuse_nonlinear(parts: Iterable[Any], operator: Operator) -> None:
+    """Raise an InputError if a guidance or solver needs a linear operator and this one is not."""
+    for part in parts:
+        needs = part.needs_linear and getattr(part, "active", True)
+        if needs and not isinstance(operator, LinearOperator):
             raise InputError(
-                f"{type(guidance).__name__} needs a linear operator and "
-                f"{type(operator).__name__} is none; use DPS, DSG, PiGDM or MomentMatching."
+                f"{type(part).__name__} needs a linear operator and "
+                f"{type(operator).__name__} is none; use DPS, DSG, PiGDM, MomentMatching or DAPS."
             )

@@ -65,7 +65,7 @@ class CADPS(Guidance):
         """Move x̂₀ to the posterior mean, for "paper"."""
         if self.reading == "code":
             return x0
-        A, r, c = step.problem.operator, step.residual.detach(), step.covariance_factor
+        A, r, c = step.linearized, step.residual.detach(), step.covariance_factor
         signs = (step.noise.signs(f"cadps/{k}", step.index, step.x) for k in range(self.probes))
         P = c * torch.stack([v * step.vjp(v) for v in signs]).mean(0).clamp_min(0)
         variance = step.problem.std**2

@@ -69,7 +69,7 @@ def noised_measurement(step: Step, name: str, fresh: float) -> Tensor:
 
     Its noise is √(1 − c) of the last one's and √c of a new one's, c = ``fresh``.
     """
-    A, y, t, s = step.problem.operator, step.problem.y, step.t, step.s
+    A, y, t, s = step.linearized, step.problem.y, step.t, step.s
     noise = A(step.normal(f"{name}/noise"))
     if (y_t := step.memory.get(f"{name}/y")) is not None:
         noise = (1 - fresh) ** 0.5 * (y_t - t.alpha * y) / t.sigma + fresh**0.5 * noise

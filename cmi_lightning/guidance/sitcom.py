@@ -66,7 +66,7 @@ class SITCOM(Guidance):
             far = norm(r) > limit
             if not bool(far.any()):
                 break
-            g = -2 * inner.vjp(step.problem.operator.adjoint(r)) + 2 * self.closeness * (v - x)
+            g = -2 * inner.vjp(inner.linearized.adjoint(r)) + 2 * self.closeness * (v - x)
             if self.optimiser == "adam":
                 first = FIRST * first + (1 - FIRST) * g
                 second = SECOND * second + (1 - SECOND) * g**2

@@ -32,7 +32,7 @@ class TMPD(Guidance):
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
         """Move x̂₀ towards the posterior mean."""
-        A, r, c = step.problem.operator, step.residual.detach(), step.covariance_factor
+        A, r, c = step.linearized, step.residual.detach(), step.covariance_factor
         ones = A.zero_padding(torch.ones_like(r))
         sums = c * A(step.vjp(A.adjoint(ones)))
         negative = A.zero_padding((sums < 0).to(r)).flatten(1).sum(1)

@@ -119,11 +119,12 @@ class PosteriorSampler(L.LightningModule):
         self.num_steps, self.seed, self.clamp = num_steps, seed, clamp
         self.measurement_noise = noise
         self.sampler()  # refuses parts that do not fit
-        refuse_nonlinear(self.guidances, self.operator)
-        for guidance in self.guidances:
-            if guidance.active and guidance.needs_noise and self.measurement_noise.std == 0:
+        parts: tuple[Any, ...] = (self.solver, *(g for g in self.guidances if g.active))
+        refuse_nonlinear(parts, self.operator)
+        for part in parts:
+            if part.needs_noise and self.measurement_noise.std == 0:
                 raise InputError(
-                    f"{type(guidance).__name__} needs measurement noise: set noise.sigma above 0."
+                    f"{type(part).__name__} needs measurement noise: set noise.sigma above 0."
                 )
 
     def sampler(self, dtype: torch.dtype | None = None) -> Sampler:

@@ -105,6 +105,6 @@ class DAPS(Solver):
         size = self.langevin_size * (1 - 0.99 * min(max(done, 0.0), 1.0))
         for k in range(self.langevin_steps):
             residual = (problem.y - problem.operator(x)) / problem.std**2
-            g = problem.operator.adjoint(residual) + (centre - x) / spread**2
+            g = problem.operator.vjp(x, residual) + (centre - x) / spread**2
             x = x + size * g + math.sqrt(2 * size) * step.normal(f"daps/{k}")
         return x

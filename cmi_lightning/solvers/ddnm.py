@@ -37,7 +37,7 @@ class DDNMPlus(Solver):
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
         """Return the corrected, renoised x̂₀."""
         problem, s, x0 = step.problem, step.s, guided_x0(step)
-        A, z = problem.operator, step.normal("solver")
+        A, z = step.linearized, step.normal("solver")
         if s.sigma == 0:  # κ = ∞, or 0 without noise
             x0 = x0 if problem.noisy else x0 + A.pinv(problem.y - A(x0))
             return Transition(x0, 0.0, z)

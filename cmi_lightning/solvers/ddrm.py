@@ -60,7 +60,7 @@ class DDRM(Solver):
     def start(self, level: Level, problem: Problem, noise: SampleNoise, like: Tensor) -> Tensor:
         """Return α times ȳ and what noise it lacks, where it is less noisy than the level."""
         std, ratio = _std(problem, like), level.sigma / level.alpha
-        A, z = problem.operator, noise.normal("start", 0, like)
+        A, z = problem.operator.linearize(like), noise.normal("start", 0, like)
 
         def known(s: Tensor) -> Tensor:
             return (s * ratio > std).to(like)
@@ -73,7 +73,7 @@ class DDRM(Solver):
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
         """Return the proposal, direction by direction."""
-        A, s, x0 = step.problem.operator, step.s, guided_x0(step)
+        A, s, x0 = step.linearized, step.s, guided_x0(step)
         std, z = _std(step.problem, x0), step.normal("solver")
         epsilon = (step.x.detach() - step.t.alpha * step.x0.detach()) / step.t.sigma
         rest = (1 - self.eta**2) ** 0.5

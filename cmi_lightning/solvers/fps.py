@@ -88,9 +88,10 @@ class FPS(Solver):
 
 def _log_weight(problem: Problem, mean: Tensor, variance: float) -> Tensor:
     """Return log N(y; A mean, v A Aᵀ + Σ_n) (B,), but for a constant."""
-    e = problem.y - problem.operator(mean)
+    A = problem.operator.linearize(mean)
+    e = problem.y - A(mean)
     if variance > 0:
-        solved = problem.operator.solve(e, problem.std**2 / variance) / variance
+        solved = A.solve(e, problem.std**2 / variance) / variance
     else:
         solved = e / problem.std**2
     return -0.5 * dot(e, solved)

@@ -65,7 +65,7 @@ class REDDiff(Solver):
         count = kept.get("reddiff/count", torch.zeros_like(x.flatten(1)[:, 0])) + 1
         A, y = problem.operator, problem.y
         measured = A.zero_padding(torch.ones_like(y)).flatten(1).sum(1)
-        data = -A.adjoint((y - A(mean)) / measured.reshape(-1, *(1,) * (y.ndim - 1)))
+        data = -A.vjp(mean, (y - A(mean)) / measured.reshape(-1, *(1,) * (y.ndim - 1)))
         z, epsilon = ((x - t.alpha * m) / t.sigma for m in (mean, step.x0.detach()))
         g = data + self.weight * t.sigma / t.alpha / x[0].numel() * (epsilon - z)
         first = FIRST * kept.get("reddiff/first", zero) + (1 - FIRST) * g
