@@ -129,9 +129,9 @@ class Problem:
             x: centre (B, *).
             variance: v > 0.
             z: standard normal, like x.
-            n: standard normal, like y.
+            n: standard normal, like y, and 0 at padding.
         """
-        perturbed = replace(self, y=self.y + self.std * self.operator.zero_padding(n))
+        perturbed = replace(self, y=self.y + self.std * n)
         return perturbed.prox(x + variance**0.5 * z, variance)
 
     @property

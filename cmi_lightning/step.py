@@ -167,6 +167,11 @@ class Step:
         stream = f"{stream}~{self.visit}" if self.visit else stream
         return self.noise.normal(stream, self.index, self.x if like is None else like).detach()
 
+    def measurement_normal(self, stream: str) -> Tensor:
+        """Return standard normal noise of a stream, one number a measurement (B, *m)."""
+        A, y = self.problem.operator, self.problem.y
+        return A.sample_noise(lambda like: self.normal(stream, like), y)
+
     def at(self, x: Tensor, level: Level) -> Step:
         """Return the same step seen from another point and noise level.
 

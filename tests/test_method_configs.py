@@ -76,7 +76,7 @@ def test_on_every_operator(prior, images, name):
         x = restored(sampler, operator, images, IDS)
         assert x.shape == images.shape
         assert bool(torch.isfinite(x).all())
-        if i == sum(map(ord, name)) % len(OPERATORS):  # a batch is its samples
+        if i in (1, sum(map(ord, name)) % len(OPERATORS)):  # a batch is its samples; 1 is ragged
             alone = restored(sampler, operator, images[1:], IDS[1:])
             torch.testing.assert_close(x[1:], alone, rtol=1e-3, atol=1e-3)
 

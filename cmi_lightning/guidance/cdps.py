@@ -58,7 +58,7 @@ class CDPS(Guidance):
             return transition
         scaled = step.s.alpha * step.problem.noise_std
         problem = replace(step.problem, y=y_s, noise_std=scaled)
-        n = step.normal("cdps/measurement", y_s)
+        n = step.measurement_normal("cdps/measurement")
         mean = problem.prox(transition.mean, std**2)
         drawn = problem.draw(transition.mean, std**2, transition.noise, n)
         return replace(transition, mean=mean, noise=(drawn - mean) / std)

@@ -76,7 +76,7 @@ class DAPS(Solver):
         spread = step.t.sigma / step.t.alpha
         x = self._flow(step, spread)
         if isinstance(step.problem.operator, LinearOperator):
-            z, n = step.normal("daps"), step.normal("daps/measurement", step.problem.y)
+            z, n = step.normal("daps"), step.measurement_normal("daps/measurement")
             x = step.problem.draw(x, spread**2, z, n)
         else:
             x = self._langevin(step, x, spread)

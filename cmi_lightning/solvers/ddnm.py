@@ -42,7 +42,7 @@ class DDNMPlus(Solver):
             x0 = x0 if problem.noisy else x0 + A.pinv(problem.y - A(x0))
             return Transition(x0, 0.0, z)
         root = s.alpha * problem.std / s.sigma
-        z1, z3 = step.normal("ddnm"), step.normal("ddnm/measurement", problem.y)
-        lacking = A(z1 - z) - root * A.zero_padding(z3)
+        z1, z3 = step.normal("ddnm"), step.measurement_normal("ddnm/measurement")
+        lacking = A(z1 - z) - root * z3
         K_r, K_z = (A.adjoint(A.solve(r, root**2)) for r in (problem.y - A(x0), lacking))
         return Transition(s.alpha * (x0 + K_r), s.sigma, z + K_z)

@@ -80,7 +80,7 @@ class FPS(Solver):
         if q.variance > 0:
             moved = []
             for k, mean in enumerate(means.unbind(1)):
-                z, n = step.normal(f"fps/x/{k}", mean), step.normal(f"fps/y/{k}", y_s)
+                z, n = step.normal(f"fps/x/{k}", mean), step.measurement_normal(f"fps/y/{k}")
                 moved.append(problem.draw(mean, q.variance, z, n))
             means = step.memory["fps"] = torch.stack(moved, 1)
         return Transition(means[:, 0], 0.0, torch.zeros_like(means[:, 0]))

@@ -67,9 +67,8 @@ class PnPDM(Solver):
         if s.sigma == 0:
             return Transition(x, 0.0, step.normal("solver"))
         rho = s.sigma / s.alpha
-        z = problem.draw(
-            x, rho**2, step.normal("solver"), step.normal("pnpdm/measurement", problem.y)
-        )
+        n = step.measurement_normal("pnpdm/measurement")
+        z = problem.draw(x, rho**2, step.normal("solver"), n)
         return Transition(s.alpha * z, 0.0, step.normal("solver"))
 
     def _prior(self, step: Step) -> Tensor:
