@@ -21,6 +21,7 @@ from cmi_lightning.files import write
 from cmi_lightning.paths import inside
 from cmi_lightning.predict.module import PosteriorSampler, Restoration
 from cmi_lightning.problem import Problem
+from cmi_lightning.statistics import mean_curves
 from cmi_lightning.step import Record
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class TrajectoryLogger(RecordingCallback):
         """Return the batch's curves."""
         entries = []
         for i, name in enumerate(outputs["id"]):
-            means, _ = _average(self.passes[name][-self.module.samples_per_image :])
+            means, _ = mean_curves(self.passes[name][-self.module.samples_per_image :])
             curves = {q: {str(n): plain(v) for n, v in curve.items()} for q, curve in means.items()}
             norm = plain(float(outputs["noise_norm"][i]))
             entry: dict[str, Any] = {"curves": curves, "noise_norm": norm}
@@ -126,11 +127,8 @@ class TrajectoryLogger(RecordingCallback):
     def write(self, records: Sequence[dict[str, Any]]) -> None:
         """Write the curves, their plot and the strip."""
         self._reset()  # what was under way when a run broke off
-        every: list[Curves] = [
-            {q: {int(n): float(v) for n, v in c.items()} for q, c in record["curves"].items()}
-            for record in records
-        ]
-        self.means, counts = _average(every)
+        every = [record["curves"] for record in records]
+        self.means, counts = mean_curves(every)
         ids = [record["id"] for record in records]
         write(self.folder / "trajectory.csv", self._table(counts, ids, every).encode())
         expected = [float(record["noise_norm"]) for record in records]
@@ -159,7 +157,12 @@ class TrajectoryLogger(RecordingCallback):
                 by_step[step][f"trajectory/{quantity}"] = mean
         return sorted(by_step.items())
 
-    def _table(self, counts: Curves, ids: list[str], every: list[Curves]) -> str:
+    def _table(
+        self,
+        counts: Mapping[str, Mapping[int, int]],
+        ids: list[str],
+        every: list[dict[str, dict[str, float]]],
+    ) -> str:
         means = self.means
         file = io.StringIO()
         writer = csv.writer(file)
@@ -169,8 +172,8 @@ class TrajectoryLogger(RecordingCallback):
         for number, (index, now, _) in enumerate(pairs, start=1):
             level = [_short(v) for v in (now.time, now.alpha, now.sigma)]
             for quantity in [q for q in means if number in means[q]]:
-                row = [quantity, _short(means[quantity][number]), int(counts[quantity][number])]
-                own = [curves.get(quantity, {}).get(number) for curves in every]
+                row = [quantity, _short(means[quantity][number]), counts[quantity][number]]
+                own = [curves.get(quantity, {}).get(str(number)) for curves in every]
                 each = ["" if v is None else _short(v) for v in own] if self.per_sample else []
                 writer.writerow([number, index, *level, *row, *each])
         return file.getvalue()
@@ -188,20 +191,6 @@ class TrajectoryLogger(RecordingCallback):
             strip = tile(rows, headings)
             save_png(strip, self.folder / "film.png")
             log_image(self.trainer, "film", strip)
-
-
-def _average(every: list[Curves]) -> tuple[Curves, Curves]:
-    """Return the mean of each quantity at each step over those that have it, and their number."""
-    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for curves in every:
-        for quantity, curve in curves.items():
-            for number, value in curve.items():
-                values[quantity][number].append(value)
-    means, counts = (
-        {q: {n: f(v) for n, v in sorted(points.items())} for q, points in values.items()}
-        for f in (lambda v: math.fsum(v) / len(v), lambda v: float(len(v)))
-    )
-    return means, counts
 
 
 def _short(value: float) -> str:

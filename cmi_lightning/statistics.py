@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,25 @@ def mean_and_error(values: Sequence[float], clusters: Sequence[Hashable] | None 
         return Estimate(mean)
     squares = math.fsum(math.fsum(of_cluster) ** 2 for of_cluster in sums.values())
     return Estimate(mean, math.sqrt(squares * len(sums) / (len(sums) - 1)) / count)
+
+
+def mean_curves(
+    every: Iterable[Mapping[str, Mapping[Any, Any]]],
+) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, int]]]:
+    """Return the means of curves, and of how many curves each is.
+
+    Args:
+        every: curves by quantity: values, or six digits of them, by the number of the step.
+
+    Example:
+        >>> mean_curves([{"residual": {1: 4.0, 2: 1.0}}, {"residual": {1: 2.0}}])[0]
+        {'residual': {1: 3.0, 2: 1.0}}
+    """
+    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for curves in every:
+        for quantity, curve in curves.items():
+            for step, value in curve.items():
+                values[quantity][int(step)].append(float(value))
+    at = {quantity: sorted(curve.items()) for quantity, curve in values.items()}
+    means = {q: {step: math.fsum(v) / len(v) for step, v in curve} for q, curve in at.items()}
+    return means, {q: {step: len(v) for step, v in curve} for q, curve in at.items()}

@@ -19,19 +19,14 @@ from torch.utils.data import DataLoader
 from cmi_lightning import GaussianNoise, PosteriorSampler
 from cmi_lightning.callbacks import FeatureMetrics, SamplingCallback
 from cmi_lightning.callbacks.classifier import WEIGHTS, GarmentClassifier
-from cmi_lightning.callbacks.distances import (
-    FrechetBootstrap,
-    frechet,
-    kernel,
-    kernel_many,
-    perceptual,
-)
+from cmi_lightning.callbacks.distances import frechet, kernel, perceptual
 from cmi_lightning.callbacks.drawing import levels
 from cmi_lightning.callbacks.embeddings import embedding_path, read_embeddings
 from cmi_lightning.data.fashion import DEBIAN_FOLDER, FashionMNIST
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import DPS
 from cmi_lightning.operators import BoxMask
+from cmi_lightning.table.resampling import frechet_many, kernel_many
 
 # Fashion-MNIST's labels of its first 64 test images.
 LABELS = "9211614657457341248025791460938833807579613767212244582284807785"
@@ -258,16 +253,13 @@ def test_kernel_of_unequal_sets_is_the_same_twice_and_leaves_the_generator():
 
 
 @pytest.mark.parametrize("features", [8, 40])  # more images than features, and fewer
-def test_resampled_distances_are_torchmetrics_of_repeated_rows(features, monkeypatch):
+def test_resampled_distances_are_torchmetrics_of_repeated_rows(features):
     x, y = clouds(30, features)
     g = torch.Generator().manual_seed(3)
     rows = torch.randint(30, (70, 30), generator=g)  # more than one chunk of them
     counts = torch.stack([torch.bincount(r, minlength=30) for r in rows])
-    bootstrap, kernels = FrechetBootstrap(x, counts), kernel_many(x, y, counts)
-    many = bootstrap(y)
-    assert torch.equal(bootstrap(y), many)  # from what it has kept
-    monkeypatch.setattr("cmi_lightning.callbacks.distances.MOST_KEPT", 0)
-    assert torch.equal(FrechetBootstrap(x, counts)(y), many)
+    many, kernels = frechet_many(x, y, counts), kernel_many(x, y, counts)
+    assert torch.equal(frechet_many(x, y, counts), many)
     for i in (0, 1, 63, 64, 69):
         assert float(many[i]) == pytest.approx(frechet(x[rows[i]], y[rows[i]]), rel=1e-5)
         assert float(kernels[i]) == pytest.approx(kernel(x[rows[i]], y[rows[i]]), rel=1e-6)
@@ -276,7 +268,7 @@ def test_resampled_distances_are_torchmetrics_of_repeated_rows(features, monkeyp
 def test_resampled_frechet_with_fewer_images_than_features():
     x, y = clouds(10, 16)
     once = torch.ones(1, 10)
-    assert float(FrechetBootstrap(x, once)(y)) == pytest.approx(frechet(x, y), abs=1e-5, rel=1e-6)
+    assert float(frechet_many(x, y, once)) == pytest.approx(frechet(x, y), abs=1e-5, rel=1e-6)
 
 
 # Runs --------------------------------------------------------------------------------------------

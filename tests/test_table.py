@@ -34,15 +34,11 @@ from cmi_lightning.table.aggregate import aggregate
 from cmi_lightning.table.cells import SET_RESAMPLES, StartedCell
 from cmi_lightning.table.command import parse, rounds
 from cmi_lightning.table.progress import ProgressPrinter
-from cmi_lightning.table.run import FinishedCell, Job, at_equal_cost, records, run, run_job
-from cmi_lightning.table.significance import (
-    bootstrap_interval,
-    holm,
-    interval_and_p,
-    resamples_of,
-    sign_flip_p,
-)
-from cmi_lightning.table.spec import Method, Posterior, Table, Task, passes
+from cmi_lightning.table.records import at_equal_cost, passes, records
+from cmi_lightning.table.resampling import bootstrap_interval, interval_and_p, resamples_of
+from cmi_lightning.table.run import FinishedCell, Job, run, run_job
+from cmi_lightning.table.significance import holm, sign_flip_p
+from cmi_lightning.table.spec import Method, Posterior, Table, Task
 from cmi_lightning.table.tune import best, trial
 from cmi_lightning.table.tune import check as check_tuning
 
@@ -436,8 +432,8 @@ def test_distances_of_sets_are_resampled_by_clusters(tmp_path):
         path = embedding_path(cell.folder, name)
         path.parent.mkdir(exist_ok=True)
         np.save(path, feature)
-    started = StartedCell(table, cell, records(cell.folder), {})
-    whole, first, *_ = started.distances("frechet", ids).tolist()
+    started = StartedCell(table, cell, records(cell.folder))
+    whole, first, *_ = started.distances("frechet", tuple(ids)).tolist()
     drawn = resamples_of(9, SET_RESAMPLES)[0]
     chosen = np.repeat(np.arange(12), [drawn[int(name[0]) - 1] for name in ids])
     real, fake = torch.from_numpy(features[:, 0]), torch.from_numpy(features[:, 1])

@@ -14,10 +14,11 @@ from cmi_lightning.files import write_json
 from cmi_lightning.statistics import Estimate
 
 SCHEMA = 1
+Variant = Literal["base", "cmi", "descent", "equal"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 CMI = "CMI"  # the added guidance, in labels and in `step_sizes`: "CMI+DPS"
-Variant = Literal["base", "cmi", "equal"]
-VARIANTS: tuple[Variant, ...] = ("base", "cmi", "equal")
-AGAINST = ("base", "equal")  # what CMI is compared with
+ADDED: dict[str, str] = {"cmi": CMI, "descent": "descent"}  # what variants add to their base
+AGAINST = ("base", "equal")  # what the added guidance is compared with
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from cmi_lightning.report import results as reported
-from cmi_lightning.report.results import CMI, Comparison, Draws, Metric, Results, Search
+from cmi_lightning.report.results import ADDED, Comparison, Draws, Metric, Results
 from cmi_lightning.statistics import Estimate
-from cmi_lightning.table.cells import MEASURED, METRICS, Key, StartedCell, read_json, started_cells
+from cmi_lightning.table.cells import MEASURED, METRICS, Key, StartedCell, started_cells
 from cmi_lightning.table.comparisons import compare
 from cmi_lightning.table.examples import examples, extremes
-from cmi_lightning.table.significance import LEVEL
-from cmi_lightning.table.spec import Cell, Table, passes
-from cmi_lightning.table.tune import read_study
+from cmi_lightning.table.records import passes, read_json
+from cmi_lightning.table.resampling import LEVEL
+from cmi_lightning.table.spec import Cell, Table
+from cmi_lightning.table.tune import Study, read_study
 
 Cells = Mapping[Key, StartedCell]
 
@@ -41,6 +42,9 @@ def aggregate(table: Table, config: str = "", command: str = "") -> Results:
     read = [(cell, read_json(cell.folder / "posterior.json")) for cell in table.posterior_cells()]
     posterior = [(cell, summary) for cell, summary in read if summary]
     study = _study(table)
+    notes = [*_notes(table, cells, comparisons, study), *_notes_on_draws(posterior)]
+    first = next(iter(cells.values())).cell.folder if cells else table.folder
+    protocols = [read_json(first / name) for name in ("summary.json", "features.json")]
     return Results(
         title=table.title,
         command=command,
@@ -50,12 +54,10 @@ def aggregate(table: Table, config: str = "", command: str = "") -> Results:
         environment=_environment(),
         images=max((len(c.all) for c in cells.values()), default=0),
         steps=table.steps,
-        notes=tuple(
-            dict.fromkeys([*_notes(table, cells, comparisons, study), *_notes_on_draws(posterior)])
-        ),
+        notes=tuple(dict.fromkeys(notes)),
         study=study,
         objective=table.objective,
-        protocol=_protocol(cells),
+        protocol={k: str(v) for file in protocols for k, v in file.get("protocol", {}).items()},
         metrics=metrics,
         tasks=tuple(reported.Task(key, task.label) for key, task in table.tasks.items()),
         methods=tuple(table.methods),
@@ -82,7 +84,6 @@ def _metrics(cells: Cells) -> tuple[Metric, ...]:
 
 
 def _cell(table: Table, key: Key, started: StartedCell, metrics: Sequence[Metric]) -> reported.Cell:
-    means = {m.key: started.estimate(m.key) for m in metrics if m.per_image}
     return reported.Cell(
         *key,
         label=started.cell.label,
@@ -90,7 +91,7 @@ def _cell(table: Table, key: Key, started: StartedCell, metrics: Sequence[Metric
         images=len(started.all),
         failed=started.failed,
         options={f"step_sizes.{k}": float(v) for k, v in started.cell.step_sizes.items()},
-        metrics=_there(means) | started.sets([m.key for m in metrics]),
+        metrics=started.estimates(metrics),
         passes=passes(started.all),
         seconds=started.seconds(),
         folder=started.cell.folder.relative_to(table.folder).as_posix(),
@@ -98,18 +99,10 @@ def _cell(table: Table, key: Key, started: StartedCell, metrics: Sequence[Metric
     )
 
 
-def _there(estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:
-    return {name: e for name, e in estimates.items() if e.mean is not None}
-
-
 def _measured(cells: Cells, metrics: Sequence[Metric]) -> dict[str, dict[str, Estimate]]:
     """Return the metrics of A⁺y, from the first cell of each task."""
-    measured: dict[str, dict[str, Estimate]] = {}
-    for (task, _, _), started in cells.items():
-        if task not in measured:
-            means = {m.key: started.estimate(m.key, "_measurement") for m in metrics}
-            measured[task] = _there(means) | started.sets([m.key for m in metrics], MEASURED)
-    return measured
+    first = {task: started for (task, _, _), started in reversed(cells.items())}
+    return {task: first[task].estimates(metrics, MEASURED) for task, _, _ in cells}
 
 
 def _draws(table: Table, cell: Cell, summary: Mapping[str, Any]) -> Draws:
@@ -139,10 +132,7 @@ def _notes_on_draws(posterior: Sequence[tuple[Cell, Mapping[str, Any]]]) -> Iter
 
 
 def _notes(
-    table: Table,
-    cells: Cells,
-    comparisons: Sequence[Comparison],
-    study: Mapping[str, Mapping[str, Search]],
+    table: Table, cells: Cells, comparisons: Sequence[Comparison], study: Study
 ) -> Iterator[str]:
     if not cells:
         yield "No cell has finished an image yet."
@@ -168,8 +158,7 @@ def _notes(
             f"The images are of {count} clusters. Standard errors, intervals and tests take "
             "clusters as the independent units, not images."
         )
-    family = sum((c.variant, c.against) == ("cmi", "base") for c in comparisons)
-    if family:
+    if family := sum((c.variant, c.against) == ("cmi", "base") for c in comparisons):
         yield (
             f"{family} comparisons with the base are made of each metric. A difference is "
             f"significant after Holm's correction over all of its kind (family-wise "
@@ -189,19 +178,21 @@ def _notes(
             "The rows of equal cost have the step sizes that were chosen for "
             f"{table.steps} steps; nothing was searched for their longer runs."
         )
-    searches = [s for task in study.values() for name, s in task.items() if name.startswith(CMI)]
-    if searches:
-        zero = sum(search.winner == 0 for search in searches)
-        yield (
-            f"In {zero} of {len(searches)} cells the search on validation images preferred no CMI "
-            "to every scale of it; the table shows the best scale other than zero."
-        )
+    for word in ADDED.values():
+        every = [(name, s) for searches in study.values() for name, s in searches.items()]
+        searches = [s for name, s in every if name.startswith(f"{word}+")]
+        if searches:
+            zero = sum(search.winner == 0 for search in searches)
+            what = "CMI" if word == "CMI" else f"{word} of CMI"
+            yield (
+                f"In {zero} of {len(searches)} cells the search on validation images preferred no "
+                f"{what} to every scale of it; the table shows the best scale other than zero."
+            )
 
 
-def _study(table: Table) -> dict[str, dict[str, Search]]:
+def _study(table: Table) -> Study:
     """Return what ``tune`` tried for the table's rows and chose, where the table uses it."""
-    study = read_study(table)
-    if not study:
+    if not (study := read_study(table)):
         return {}
     return {
         task: {
@@ -213,33 +204,21 @@ def _study(table: Table) -> dict[str, dict[str, Search]]:
     }
 
 
-def _protocol(cells: Cells) -> dict[str, str]:
-    """Return how the metrics were computed, as the first cell's run says."""
-    folders = [started.cell.folder for started in cells.values()][:1]
-    files = [read_json(f / name) for f in folders for name in ("summary.json", "features.json")]
-    return {key: str(v) for file in files for key, v in file.get("protocol", {}).items()}
-
-
 def _environment() -> dict[str, str]:
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    software = {"python": platform.python_version(), "platform": platform.platform()}
     for name in ("cmi-lightning", "torch", "lightning", "torchmetrics", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {**found, "device": device}
+            software[name] = version(name)
+    return software | {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    }
 
 
 def _commit() -> str | None:
     """Return the commit of the checkout this package is in, if it is in one."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    here = Path(__file__).parent
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() or None
+    return None

@@ -26,8 +26,8 @@ from cmi_lightning.table.aggregate import aggregate
 from cmi_lightning.table.progress import ProgressPrinter, first_process
 from cmi_lightning.table.run import Job, run
 from cmi_lightning.table.spec import Cell, Table
+from cmi_lightning.table.tune import added_guidances, count_trials, read_study, trial
 from cmi_lightning.table.tune import check as check_tuning
-from cmi_lightning.table.tune import trial
 from cmi_lightning.table.tune import tune as search
 
 
@@ -58,13 +58,11 @@ def tune(args: Sequence[str]) -> int:
     """Choose step sizes on the validation images of a table's configuration."""
     spec, _ = parse(args, "tune")
     check_tuning(spec)
-    rows = spec.rows()
-    probes = [trial(spec, task, method, 1.0) for task, method in rows]
-    probes += [trial(spec, task, method, 1.0, 1.0) for task, method in rows]
+    probes = [trial(spec, *row, 1.0) for row in spec.rows()]
+    probes += [trial(spec, *row, 1.0, 1.0, v) for row in spec.rows() for v in added_guidances(spec)]
     check(spec, probes)
-    trials = sum(len(spec.methods[m].space) for _, m in rows) + len(rows) * len(spec.cmi.space)
-    with _alone(spec), _stopping(spec):
-        search(spec, ProgressPrinter(spec, trials))
+    with _at_work(spec):
+        search(spec, ProgressPrinter(spec, count_trials(spec)))
     if not first_process():
         return 0
     print(f"study: {spec.folder / 'tune' / 'study.json'}")
@@ -74,19 +72,16 @@ def tune(args: Sequence[str]) -> int:
 
 def rounds(table: Table) -> list[list[Job]]:
     """Return the work of a table, in rounds that each go over all cells that want more images."""
-    found = []
+    work = []
     for before in range(0, table.images, table.round):
-        rows = [
-            tuple(
-                table.cell(task, method, variant)
-                for variant in table.variants(method)
-                if table.limit(variant, table.images) > before
-            )
-            for task, method in table.rows()
-        ]
         images = min(before + table.round, table.images)
-        found.append([Job(cells, images) for cells in rows])
-    return found
+        part = []
+        for task, method in table.rows():
+            every = table.variants(method)
+            wanted = [v for v in every if table.limit(v, table.images) > before]
+            part.append(Job(tuple(table.cell(task, method, v) for v in wanted), images))
+        work.append(part)
+    return work
 
 
 def check(table: Table, cells: Sequence[Cell]) -> None:
@@ -115,42 +110,35 @@ def table(args: Sequence[str]) -> int:
     posterior = list(spec.posterior_cells())
     work = rounds(spec)
     check(spec, [cell for job in work[0] for cell in job.cells] + posterior)
-    if first and _found_other_sizes(spec):
+    if first and _other_sizes_were_chosen(spec):
         print(f"The step sizes that were found are not used: add -c {spec.folder}/step_sizes.yaml")
     if posterior and spec.posterior is not None:
         work.append([Job((cell,), spec.posterior.images) for cell in posterior])
     if spec.report_only:
-        work = []
+        work = [[]]
     jobs = [job for part in work for job in part]
     printer = ProgressPrinter(spec, sum(len(job.cells) for job in jobs))
     printer.expect(jobs)
-    with _alone(spec), _stopping(spec):
+    with _at_work(spec):
         for part in work:
             try:
                 run(spec, part, printer)
             finally:  # what is done is shown, whatever became of the rest
                 if first:
                     publish(spec, text, command)
-        if not work:
-            publish(spec, text, command)
     if not first:
         return 0  # Lightning takes any other code of a further process for a crash
     print(f"report: {spec.folder / 'report.html'}; numbers: {spec.folder / 'table.csv'}")
     return 3 if any(cell.failed for cell in read_results(spec.folder / "results.json").cells) else 0
 
 
-def _found_other_sizes(table: Table) -> bool:
-    """Whether ``tune`` has found step sizes in the table's folder that the table does not use."""
-    import yaml
-
-    path = table.folder / "step_sizes.yaml"
-    if not path.is_file():
-        return False
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))["step_sizes"]
+def _other_sizes_were_chosen(table: Table) -> bool:
+    """Whether ``tune`` has chosen step sizes in the table's folder that the table does not use."""
     return any(
-        table.step_sizes.get(task, {}).get(name) != size
-        for task in dict.fromkeys(task for task, _ in table.rows())
-        for name, size in found.get(task, {}).items()
+        search.chosen not in (None, table.step_sizes.get(task, {}).get(name))
+        for task, searches in read_study(table).items()
+        for name, search in searches.items()
+        if task in {task for task, _ in table.rows()}
     )
 
 
@@ -163,15 +151,36 @@ def publish(table: Table, config: str, command: str) -> None:
 
 
 @contextlib.contextmanager
-def _alone(table: Table) -> Iterator[None]:
-    """Keep a second command out of the folder.
+def _at_work(table: Table) -> Iterator[None]:
+    """Keep a second command out of the folder, and say how to go on after Ctrl-C or SIGTERM.
+
+    Both end a cell with their exit codes.
 
     Raises:
-        InputError: if one is at work there.
+        InputError: if a command is at work there.
     """
-    if table.report_only or not first_process():  # files are written whole: a look does no harm
-        yield
-        return
+
+    def terminate(signum: int, frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
+    with contextlib.ExitStack() as stack:
+        if not table.report_only and first_process():  # files are written whole: a look is safe
+            stack.callback(_alone(table).release)
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit) as stop:
+            code = stop.code if isinstance(stop, SystemExit) else 130
+            print(
+                f"cmi-lightning: stopped; what is done is in '{table.folder}'. Run the same "
+                "command again to go on.",
+                file=sys.stderr,
+            )
+            raise SystemExit(code) from None
+
+
+def _alone(table: Table) -> FileLock:
     make_folder(table.folder, "output")
     lock = FileLock(table.folder / ".lock")
     with contextlib.suppress(NotImplementedError):  # a file system without locks
@@ -182,28 +191,4 @@ def _alone(table: Table) -> Iterator[None]:
                 f"Another command is at work in '{table.folder}': wait for it, or set another "
                 "output."
             ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def _stopping(table: Table) -> Iterator[None]:
-    """Say how to go on after Ctrl-C or SIGTERM, which end a cell with their exit codes."""
-
-    def terminate(signum: int, frame: Any) -> None:
-        raise SystemExit(128 + signum)
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        code = stop.code if isinstance(stop, SystemExit) else 130
-        print(
-            f"cmi-lightning: stopped; what is done is in '{table.folder}'. Run the same command "
-            "again to go on.",
-            file=sys.stderr,
-        )
-        raise SystemExit(code) from None
+    return lock

@@ -11,13 +11,16 @@ import numpy as np
 
 from cmi_lightning.report.results import Comparison, Difference, Metric, Variant
 from cmi_lightning.table.cells import Key, StartedCell
-from cmi_lightning.table.significance import bootstrap_interval, holm, interval_and_p, sign_flip_p
+from cmi_lightning.table.resampling import bootstrap_interval, interval_and_p
+from cmi_lightning.table.significance import holm, sign_flip_p
 from cmi_lightning.table.spec import Table
 
 COMPARED: tuple[tuple[Variant, Variant], ...] = (
     ("cmi", "base"),
+    ("descent", "base"),
     ("equal", "base"),
     ("cmi", "equal"),
+    ("descent", "equal"),
 )
 
 
@@ -25,14 +28,14 @@ def compare(
     table: Table, cells: Mapping[Key, StartedCell], metrics: Sequence[Metric]
 ) -> tuple[Comparison, ...]:
     """Return the comparisons that a table's cells allow, each over the images that both have."""
-    found = []
+    comparisons = []
     for task, method in table.rows():
         for variant, against in COMPARED:
             one, other = cells.get((task, method, variant)), cells.get((task, method, against))
             if one is not None and other is not None:
                 differences = {m.key: d for m in metrics if (d := _difference(one, other, m))}
-                found.append(Comparison(task, method, variant, against, differences))
-    return _corrected(found)
+                comparisons.append(Comparison(task, method, variant, against, differences))
+    return _corrected(comparisons)
 
 
 def _difference(one: StartedCell, other: StartedCell, metric: Metric) -> Difference | None:
@@ -62,7 +65,7 @@ def _difference(one: StartedCell, other: StartedCell, metric: Metric) -> Differe
 
 
 def _difference_of_sets(one: StartedCell, other: StartedCell, metric: str) -> Difference | None:
-    ids = [name for name in one.records if name in other.records]
+    ids = tuple(name for name in one.records if name in other.records)
     if len(ids) < 3 or metric not in ("frechet", "kernel"):
         return None
     mine, theirs = one.distances(metric, ids), other.distances(metric, ids)

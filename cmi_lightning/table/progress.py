@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cmi_lightning.report.results import Variant
-from cmi_lightning.table.run import FinishedCell, Job, records
+from cmi_lightning.table.records import records
+from cmi_lightning.table.run import FinishedCell, Job
 from cmi_lightning.table.spec import Table
 
 SKIPPED = "skipped"  # the kind of cells in which nothing is left to restore

@@ -1,4 +1,4 @@
-"""What a difference between two cells is worth: intervals, tests, many comparisons."""
+"""Which differences between cells are more than chance: a test, and a correction for many."""
 
 from __future__ import annotations
 
@@ -7,32 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-RESAMPLES = 10_000
+from cmi_lightning.table.resampling import LEVEL, Array, of_clusters
+
 FLIPS = 100_000  # Holm's smallest levels are near 0.002, which 10,000 would know to a quarter only
-LEVEL = 0.05
-Array = np.ndarray
-
-
-def bootstrap_interval(
-    differences: Sequence[float],
-    clusters: Sequence[str] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean, clusters drawn with replacement.
-
-    Args:
-        differences: one paired difference per image.
-        clusters: the cluster of every image. Default: each has its own.
-        resamples: how many times the clusters are drawn.
-        seed: of the draws.
-
-    Source: Efron & Tibshirani (1993), An introduction to the bootstrap, ch. 13.
-    """
-    sums, sizes = _of_clusters(differences, clusters)
-    counts = resamples_of(len(sums), resamples, seed)
-    low, high = np.quantile(counts @ sums / (counts @ sizes), [LEVEL / 2, 1 - LEVEL / 2])
-    return float(low), float(high)
 
 
 def sign_flip_p(
@@ -52,21 +29,12 @@ def sign_flip_p(
         resamples: how many sets of signs are drawn.
         seed: of the signs.
     """
-    sums, _ = _of_clusters(differences, clusters)
+    sums, _ = of_clusters(differences, clusters)
     # Rounding must not make a difference of the flips that give the sum itself.
     least = abs(sums.sum()) * (1 - 1e-12)
     chunks = np.array_split(_signs(len(sums), resamples, seed), max(1, resamples // 10_000))
     beyond = sum(int((np.abs(signs @ sums) >= least).sum()) for signs in chunks)
     return float((1 + beyond) / (1 + resamples))
-
-
-def _of_clusters(values: Sequence[float], clusters: Sequence[str] | None) -> tuple[Array, Array]:
-    """Return the sum of values in every cluster, and how many there are."""
-    data = np.asarray(values, dtype=np.float64)
-    if clusters is None:
-        return data, np.ones(len(data))
-    codes = np.unique(clusters, return_inverse=True)[1]
-    return np.bincount(codes, data), np.bincount(codes)
 
 
 @functools.lru_cache(maxsize=4)  # comparisons of as many images take the same signs
@@ -75,34 +43,6 @@ def _signs(count: int, resamples: int, seed: int) -> Array:
     signs = rng.integers(0, 2, size=(resamples, count), dtype=np.int8) * 2 - 1
     signs.setflags(write=False)
     return signs
-
-
-@functools.lru_cache(maxsize=8)  # comparisons of as many images take the same draws
-def resamples_of(count: int, resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """Return (resamples, count): how often each image, or cluster, is drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
-    counts.setflags(write=False)
-    return counts
-
-
-def interval_and_p(value: float, draws: Array) -> tuple[float, float, float]:
-    """Return the 95 % basic bootstrap interval of a statistic of a set of images, and a p.
-
-    The draws d of the statistic θ are mirrored, 2θ − d: drawing with replacement moves a distance
-    between distributions up, as fewer images do, and mirroring takes that off instead of adding
-    it. p is twice the smaller share of mirrored draws on one side of 0, with one added to it.
-
-    Args:
-        value: the statistic θ of all images.
-        draws: the statistic in every resample.
-
-    Source: Davison & Hinkley (1997), Bootstrap methods and their application, §5.2.
-    """
-    mirrored = 2 * value - draws
-    low, high = np.quantile(mirrored, [LEVEL / 2, 1 - LEVEL / 2])
-    tail = min((mirrored <= 0).sum(), (mirrored >= 0).sum())
-    return float(low), float(high), float(min(1.0, 2 * (1 + tail) / (1 + len(draws))))
 
 
 def holm(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:

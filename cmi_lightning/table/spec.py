@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cmi_lightning.errors import InputError
-from cmi_lightning.report.results import CMI, VARIANTS, Variant
-
-SUFFIXES: dict[Variant, str] = {"base": "", "cmi": "-cmi", "equal": "-equal"}
+from cmi_lightning.report.results import ADDED, VARIANTS, Variant
+from cmi_lightning.table.clusters import check_rule, cluster_of
 
 
 @dataclass
@@ -75,6 +73,7 @@ class Table:
         tasks: the tasks, by a key that serves as a folder's name.
         methods: the bases, by name.
         cmi: the guidance that is added to each base.
+        descent: CMI downhill, by step sizes below zero, in rows of its own. Default: no such rows.
         output: folder of the cells, the report and the tables.
         images: how many images.
         round: images that every cell restores before any does more, so that a table is whole
@@ -90,8 +89,9 @@ class Table:
             Best a multiple of ``batch_size``: a batch that is cut is restored again when it grows.
         only_tasks: run these tasks alone.
         only_methods: run these methods alone.
-        step_sizes: by key of the task, then name of the method ("CMI+DPS" for CMI on DPS); what is
-            missing is as the configurations have it. ``cmi-lightning tune`` finds them.
+        step_sizes: by key of the task, then name of the method ("CMI+DPS" for CMI on DPS,
+            "descent+DPS" for its descent); what is missing is as the configurations have it.
+            ``cmi-lightning tune`` finds them.
         validation: configurations that select other images, for ``tune``, on top of ``common``.
         tune_images: how many of these are used.
         objective: the metric by which ``tune`` chooses.
@@ -112,6 +112,7 @@ class Table:
     tasks: dict[str, Task]
     methods: dict[str, Method]
     cmi: Method
+    descent: Method | None = None
     output: str = "runs/table"
     images: int = 200
     round: int = 50
@@ -143,52 +144,45 @@ class Table:
             )
         if self.batch_size is not None and (self.batch_size < 1 or self.round % self.batch_size):
             raise InputError(f"round must be a multiple of batch_size, got {self.round}.")
-        if self.cluster is not None and not self.cluster:
-            raise InputError("cluster: give a separator, or a regular expression with a group.")
-        if "(" in (self.cluster or ""):
-            try:
-                groups = re.compile(self.cluster or "").groups
-            except re.error as error:
-                raise InputError(f"cluster: '{self.cluster}' is no pattern: {error}.") from error
-            if groups != 1:
-                raise InputError(f"cluster: '{self.cluster}' needs one group, and has {groups}.")
-        for key in self.tasks:
-            if not key.replace("_", "").replace("-", "").isalnum():
-                raise InputError(
-                    f"tasks: '{key}' names a folder; use letters, digits, '-' and '_', and a label."
-                )
-        for rows, option in ((self.tasks, "tasks"), (self.methods, "methods")):
-            if not rows:
-                raise InputError(f"{option}: name at least one.")
-        folders: dict[str, str] = {}
-        for name in self.methods:
-            for suffix in SUFFIXES.values():
-                folder = f"{safe(name)}{suffix}"
-                if folder in folders or folder.startswith("."):
-                    raise InputError(
-                        f"methods: '{name}' would have '{folder}', another one's folder; rename it."
-                    )
-                folders[folder] = name
+        if self.cluster is not None:
+            check_rule(self.cluster)
+        self._check_folders()
         posterior = self.posterior or Posterior()
         if posterior.draws < 2 or posterior.images < 1:
             raise InputError("posterior needs draws of at least 2 and images of at least 1.")
+        added = [f"{word}+{method}" for word in ADDED.values() for method in self.methods]
+        names_of_sizes = [*self.methods, *added]
         for option, chosen, names in (
-            ("only_tasks", self.only_tasks, self.tasks),
-            ("only_methods", self.only_methods, self.methods),
-            ("posterior.tasks", posterior.tasks, self.tasks),
-            ("posterior.methods", posterior.methods, self.methods),
-            ("step_sizes", list(self.step_sizes), self.tasks),
+            ("only_tasks", self.only_tasks, list(self.tasks)),
+            ("only_methods", self.only_methods, list(self.methods)),
+            ("posterior.tasks", posterior.tasks, list(self.tasks)),
+            ("posterior.methods", posterior.methods, list(self.methods)),
+            ("step_sizes", list(self.step_sizes), list(self.tasks)),
+            *((f"step_sizes.{t}", list(s), names_of_sizes) for t, s in self.step_sizes.items()),
         ):
             if unknown := set(chosen or []) - set(names):
                 raise InputError(f"{option}: there is no '{min(unknown)}'; use {', '.join(names)}.")
         if not self.rows():
             raise InputError("only_tasks and only_methods leave nothing to do: name one of each.")
-        both = [*self.methods, *(f"{CMI}+{name}" for name in self.methods)]
-        for key, sizes in self.step_sizes.items():
-            if unknown := set(sizes) - set(both):
+
+    def _check_folders(self) -> None:
+        """Refuse names that cannot be folders of their own."""
+        for option in ("tasks", "methods"):
+            if not getattr(self, option):
+                raise InputError(f"{option}: name at least one.")
+        for key in self.tasks:
+            if not key.replace("_", "").replace("-", "").isalnum():
                 raise InputError(
-                    f"step_sizes.{key}: there is no '{min(unknown)}'; use {', '.join(both)}."
+                    f"tasks: '{key}' names a folder; use letters, digits, '-' and '_', and a label."
                 )
+        taken: set[str] = set()
+        for name, variant in itertools.product(self.methods, VARIANTS):
+            folder = folder_name(name, variant)
+            if folder in taken or folder.startswith("."):
+                raise InputError(
+                    f"methods: '{name}' would have '{folder}', another one's folder; rename it."
+                )
+            taken.add(folder)
 
     @property
     def folder(self) -> Path:
@@ -196,18 +190,8 @@ class Table:
         return Path(self.output).expanduser()
 
     def cluster_of(self, image: str) -> str | None:
-        """Return the cluster of an image, by its id; None where every image is its own.
-
-        Raises:
-            InputError: if the id does not match the regular expression.
-        """
-        if self.cluster is None:
-            return None
-        if "(" not in self.cluster:
-            return image.rpartition(self.cluster)[0] or image
-        if (match := re.search(self.cluster, image)) is None or match[1] is None:
-            raise InputError(f"cluster: '{self.cluster}' does not match the image '{image}'.")
-        return match[1]
+        """Return the cluster of an image, by its id; None where every image is its own."""
+        return None if self.cluster is None else cluster_of(image, self.cluster)
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the (task, method) pairs that are wanted."""
@@ -218,7 +202,12 @@ class Table:
     def variants(self, method: str) -> tuple[Variant, ...]:
         """Return what is run of a base: draws from the prior alone get no nearer by more steps."""
         equal = self.equal_cost and self.methods[method].option is not None
-        return VARIANTS if equal else VARIANTS[:2]
+        wanted = {"descent": self.descent is not None, "equal": equal}
+        return tuple(variant for variant in VARIANTS if wanted.get(variant, True))
+
+    def added(self, variant: Variant) -> Method | None:
+        """Return what a variant adds to its base."""
+        return {"cmi": self.cmi, "descent": self.descent}.get(variant)
 
     def limit(self, variant: Variant, images: int) -> int:
         """Return how many of the first ``images`` a variant restores."""
@@ -227,13 +216,11 @@ class Table:
     def cell(self, task: str, method: str, variant: Variant = "base") -> Cell:
         """Return a cell as it is reported."""
         sizes = self.step_sizes.get(task, {})
-        chosen = {}
-        for name, part in ((method, self.methods[method]), (f"{CMI}+{method}", self.cmi)):
-            if part.option is not None and name in sizes:
-                chosen[part.option] = sizes[name]
-        if variant != "cmi" and self.cmi.option is not None:
-            chosen.pop(self.cmi.option, None)
-        folder = self.folder / "cells" / task / f"{safe(method)}{SUFFIXES[variant]}"
+        parts = {method: self.methods[method]}
+        if (added := self.added(variant)) is not None:
+            parts[f"{ADDED[variant]}+{method}"] = added
+        chosen = {m.option: sizes[name] for name, m in parts.items() if m.option and name in sizes}
+        folder = self.folder / "cells" / task / folder_name(method, variant)
         return Cell(task, method, variant, chosen, self.steps, folder)
 
     def posterior_cells(self) -> Iterator[Cell]:
@@ -243,28 +230,26 @@ class Table:
         tasks, methods = self.posterior.tasks, self.posterior.methods
         for task, method in self.rows():
             if (tasks is None or task in tasks) and (methods is None or method in methods):
-                for variant in VARIANTS[:2]:
-                    cell = self.cell(task, method, variant)
+                for cell in (self.cell(task, method), self.cell(task, method, "cmi")):
                     folder = self.folder / "posterior" / task / cell.folder.name
                     yield replace(cell, folder=folder, draws=self.posterior.draws)
 
     def arguments(self, cell: Cell, images: int) -> list[str]:
         """Return the arguments of ``cmi-lightning predict`` that restore a cell's first images."""
+        added = self.added(cell.variant)
         configs = [*self.tasks[cell.task].configs, *self.common]
-        if cell.validation:
-            configs += self.validation
-        configs += self.methods[cell.method].configs
-        if cell.variant == "cmi":
-            configs += self.cmi.configs
+        configs += self.validation if cell.validation else []
+        configs += self.methods[cell.method].configs + (added.configs if added else [])
         arguments = [part for config in configs for part in ("-c", config)]
         for name, value in cell.step_sizes.items():
             arguments += [f"--step_sizes.{name}", json.dumps(value)]
-        arguments += [f"--model.num_steps={cell.steps}", f"--model.seed={self.seed}"]
         arguments += [
+            f"--model.num_steps={cell.steps}",
+            f"--model.seed={self.seed}",
             f"--data.limit={images}",
             f"--data.batch_size={self.batch_size or self.round}",
+            f"--trainer.default_root_dir={cell.folder}",
         ]
-        arguments += [f"--trainer.default_root_dir={cell.folder}"]
         if cell.draws > 1:
             arguments += [f"--model.samples_per_image={cell.draws}"]
             arguments += ["--trainer.callbacks+=cmi_lightning.callbacks.PosteriorQuality"]
@@ -278,7 +263,7 @@ class Cell:
     Attributes:
         task: key of the task.
         method: name of the base.
-        variant: the base alone, with CMI, or alone with as many network passes as with CMI.
+        variant: the base alone, with CMI, with its descent, or alone with as many passes.
         step_sizes: by the names that the configurations read.
         steps: reverse steps.
         folder: the run's folder.
@@ -298,8 +283,8 @@ class Cell:
     @property
     def label(self) -> str:
         """How the cell is called."""
-        if self.variant == "cmi":
-            return CMI if self.method == "none" else f"{CMI}+{self.method}"
+        if word := ADDED.get(self.variant):
+            return word if self.method == "none" else f"{word}+{self.method}"
         return self.method if self.variant == "base" else f"{self.method}, {self.steps} steps"
 
 
@@ -308,7 +293,6 @@ def safe(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)
 
 
-def passes(records: Sequence[dict[str, Any]]) -> float | None:
-    """Return the network passes per image: forwards and vector-Jacobian products."""
-    counts = [record["forwards"] + record["vjps"] for record in records]
-    return sum(counts) / len(counts) if counts else None
+def folder_name(method: str, variant: Variant) -> str:
+    """Return the name of a cell's folder."""
+    return safe(method) if variant == "base" else f"{safe(method)}-{variant}"
