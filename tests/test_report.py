@@ -34,6 +34,7 @@ from cmi_lightning.report.plots import (
     ticks,
 )
 from cmi_lightning.report.results import (
+    VARIANTS,
     Change,
     Comparison,
     Difference,
@@ -45,7 +46,7 @@ from cmi_lightning.report.results import (
     write_results,
 )
 from cmi_lightning.report.tables import csv, latex, markdown, write_tables
-from cmi_lightning.report.verdicts import Verdict, fixed, short
+from cmi_lightning.report.verdicts import Verdict, fixed, short, verdicts
 from cmi_lightning.statistics import Estimate
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -500,9 +501,9 @@ def test_tables_are_written(results, tmp_path):
         (0.0, "lower", False, "undecided", "="),
     ],
 )
-def test_verdicts(difference, better, significant, outcome, symbol):
-    found = Difference(difference, -1.0, 2.0, 0.1, 3, significant, None, ())
-    verdict = Verdict(replace(METRICS[0], better=better), found)
+def test_verdicts(results, difference, better, significant, outcome, symbol):
+    paired = Difference(difference, -1.0, 2.0, 0.1, 3, significant, None, ())
+    verdict = Verdict(replace(METRICS[0], better=better), results.cells[1], paired)
     assert (verdict.outcome, verdict.symbol) == (outcome, symbol)
     assert verdict.change == fixed(difference, 3, sign=True)
     assert verdict.interval == "[−1.000, 2.000]"
@@ -711,7 +712,7 @@ def test_number_of_pairs_is_told_where_images_are_missing(results, folder):
     metrics |= {"ssim": entry, "frechet": replace(metrics["frechet"], pairs=37)}
     text = render(results, folder)
     at = next(row for row in rows(text) if row[0] == "CMI+DPS")
-    verdict = Verdict(METRICS[1], entry)
+    verdict = Verdict(METRICS[1], results.cell("inpaint_random", "DPS", "cmi"), entry)
     assert f"{verdict.change}, n = 37 {verdict.interval}" in at[2]
     assert [k for k, text in enumerate(at) if "n = 37" in text] == [2, 4]
     assert "n is given where the difference is over fewer images" in plain(text)
@@ -764,3 +765,35 @@ def test_maps_beyond_the_examples_have_a_truth_of_their_own(results, folder, tmp
     truth.write_bytes((folder / draws.folder / "restored" / f"{stem}.png").read_bytes())
     shown = Album(folder).maps(results, draws)
     assert shown[1]["truth"] == shown[1]["mean"]
+
+
+def test_rows_of_descent_have_verdicts_of_their_own(tmp_path):
+    made = synthetic_results(tmp_path, 1, 2, 30, 1, variants=VARIANTS)
+    text = render(made, tmp_path)
+    page = Page(text)
+    assert not page.open
+    labels = [label for label, *_ in rows(text)]
+    assert labels[1:5] == ["none", "CMI alone", "descent+none", "none, equal passes"]
+    cell = made.cells[6]
+    verdict = Verdict(
+        METRICS[0], cell, made.comparison(cell.task, "DPS", "descent", "base")["psnr"]
+    )
+    row = rows(text)[labels.index("descent+DPS")]
+    assert f"{verdict.symbol}{verdict.words}: {verdict.change} {verdict.interval}" in row[1]
+    said = plain(text)
+    counts = [v.outcome for m in METRICS for v in verdicts(made, m, "base", "descent")]
+    assert (
+        "descent is significantly better than the same method without it in "
+        f"{counts.count('better')} of 10 comparisons, worse in {counts.count('worse')}"
+    ) in said
+    assert "the step sizes found for the shorter run, descent is significantly better" in said
+    assert said.count("descent against its base") == said.count("descent against equal passes") == 5
+    assert len(page.all("figure", class_="bars")) == 3 * 2 * 2
+    assert page.all("path", class_="curve m1 dashdot")
+    line = next(line for line in markdown(made).splitlines() if "| descent+DPS" in line)
+    assert f"({verdict.symbol} {verdict.change} {verdict.interval})" in line
+    tex = next(line for line in latex(made).splitlines() if line.startswith("descent+DPS"))
+    assert ("cellcolor" in tex.split("&")[1]) == (verdict.name != "none")
+    read = list(csv_module.DictReader(io.StringIO(csv(made))))
+    assert {r["variant"] for r in read} == {"measured", *VARIANTS}
+    assert "descent" not in plain(render(synthetic_results(tmp_path, 1, 2, 30, 1), tmp_path))

@@ -122,12 +122,14 @@ class Gallery:
         tasks: their examples, at least one each.
         methods: those with images: their variants' labels, and which is shown first.
         variants: those of which any image is shown.
+        sides: what the sliders compare CMI with: value, label, whether it is shown first.
         data: for the script: the pictures, each once, and the examples as their numbers.
     """
 
     tasks: Mapping[Task, list[Example]]
     methods: list[dict[str, Any]]
     variants: list[Variant]
+    sides: list[tuple[str, str, bool]]
     data: dict[str, Any]
 
     @property
@@ -176,4 +178,7 @@ def gallery(results: Results, album: Album) -> Gallery | None:
         "small": SMALL,
     }
     variants = [v for v in VARIANTS if any(v in r for restored in shown for r in restored.values())]
-    return Gallery(tasks, labelled, variants, data)
+    names = {"base": "base", "descent": "base with descent", "equal": "base, equal passes"}
+    sides = [("measurement", "measurement", True), ("base", "base", False)]
+    sides += [(v, names[v], False) for v in ("descent", "equal") if v in variants]
+    return Gallery(tasks, labelled, variants, [*sides, ("truth", "truth", False)], data)

@@ -38,7 +38,6 @@ def render(results: Results, folder: Path) -> str:
         for name in ("report.css.j2", "report.js.j2")
     )
     outcomes = sentences.outcomes(results)
-    entries = [(row, e) for of_task in groups.values() for row in of_task for e in row.entries]
     return environment.get_template("report.html.j2").render(
         results=results,
         album=album,
@@ -47,8 +46,14 @@ def render(results: Results, folder: Path) -> str:
         lead=list(sentences.sentences(results, outcomes)),
         cost=sentences.cost(results),
         fewer_pairs=any(
-            row.fewer(v) is not None for row, e in entries for v in e.verdicts.values()
+            verdict.fewer is not None
+            for of_task in groups.values()
+            for row in of_task
+            for entry in row.entries
+            for verdict in entry.verdicts.values()
         ),
+        against_equal=any(("cmi", "equal") in outcome.counts for outcome in outcomes),
+        descends=any(cell.variant == "descent" for cell in results.cells),
         gallery=gallery(results, album),
         histograms=panels.histograms(results),
         curves_by_task=panels.curves(results),
@@ -63,16 +68,17 @@ def render(results: Results, folder: Path) -> str:
 
 @cache
 def _environment() -> Environment:
-    found = Environment(
+    environment = Environment(
         loader=PackageLoader("cmi_lightning.report"),
         autoescape=True,  # labels and ids come from users' files
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.globals |= {"fixed": fixed, "labels": labels, "sentences": sentences, "value": _value}
-    found.filters |= {"short": short, "percent": _percent, "estimate": _estimate}
-    return found
+    environment.globals |= {"fixed": fixed, "labels": labels, "value": _value}
+    environment.globals["sentences"] = sentences
+    environment.filters |= {"short": short, "percent": _percent, "estimate": _estimate}
+    return environment
 
 
 def _value(number: float | None) -> float | str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from cmi_lightning.report import plots
-from cmi_lightning.report.results import CMI, Cell, Metric, Results
+from cmi_lightning.report.results import ADDED, CMI, Cell, Metric, Results
 from cmi_lightning.report.verdicts import Verdict, verdicts
 
 APART = 8.0  # ratio of spreads from which histograms have an axis each
@@ -35,7 +35,7 @@ class Curves:
 def curves(results: Results) -> list[Curves]:
     """Return what happens along the steps, by task."""
     colours = {m: f"m{i % COLOURS}" for i, m in enumerate(results.methods)}
-    found = []
+    every = []
     for task in results.tasks:
         panels: dict[str, list[plots.Series]] = {key: [] for key in PANELS}
         for cell in results.cells_of(task.key):
@@ -50,63 +50,51 @@ def curves(results: Results) -> list[Curves]:
         drawn = [plot for panel in titled if (plot := plots.curves(*panel, ends))]
         styles = {word for plot in drawn for mark in plot.marks for word in mark.style.split()}
         methods = {m: colour for m, colour in colours.items() if colour in styles}
-        found.append(Curves(task.label, drawn, methods))
-    return found
+        every.append(Curves(task.label, drawn, methods))
+    return every
 
 
 def _series(cell: Cell, colour: str) -> Iterator[tuple[str, plots.Series]]:
     """Yield a cell's curves, each with the key of its panel."""
-    with_cmi = cell.variant == "cmi"
+    alone = {"cmi": "solid", "descent": "dashdot"}.get(cell.variant, "dotted")
     for quantity, values in cell.curves.items():
         hook, _, guidance = quantity.partition("/")
         if hook in HOOKS and guidance:
-            style = "solid" if guidance == CMI else "dashed" if with_cmi else "dotted"
+            style = "dashed" if cell.variant in ADDED and guidance != CMI else alone
             name = f"{cell.label}: {guidance}"
             yield "steps", plots.Series(values, f"{colour} {style}", name)
         else:
-            style = "solid" if with_cmi else "dotted"
-            yield quantity, plots.Series(values, f"{colour} {style}", cell.label)
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """A cell's differences per image, their verdict, and n where it is not the cell's."""
-
-    label: str
-    verdict: Verdict
-    pairs: int | None
-    plot: plots.Plot
+            yield quantity, plots.Series(values, f"{colour} {alone}", cell.label)
 
 
 @dataclass(frozen=True)
 class Histograms:
-    """The histograms of a metric, by task; ``shared`` if they have one axis."""
+    """The histograms of a metric with their verdicts, by task; ``shared`` if they have one axis."""
 
     metric: Metric
     shared: bool
-    tasks: dict[str, list[Histogram]]
+    tasks: dict[str, list[tuple[Verdict, plots.Plot]]]
 
     @property
     def beyond(self) -> bool:
         """Whether any has values beyond its axis."""
-        return any(drawn.plot.beyond for of_task in self.tasks.values() for drawn in of_task)
+        return any(plot.beyond for drawn in self.tasks.values() for _, plot in drawn)
 
 
 def histograms(results: Results) -> list[Histograms]:
     """Return the histograms of paired differences from the base, by metric."""
-    found = []
+    every = []
     for metric in results.metrics:
-        every = [(c, v) for c, v in verdicts(results, metric, "base") if v.found.values]
-        if not every:
+        every_variant = [v for added in ADDED for v in verdicts(results, metric, "base", added)]
+        if not (shown := [verdict for verdict in every_variant if verdict.paired.values]):
             continue
-        halves, shared = _axes([verdict.found.values for _, verdict in every])
+        halves, shared = _axes([verdict.paired.values for verdict in shown])
         tasks = defaultdict(list)
-        for (cell, verdict), half in zip(every, halves, strict=True):
-            plot = plots.histogram(verdict.found.values, half, metric.sign)
-            drawn = Histogram(cell.label, verdict, verdict.fewer(cell), plot)
-            tasks[results.task_labels[cell.task]].append(drawn)
-        found.append(Histograms(metric, shared, tasks))
-    return found
+        for verdict, half in zip(shown, halves, strict=True):
+            plot = plots.histogram(verdict.paired.values, half, metric.sign)
+            tasks[results.task_labels[verdict.cell.task]].append((verdict, plot))
+        every.append(Histograms(metric, shared, tasks))
+    return every
 
 
 def _axes(values: Sequence[Sequence[float]]) -> tuple[list[float], bool]:

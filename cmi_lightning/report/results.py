@@ -238,12 +238,13 @@ class Results:
         self, task: str, method: str, variant: str, against: str
     ) -> Mapping[str, Difference]:
         """Return a cell's differences by metric; empty where it was not compared."""
-        found = self._comparisons.get((task, method, variant, against))
-        return found.metrics if found else {}
+        comparison = self._comparisons.get((task, method, variant, against))
+        return comparison.metrics if comparison else {}
 
     def variant_labels(self, method: str) -> dict[str, str]:
         """Return how a method's variants are called: as in the first task that has them."""
-        plain = {"base": method, "cmi": f"{CMI}+{method}", "equal": f"{method}, equal passes"}
+        plain = {"base": method, "equal": f"{method}, equal passes"}
+        plain |= {variant: f"{word}+{method}" for variant, word in ADDED.items()}
         run = [cell for cell in reversed(self.cells) if cell.method == method]
         return plain | {cell.variant: cell.label for cell in run}
 
@@ -262,8 +263,8 @@ def read_results(path: Path) -> Results:
     content = json.loads(path.read_text(encoding="utf-8"))
     try:
         if content.pop("schema") == SCHEMA:
-            found: Results = typed(Results, content)
-            return found
+            results: Results = typed(Results, content)
+            return results
     except (KeyError, TypeError, AttributeError):
         pass
     raise InputError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from cmi_lightning.report.results import AGAINST, Cell, Metric, Results, Task
-from cmi_lightning.report.verdicts import Verdict, mean_text
+from cmi_lightning.report.results import ADDED, AGAINST, Cell, Metric, Results, Task
+from cmi_lightning.report.verdicts import Verdict, mean_text, verdict
 from cmi_lightning.statistics import Estimate
 
 MEASURED = "measurement A⁺y"
@@ -43,6 +43,11 @@ class Row:
         return self.label + ("" if self.images is None else f", {self.images} images")
 
     @property
+    def added(self) -> bool:
+        """Whether the cell has CMI, so that its differences are verdicts on it."""
+        return self.variant in ADDED
+
+    @property
     def passes(self) -> float | None:
         """Network passes per image; a measurement needs none."""
         return self.cell.passes if self.cell else 0.0
@@ -52,15 +57,11 @@ class Row:
         """Seconds per image."""
         return self.cell.seconds if self.cell else None
 
-    def fewer(self, verdict: Verdict) -> int | None:
-        """Return the number of pairs where the row has more images than were compared."""
-        return verdict.fewer(self.cell) if self.cell else None
-
 
 def rows(results: Results) -> dict[Task, list[Row]]:
     """Return the table's rows, by task."""
-    found = {task: list(_rows(results, task)) for task in results.tasks}
-    return {task: of_task for task, of_task in found.items() if of_task}
+    every = {task: list(_rows(results, task)) for task in results.tasks}
+    return {task: of_task for task, of_task in every.items() if of_task}
 
 
 def _rows(results: Results, task: Task) -> Iterator[Row]:
@@ -69,14 +70,12 @@ def _rows(results: Results, task: Task) -> Iterator[Row]:
         yield Row(task, MEASURED, "measured", None, None, entries)
     for cell in results.cells_of(task.key):
         images = None if cell.images == results.images else cell.images
-        entries = [_entry(results, cell, metric) for metric in results.metrics]
+        entries = [
+            Entry(
+                metric,
+                cell.metrics.get(metric.key),
+                {a: v for a in AGAINST if (v := verdict(results, metric, cell, a))},
+            )
+            for metric in results.metrics
+        ]
         yield Row(task, cell.label, cell.variant, cell, images, entries)
-
-
-def _entry(results: Results, cell: Cell, metric: Metric) -> Entry:
-    found = {}
-    for against in AGAINST:
-        differences = results.comparison(cell.task, cell.method, cell.variant, against)
-        if metric.key in differences:
-            found[against] = Verdict(metric, differences[metric.key])
-    return Entry(metric, cell.metrics.get(metric.key), found)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from cmi_lightning.report.results import AGAINST, CMI, Metric, Results, Search
+from cmi_lightning.report.results import ADDED, AGAINST, Metric, Results, Search
 from cmi_lightning.report.verdicts import fixed, mean_text, short, verdicts
 from cmi_lightning.statistics import Estimate
 
@@ -16,30 +16,34 @@ Counts = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How often CMI is better, undecided or worse on a metric, by what it is compared with."""
+    """How often a variant is better, undecided or worse on a metric, by what it is compared with.
+
+    ``counts`` is by the variant and what it is compared with: ("cmi", "base").
+    """
 
     metric: Metric
-    counts: Mapping[str, Counts]
+    counts: Mapping[tuple[str, str], Counts]
     spread: str
 
 
 def outcomes(results: Results) -> list[Outcome]:
     """Return the outcome of every metric that was compared."""
-    found = []
+    shown = []
     for metric in results.metrics:
         counts = {}
-        for against in AGAINST:
-            names = [verdict.outcome for _, verdict in verdicts(results, metric, against)]
-            if names:
-                every = {name: names.count(name) for name in ("better", "undecided", "worse")}
-                counts[against] = every | {"all": len(names)}
+        for variant in ADDED:
+            for against in AGAINST:
+                names = [v.outcome for v in verdicts(results, metric, against, variant)]
+                if names:
+                    every = {name: names.count(name) for name in ("better", "undecided", "worse")}
+                    counts[variant, against] = every | {"all": len(names)}
         if counts:
-            found.append(Outcome(metric, counts, _spread(results, metric)))
-    return found
+            shown.append(Outcome(metric, counts, _spread(results, metric)))
+    return shown
 
 
 def _spread(results: Results, metric: Metric) -> str:
-    differences = [v.found.difference for _, v in verdicts(results, metric, "base")]
+    differences = [v.paired.difference for v in verdicts(results, metric, "base")]
     if not differences:
         return ""
     unit = f" {metric.unit}" if metric.unit else ""
@@ -52,29 +56,33 @@ def _spread(results: Results, metric: Metric) -> str:
     return f"Median difference from the base {middle}{unit}; the cells’ range from {low} to {high}"
 
 
-def sentences(results: Results, found: list[Outcome]) -> Iterator[str]:
+def sentences(results: Results, outcomes: list[Outcome]) -> Iterator[str]:
     """Yield what the counts of all metrics together say, in words."""
     several = len(results.metrics) > 1
     pooled = "The counts pool the metrics; each metric and each" if several else "Each"
     last = f" {pooled} kind of comparison has Holm’s correction for itself."
-    for against in AGAINST:
-        counts = [outcome.counts[against] for outcome in found if against in outcome.counts]
-        if not counts:
-            continue
-        total = {name: sum(c[name] for c in counts) for name in counts[0]}
-        cells = max(c["all"] for c in counts)
-        first = (
-            f"Over {_count(len(results.metrics), 'metric')} and {_count(cells, 'cell')}, "
-            "CMI is significantly better than the same method without it"
-            if against == "base"
-            else "Against the method given as many network passes as CMI takes, with the step "
-            "sizes found for the shorter run, it is significantly better"
-        )
-        yield (
-            f"{first} in {total['better']} of {_count(total['all'], 'comparison')}, worse in "
-            f"{total['worse']}, and {total['undecided']} are undecided.{last}"
-        )
-        last = ""
+    for variant, word in ADDED.items():
+        for against in AGAINST:
+            counts = [
+                o.counts[variant, against] for o in outcomes if (variant, against) in o.counts
+            ]
+            if not counts:
+                continue
+            total = {name: sum(c[name] for c in counts) for name in counts[0]}
+            cells = max(c["all"] for c in counts)
+            first = (
+                f"Over {_count(len(results.metrics), 'metric')} and {_count(cells, 'cell')}, "
+                f"{word} is significantly better than the same method without it"
+                if against == "base"
+                else "Against the method given as many network passes as CMI takes, with the step "
+                f"sizes found for the shorter run, {'it' if variant == 'cmi' else word} is "
+                "significantly better"
+            )
+            yield (
+                f"{first} in {total['better']} of {_count(total['all'], 'comparison')}, worse in "
+                f"{total['worse']}, and {total['undecided']} are undecided.{last}"
+            )
+            last = ""
 
 
 def _count(number: int, thing: str) -> str:
@@ -102,8 +110,10 @@ def cost(results: Results) -> str:
 
 def searched(results: Results, name: str) -> str:
     """Return how a row of the search is called: "CMI+DPS" as its cell."""
-    with_cmi = name.startswith(f"{CMI}+") and name not in results.methods
-    return results.variant_labels(name.removeprefix(f"{CMI}+"))["cmi"] if with_cmi else name
+    for variant, word in ADDED.items():
+        if name.startswith(f"{word}+") and name not in results.methods:
+            return results.variant_labels(name.removeprefix(f"{word}+"))[variant]
+    return name
 
 
 def trials(search: Search) -> list[tuple[str, str, bool]]:
@@ -132,9 +142,10 @@ def tried_on(results: Results) -> int | None:
 def remarks(name: str, search: Search) -> str:
     """Return what is remarkable about a search for a step size."""
     broken = [value for value, trial in search.trials.items() if trial.mean is None]
-    found = {
+    added = name.startswith(tuple(f"{word}+" for word in ADDED.values()))
+    told = {
         "at the edge of the values tried": search.at_edge,
-        "zero was better": name.startswith(f"{CMI}+") and search.winner == 0,
+        "zero was better": added and search.winner == 0,
         f"broke an image at {', '.join(sorted(broken, key=float))}": broken,
     }
-    return "; ".join(text for text, true in found.items() if true)
+    return "; ".join(text for text, true in told.items() if true)

@@ -127,8 +127,8 @@ def _lines(row: Row) -> list[dict[str, object]]:
             line |= {name: getattr(cell, name) for name in OF_CELL} if cell else {}
             for against, verdict in entry.verdicts.items():
                 for name in DIFFERENCE:
-                    line[f"{name}_{against}"] = getattr(verdict.found, name)
-                line[f"significant_{against}"] = str(verdict.found.significant).lower()
+                    line[f"{name}_{against}"] = getattr(verdict.paired, name)
+                line[f"significant_{against}"] = str(verdict.paired.significant).lower()
             found.append({name: _harmless(value) for name, value in line.items()})
     return found
 

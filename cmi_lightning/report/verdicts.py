@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cmi_lightning.report.results import Cell, Difference, Metric, Results
@@ -41,15 +40,16 @@ def mean_text(estimate: Estimate | None, digits: int) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A paired difference of a metric, and whether it is for better or worse."""
+    """A cell's paired difference of a metric, and whether it is for better or worse."""
 
     metric: Metric
-    found: Difference
+    cell: Cell
+    paired: Difference
 
     @property
     def direction(self) -> str:
         """Return "better", "worse", or "same"."""
-        gain = self.found.difference * self.metric.sign
+        gain = self.paired.difference * self.metric.sign
         return "better" if gain > 0 else "worse" if gain < 0 else "same"
 
     @property
@@ -57,7 +57,7 @@ class Verdict:
         """Its name in style sheets: "better", "better-unsure", "worse", "worse-unsure", "none"."""
         if self.direction == "same":
             return "none"
-        return self.direction if self.found.significant else f"{self.direction}-unsure"
+        return self.direction if self.paired.significant else f"{self.direction}-unsure"
 
     @property
     def symbol(self) -> str:
@@ -70,7 +70,7 @@ class Verdict:
         """The verdict in words, for those who do not see colours."""
         if self.direction == "same":
             return "no difference"
-        if self.found.significant:
+        if self.paired.significant:
             return f"significantly {self.direction}"
         return f"{self.direction}, not significantly"
 
@@ -82,29 +82,33 @@ class Verdict:
     @property
     def change(self) -> str:
         """The difference, "+0.050", with one digit more than the metric itself."""
-        return fixed(self.found.difference, self.metric.digits + 1, sign=True)
+        return fixed(self.paired.difference, self.metric.digits + 1, sign=True)
 
     @property
     def interval(self) -> str:
         """Its 95 % interval, "[−0.010, 0.110]"."""
-        low, high = (fixed(v, self.metric.digits + 1) for v in (self.found.low, self.found.high))
+        low, high = (fixed(v, self.metric.digits + 1) for v in (self.paired.low, self.paired.high))
         return f"[{low}, {high}]"
 
     @property
     def p(self) -> str:
         """Its p value."""
-        return "p < 0.001" if self.found.p < 0.001 else f"p = {self.found.p:.3f}"
+        return "p < 0.001" if self.paired.p < 0.001 else f"p = {self.paired.p:.3f}"
 
-    def fewer(self, cell: Cell) -> int | None:
-        """Return the number of pairs where the cell has more images than were compared."""
-        return self.found.pairs if self.found.pairs < cell.images else None
+    @property
+    def fewer(self) -> int | None:
+        """The number of pairs, where the cell has more images than were compared."""
+        return self.paired.pairs if self.paired.pairs < self.cell.images else None
 
 
-def verdicts(results: Results, metric: Metric, against: str) -> Iterator[tuple[Cell, Verdict]]:
-    """Yield CMI's cells that were compared on a metric, each with the verdict."""
-    for task in results.tasks:
-        for cell in results.cells_of(task.key):
-            if cell.variant == "cmi":
-                differences = results.comparison(cell.task, cell.method, "cmi", against)
-                if found := differences.get(metric.key):
-                    yield cell, Verdict(metric, found)
+def verdict(results: Results, metric: Metric, cell: Cell, against: str) -> Verdict | None:
+    """Return the verdict on a cell, or None where it was not compared."""
+    paired = results.comparison(cell.task, cell.method, cell.variant, against).get(metric.key)
+    return paired and Verdict(metric, cell, paired)
+
+
+def verdicts(results: Results, metric: Metric, against: str, variant: str = "cmi") -> list[Verdict]:
+    """Return the verdicts on all cells of CMI, or of another variant, that were compared."""
+    cells = [c for t in results.tasks for c in results.cells_of(t.key) if c.variant == variant]
+    every = (verdict(results, metric, cell, against) for cell in cells)
+    return [one for one in every if one is not None]
