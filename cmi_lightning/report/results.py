@@ -17,7 +17,7 @@ SCHEMA = 1
 Variant = Literal["base", "cmi", "descent", "equal"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 CMI = "CMI"  # the added guidance, in labels and in `step_sizes`: "CMI+DPS"
-ADDED: dict[str, str] = {"cmi": CMI, "descent": "descent"}  # what variants add to their base
+ADDED: dict[Variant, str] = {"cmi": CMI, "descent": "descent"}  # what variants add to their base
 AGAINST = ("base", "equal")  # what the added guidance is compared with
 
 

@@ -30,7 +30,7 @@ def outcomes(results: Results) -> list[Outcome]:
     """Return the outcome of every metric that was compared."""
     shown = []
     for metric in results.metrics:
-        counts = {}
+        counts: dict[tuple[str, str], Counts] = {}
         for variant in ADDED:
             for against in AGAINST:
                 names = [v.outcome for v in verdicts(results, metric, against, variant)]

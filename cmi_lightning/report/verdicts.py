@@ -104,7 +104,7 @@ class Verdict:
 def verdict(results: Results, metric: Metric, cell: Cell, against: str) -> Verdict | None:
     """Return the verdict on a cell, or None where it was not compared."""
     paired = results.comparison(cell.task, cell.method, cell.variant, against).get(metric.key)
-    return paired and Verdict(metric, cell, paired)
+    return None if paired is None else Verdict(metric, cell, paired)
 
 
 def verdicts(results: Results, metric: Metric, against: str, variant: str = "cmi") -> list[Verdict]:

@@ -101,8 +101,10 @@ def _cell(table: Table, key: Key, started: StartedCell, metrics: Sequence[Metric
 
 def _measured(cells: Cells, metrics: Sequence[Metric]) -> dict[str, dict[str, Estimate]]:
     """Return the metrics of A⁺y, from the first cell of each task."""
-    first = {task: started for (task, _, _), started in reversed(cells.items())}
-    return {task: first[task].estimates(metrics, MEASURED) for task, _, _ in cells}
+    first: dict[str, StartedCell] = {}
+    for (task, _, _), started in cells.items():
+        first.setdefault(task, started)
+    return {task: started.estimates(metrics, MEASURED) for task, started in first.items()}
 
 
 def _draws(table: Table, cell: Cell, summary: Mapping[str, Any]) -> Draws:

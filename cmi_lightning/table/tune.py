@@ -57,7 +57,7 @@ def score(table: Table, cell: Cell) -> Trial:
             f"objective: the cells do not report '{table.objective}'; choose another, or see "
             f"'{cell.folder / LOG}' for what it lacks."
         )
-    values = [v for v in map(float, scores) if math.isfinite(v)]
+    values = [float(v) for v in scores if v is not None and math.isfinite(float(v))]
     estimate = mean_and_error(values if len(values) == len(tried) else [])
     return Trial(estimate.mean, estimate.se, len(values))
 
