@@ -113,9 +113,11 @@ class Denoiser(nn.Module, ABC):
                 "network."
             )
         if any(n % multiple for n in shape[1:]):
+            fit = size_text(tuple(n - n % multiple or multiple for n in shape[1:]))
             raise InputError(
                 f"The images are {given} (channels×height×width) and the network needs sides that "
-                f"are multiples of {multiple}; set data.size."
+                f"are multiples of {multiple}; crop them to {fit}, or set data.size for images "
+                "that are measured here."
             )
 
     def rehearse(self, shape: tuple[int, ...]) -> None:
