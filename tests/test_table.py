@@ -74,7 +74,11 @@ def test_bootstrap_interval_is_scipys_up_to_its_own_draws():
     data = np.random.default_rng(1).gamma(2.0, size=200)
     low, high = bootstrap_interval(data)
     ours = scipy.stats.bootstrap(
-        (data,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(2)
+        (data,),
+        np.mean,
+        n_resamples=10_000,
+        method="percentile",
+        random_state=np.random.default_rng(2),  # "rng" since scipy 1.15
     ).confidence_interval
     width = ours.high - ours.low
     assert low == pytest.approx(ours.low, abs=0.05 * width)
