@@ -2,6 +2,7 @@
 
     python benchmarks/mixture.py tune     choose settings on problems of their own
     python benchmarks/mixture.py run      sample 20 other problems per cell (tunes first if need be)
+    python benchmarks/mixture.py others   add the methods that have no setting, at 20 levels
     python benchmarks/mixture.py table    print the results as Markdown
     python benchmarks/mixture.py run --quick    a small one, in about a minute
 
@@ -34,8 +35,33 @@ from mixture_problems import (
 from mixture_samplers import draw, score, sliced_wasserstein
 from mixture_tables import Report
 
-from cmi_lightning.guidance import CMI, DPS, DSG, MCG, Guidance, MomentMatching, PiGDM
+from cmi_lightning.guidance import (
+    CADPS,
+    CDPS,
+    CMI,
+    DMPS,
+    DPS,
+    DSG,
+    MCG,
+    TMPD,
+    AnnealedDPS,
+    DiffPIR,
+    Guidance,
+    MomentMatching,
+    PiGDM,
+)
 from cmi_lightning.information import Lanczos
+from cmi_lightning.solvers import (
+    DAPS,
+    DDPM,
+    DDRM,
+    FPS,
+    DDNMPlus,
+    PnPDM,
+    REDDiff,
+    Renoise,
+    Solver,
+)
 
 RESULTS = Path(__file__).with_name("mixture_results.json")
 
@@ -78,6 +104,28 @@ def cmis(measured: int) -> dict[str, list[Guidance]]:
     """
     tried: dict[str, list[Guidance]] = {"off": [], "defaults": [CMI(estimator=estimator(measured))]}
     return tried | {f"c={c:g}": unlimited(c, measured) for c in (0.1, 0.3, 1.0, 3.0)}
+
+
+def others(measured: int) -> dict[str, tuple[Solver | None, list[Guidance]]]:
+    """Return methods without a setting to choose, as (own solver, guidances), by label."""
+    v = PRIOR_VARIANCE
+    return {
+        "line search": (None, [MomentMatching(1)]),
+        "MomentMatching, exact": (DDPM(), [MomentMatching(measured)]),
+        "TMPD": (DDPM(), [TMPD()]),
+        "CA-DPS": (DDPM(), [CADPS()]),
+        "annealed DPS": (DDPM(), [AnnealedDPS()]),
+        "DMPS": (DDPM(), [DMPS()]),
+        "C-DPS": (DDPM(), [CDPS()]),
+        "DiffPIR": (Renoise(0.3), [DiffPIR(prior_variance=v)]),
+        "DDRM": (DDRM(), []),
+        "DDNM+": (DDNMPlus(), []),
+        "DAPS, x̂₀": (DAPS(0), []),
+        "DAPS": (DAPS(5), []),
+        "FPS": (FPS(5), []),
+        "PnP-DM": (PnPDM(inner=25), []),
+        "RED-diff": (REDDiff(), []),
+    }
 
 
 class Bench:
@@ -176,6 +224,21 @@ class Bench:
                 same = f"CMI+{method}" if cmi == label else None
                 yield f"CMI+{method}, {label}", [base, *added], same
 
+    def run_others(self, steps: int, dim: int) -> None:
+        """Score the methods without settings in the cells of a number of levels and dimensions."""
+        for cell in (c for c in self.size.cells if (c.steps, c.dim) == (steps, dim)):
+            lists = self.results["scores"].setdefault(str(cell), {})
+            for index in range(self.size.problems):
+                task = instance(
+                    cell, "report", index, self.size.halved(cell, self.size.draws[cell.dim])
+                )
+                for name, (solver, guidances) in others(cell.measured).items():
+                    if len(lists.setdefault(name, [])) <= index:
+                        draws = draw(task, guidances, ETA[cell.steps], solver)
+                        lists[name].append(score(draws, task))
+            self.save()
+            print(cell, flush=True)
+
     def run(self) -> None:
         """Score every variant on every problem that is not done yet."""
         for cell in self.size.cells:
@@ -203,7 +266,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("command", choices=("tune", "run", "table"))
+    parser.add_argument("command", choices=("tune", "run", "others", "table"))
     parser.add_argument("--quick", action="store_true", help="d = 8, 20 steps, 3 problems a cell")
     parser.add_argument("--results", type=Path, help="the file to fill or to read")
     args = parser.parse_args()
@@ -214,6 +277,9 @@ def main() -> None:
             bench.tuned(cell)
     elif args.command == "run":
         bench.run()
+    elif args.command == "others":
+        for dim in (8,) if args.quick else (8, 80):
+            bench.run_others(20, dim)
     else:
         print(Report(bench.results, bench.size).text())
 

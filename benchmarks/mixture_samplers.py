@@ -89,17 +89,23 @@ class Fence(Guidance):
 
     differentiable = False
 
-    def guide_sample(self, step: Step, x: Tensor) -> Tensor:
+    def guide_sample(self, step: Step | None, x: Tensor) -> Tensor:
         if float(x.abs().max()) <= FENCE:  # false for NaN
             return x
         return x.nan_to_num(nan=FENCE).clamp(-FENCE, FENCE)
 
 
-def draw(task: Instance, guidances: Sequence[Guidance], eta: float) -> Tensor:
-    """Return a sampler's draws (n, d), float64."""
-    sampler = Sampler(task.prior, ScaledDDPM(eta), [*guidances, Fence()], clamp=False)
+def draw(
+    task: Instance, guidances: Sequence[Guidance], eta: float, solver: Solver | None = None
+) -> Tensor:
+    """Return a sampler's draws (n, d), float64; by :class:`ScaledDDPM` or a solver of its own."""
+    solver = solver or ScaledDDPM(eta)
+    fence = [Fence()] if "guide_sample" in solver.hooks else []
+    steps = len(task.prior.schedule)
+    sampler = Sampler(task.prior, solver, [*guidances, *fence], steps, clamp=False)
     like = task.reference.to(task.problem.y)
-    return sampler.run(task.problem, BatchNoise(task.seed, ["batch"]), like).double()
+    draws = sampler.run(task.problem, BatchNoise(task.seed, ["batch"]), like).double()
+    return draws if fence else Fence().guide_sample(None, draws)
 
 
 class Scores(NamedTuple):

@@ -180,6 +180,31 @@ class Report:
                     rows[-1].append(f"{e.mean:+.1f} ± {e.half:.1f}")
         return markdown(["interval", "share, change", *methods], rows)
 
+    def others_table(self) -> str:
+        """Return the distances of the methods without settings, beside those of the tuned ones.
+
+        The last column is their coverage of exact draws, 50 % / 90 %, over all of the cells.
+        """
+        known = {"exact", RULE, *self.methods}
+        cells = [
+            c
+            for c in self.cells
+            if any(n not in known and not n.startswith("CMI+") for n in self.scores[c])
+        ]
+        if not cells:
+            return "none yet"
+        found = self.scores[cells[0]]
+        names = [n for n in found if n not in known and not n.startswith("CMI+")]
+        rows = []
+        for name in ["exact", *self.methods, *names]:
+            inside = np.mean([s.inside for c in cells for s in self.scores[c][name]], axis=0)
+            distances = [estimate(self.distances(c, name)) for c in cells]
+            label = f"{name}, tuned" if name in self.methods else name
+            rows.append([label, *distances, " / ".join(f"{100 * x:.0f}" for x in inside)])
+        return markdown(
+            ["method", *(f"d={c.dim} m={c.measured}" for c in cells), "coverage"], rows
+        )
+
     def counts(self) -> str:
         """Return in how many cells tuned CMI helps and hurts, and how many draws diverged."""
         changes = {
@@ -215,6 +240,7 @@ class Report:
             "Distance": self.main_table(),
             "Change by CMI, tuned": self.cmi_table(),
             **{f"Change by CMI, {label}": self.cmi_table(f", {label}") for label in FIXED},
+            "Methods without settings, 20 levels": self.others_table(),
             "Mean ratio": self.ratio_table(),
             "Counts": self.counts(),
             "Coverage of exact draws, 50 % / 90 %": self.coverage_table("inside"),

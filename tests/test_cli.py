@@ -87,7 +87,14 @@ def test_add_cmi_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in configs.summaries() if n.split("/")[0] in ("task", "guidance", "solver")]
+    "name",
+    [
+        *(n for n in configs.summaries() if n.startswith("task/")),
+        *(f"guidance/{n}" for n in ("none", "dps", "pigdm", "mcg", "dsg", "moment_matching")),
+        *(f"solver/{n}" for n in ("ddpm", "ddim", "heun")),
+        # one of each shape; tests/test_method_configs.py runs every section
+        *("guidance/dps_discrepancy", "guidance/repaint", "solver/ddrm", "add_lamp"),
+    ],
 )
 def test_every_config_runs(tmp_path, name):
     assert run(tmp_path, "-c", name, *FAST, "--trainer.callbacks=[]", "--trainer.logger=false") == 0

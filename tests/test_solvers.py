@@ -10,8 +10,17 @@ import torch
 from conftest import SHAPE
 
 from cmi_lightning.errors import InputError
+from cmi_lightning.exact import as_matrix
 from cmi_lightning.guidance import DDNM, DPS
 from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators import (
+    Dense,
+    Downsample,
+    GaussianBlur,
+    Identity,
+    MotionBlur,
+    RandomMask,
+)
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDIM, DDPM, Renoise, Resampled
@@ -105,3 +114,39 @@ def test_guidances_that_a_solver_would_ignore_are_refused(mixture):
 def test_bad_options_are_refused(make):
     with pytest.raises(InputError):
         make()
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        Identity(),
+        RandomMask(0.6),
+        GaussianBlur(5, 1.0),
+        Downsample(2),
+        MotionBlur(3, padding="circular"),
+        Dense(NOISE.normal("matrix", 0, torch.zeros(2, 3, 36))[0].double()),
+    ],
+    ids=lambda operator: type(operator).__name__,
+)
+def test_spectral_functions_by_dense_singular_vectors(operator):
+    """V f(s) Vᵀ x, f(0) on what A does not see; f of a sample's own."""
+    noise, like = SampleNoise(0, ["a", "b"]), torch.zeros(2, 1, 6, 6, dtype=torch.float64)
+    bound = operator.bind((1, 6, 6), noise, like)
+    x = noise.normal("test", 0, like)
+    rate = torch.tensor([0.5, 2.0], dtype=torch.float64).reshape(2, 1, 1, 1)
+    found = bound.spectral(x, lambda s: torch.exp(-rate * s) + (s == 0))
+    y = bound(x)
+    for row in range(2):
+        matrix = as_matrix(bound, y, row)
+        _, s, vh = torch.linalg.svd(matrix)
+        s = torch.cat([s, s.new_zeros(36 - len(s))])
+        f = torch.exp(-rate[row].flatten() * s) + (s < 1e-7)
+        expected = vh.mT @ (f * (vh @ x[row].flatten()))
+        torch.testing.assert_close(found[row].flatten(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_operators_without_singular_values_refuse():
+    noise, like = SampleNoise(0, ["a"]), torch.zeros(1, 1, 6, 6)
+    bound = MotionBlur(3).bind((1, 6, 6), noise, like)
+    with pytest.raises(InputError, match=r"no singular values in closed form.*solver/ddnm"):
+        bound.spectral(like, torch.exp)

@@ -13,21 +13,31 @@ from reference_problems import BATCH, IDS, SHAPE, bound, mixture, per_row, probl
 from torch import Tensor
 
 from cmi_lightning.exact import GaussianMixture
-from cmi_lightning.guidance import DPS, Guidance, MomentMatching, PiGDM, residual_gradient
+from cmi_lightning.guidance import (
+    DPS,
+    TMPD,
+    DiffPIR,
+    Guidance,
+    MomentMatching,
+    PiGDM,
+    residual_gradient,
+)
 from cmi_lightning.linalg import norm, per_sample
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.schedule import Schedule
-from cmi_lightning.solvers import DDIM, DDPM, Heun, Solver
+from cmi_lightning.solvers import DDIM, DDPM, DPMSolver, Heun, Solver
 from cmi_lightning.step import Step
 
 pytest.importorskip("azula", reason="needs azula: pip install 'cmi-lightning[reference]'")
 import azula.denoise
 import azula.sample
+from azula.guidance.diffpir import DiffPIRDenoiser
 from azula.guidance.dps import DPSSampler
 from azula.guidance.mmps import MMPSDenoiser
 from azula.guidance.pgdm import PGDMSampler
+from azula.guidance.tmpd import TMPDenoiser
 from azula.linalg.covariance import DiagonalCovariance
 
 STEPS = 12
@@ -73,7 +83,8 @@ def our_path(
     sampler = Sampler(prior, solver, guidances)
     like = torch.empty(len(noise.ids), *SHAPE, dtype=torch.float64)
     path = [record.x for record in sampler.iterate(problem, noise, like)]
-    return [sampler.start(noise, like), *path]
+    top = sampler.schedule[len(sampler.schedule) - 1]
+    return [solver.start(top, problem, noise, like), *path]
 
 
 def their_path(
@@ -228,3 +239,69 @@ def test_moment_matching_in_a_few_iterations(iterations, index):
     expected = their_denoised(step, Schedule.linear(), "cg", iterations) - x0
     assert per_row(our_denoised(step, iterations) - x0, expected) < 1e-9
     assert per_row(our_denoised(step, iterations + 1) - x0, expected) > 1e-8
+
+
+@pytest.mark.parametrize("name", ["identity", "pixels", "box", "downsample"])
+@pytest.mark.parametrize("index", [20, 300, 700])
+def test_tmpd(name, index):
+    """x̂₀ with row sums for A Σ Aᵀ, where none of them is negative; where one is, ours counts 0."""
+    step = problem_step(name, index)
+    problem, levels = step.problem, Schedule.linear()
+    theirs = TMPDenoiser(Prior(mixture(), levels), problem.y, problem.operator, problem.std**2)
+    moved = TMPD().guide_denoised(step, step.x0.detach())
+    expected = theirs(step.x.detach(), torch.tensor(index + 1.0)).mean
+    alike = step.log["tmpd/negative"] == 0
+    assert bool(alike.any())
+    assert per_row((moved - step.x0.detach())[alike], (expected - step.x0.detach())[alike]) < 1e-9
+
+
+class Flat(Prior):
+    """A prior on vectors (B, n), over which azula's solvers sum."""
+
+    def forward(self, x_t: Tensor, t: Tensor) -> azula.denoise.DiracPosterior:
+        image = super().forward(x_t.unflatten(1, SHAPE), t).mean
+        return azula.denoise.DiracPosterior(image.flatten(1))
+
+
+@pytest.mark.parametrize("name", ["identity", "box", "gaussian-reflect", "downsample"])
+@pytest.mark.parametrize("weight", [1.0, 7.0])
+def test_diffpir(name, weight):
+    """The proximal point, by our closed forms and by azula's conjugate gradients to the end."""
+    step = problem_step(name, 400)
+    operator, y = step.problem.operator, step.problem.y.flatten(1)
+    theirs = DiffPIRDenoiser(
+        Flat(mixture(), Schedule.linear()),
+        y,
+        lambda x: operator(x.unflatten(1, SHAPE)).flatten(1),
+        float(step.problem.std) ** 2,
+        lmbda=weight,
+        solver="cg",
+        iterations=40,
+    )
+    x0 = step.x0.detach()
+    moved = DiffPIR(weight).guide_denoised(step, x0) - x0
+    expected = theirs(step.x.detach().flatten(1), torch.tensor(401.0)).mean.unflatten(1, SHAPE)
+    assert per_row(moved, expected - x0) < 1e-6
+
+
+def test_dpm_solver_heun_is_exponential_adams_bashforth(monkeypatch):
+    """Every x but the last, whose step to σ = 0 azula extrapolates too."""
+    levels = spaced("linear")
+    problem, noise = simulate("identity", BATCH, 1.0, levels)
+    ours = our_path(DPMSolver("heun"), [], levels, problem, noise)
+    sampler = azula.sample.xEABSampler(Prior(mixture(), levels), order=2, start=1.0, stop=0.0)
+    coefficients = sampler._exponential_adams_bashforth
+    ratio = [levels.sigmas[i] / levels.alphas[i] for i in reversed(range(STEPS))]
+    t = torch.tensor(ratio).double().log()
+    x, before, prior = ours[0], None, mixture()
+    for k in range(STEPS - 1):
+        level, below = levels[STEPS - 1 - k], levels[STEPS - 2 - k]
+        x0 = prior(x, level).x0
+        if before is not None:
+            c = coefficients(t, i=k, n=2)
+            total = c[0] * before + c[1] * x0
+        else:
+            total = coefficients(t, i=k, n=1)[0] * x0
+        x = below.alpha * (ratio[k + 1] / ratio[k] * x / level.alpha - ratio[k + 1] * total)
+        before = x0
+        assert per_row(ours[k + 1], x) < 1e-7

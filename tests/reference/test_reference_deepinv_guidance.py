@@ -28,7 +28,13 @@ from reference_problems import (
 from torch import Tensor, nn
 
 from cmi_lightning.denoisers import Denoiser, NetworkDenoiser
-from cmi_lightning.guidance import DPS, MomentMatching, PiGDM, residual_gradient
+from cmi_lightning.guidance import (
+    DPS,
+    AnnealedDPS,
+    MomentMatching,
+    PiGDM,
+    residual_gradient,
+)
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import (
     BoxMask,
@@ -114,6 +120,20 @@ def test_dps(name: str, schedule: str, index: int) -> None:
     before = DDPM().transition(step, lambda s: s.x0.detach())
     after = DPS(0.7).guide_transition(step, before)
     assert per_row(after.mean - before.mean, -0.7 * gradient) < 1e-6
+
+
+@on_operators
+@pytest.mark.parametrize("index", [20, 700])
+def test_annealed_dps(name: str, index: int) -> None:
+    """x̂₀ moves by −σ̄² · deepinv's gradient (guidance "annealed")."""
+    step, x, denoiser, sigma = exploding(problem_step(name, index))
+    physics = LinearPhysics(
+        A=step.problem.operator.forward, noise_model=GaussianNoise(step.problem.noise_std)
+    )
+    fidelity = DPSDataFidelity(denoiser, guidance="annealed")
+    gradient = fidelity.grad(x, step.problem.y, physics, sigma)
+    moved = AnnealedDPS().guide_denoised(step, step.x0.detach()) - step.x0.detach()
+    assert per_row(moved, -(sigma**2) * gradient) < 1e-5
 
 
 @on_operators

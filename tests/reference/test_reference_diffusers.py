@@ -22,11 +22,11 @@ from cmi_lightning.operators import Identity
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.schedule import CLEAN, Schedule
-from cmi_lightning.solvers import DDIM, DDPM, Solver
+from cmi_lightning.solvers import DDIM, DDPM, DPMSolver, Solver
 from cmi_lightning.step import Step
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'cmi-lightning[reference]'")
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 Prediction = Literal["epsilon", "x0", "v"]
 Variance = Literal["small", "large", "learned"]
@@ -121,7 +121,8 @@ def our_trajectory(
     sampler = Sampler(denoiser, solver, num_steps=num_steps, clamp=clip)
     problem = Problem(like, Identity(), 1.0)
     path = [record.x for record in sampler.iterate(problem, NOISE, like)]
-    return sampler, [sampler.start(NOISE, like), *path]
+    top = sampler.schedule[len(sampler.schedule) - 1]
+    return sampler, [solver.start(top, problem, NOISE, like), *path]
 
 
 # Schedules.
@@ -329,3 +330,31 @@ def test_ddim_of_diffusers_keeps_the_networks_epsilon_where_it_clips() -> None:
     ours = our_step(denoiser, DDIM(), x, t, s, True)
     assert per_row(ours, then.alpha * clipped + then.sigma * epsilon) < 1e-9
     assert per_row(ours, step.prev_sample) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["midpoint", "heun", "sde"])
+def test_dpm_solver_trajectory(kind: str) -> None:
+    """Every x of a run of DPMSolverMultistepScheduler on our levels.
+
+    Its last step, to σ = 0, is of first order and ends at x̂₀, as ours.
+    """
+    denoiser, like = denoiser_of("epsilon"), draw(BATCH, *SHAPE)
+    sampler, ours = our_trajectory(denoiser, DPMSolver(kind), 12, False, like)
+    theirs = DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver++" if kind == "sde" else "dpmsolver++",
+        solver_type="midpoint" if kind == "sde" else kind,
+        final_sigmas_type="zero",
+        lower_order_final=False,
+    )
+    levels = [level for _, level, _ in sampler.schedule.pairs()]
+    theirs.set_timesteps(len(levels))
+    theirs.timesteps = torch.tensor([level.time for level in levels])
+    theirs.sigmas = torch.tensor([*(v.sigma / v.alpha for v in levels), 0.0]).double()
+    x = ours[0]
+    for step, level in enumerate(levels):
+        noise = NOISE.normal("solver", len(levels) - 1 - step, like)
+        x = theirs.step(
+            said(denoiser, x, int(level.time)), level.time, x, variance_noise=noise
+        ).prev_sample
+        assert per_row(ours[step + 1], x.double()) < 1e-5, step
