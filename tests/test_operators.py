@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -17,11 +19,17 @@ from torch.autograd import gradcheck, gradgradcheck
 from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import (
+    AveragePool,
     BoxMask,
+    ChannelMix,
+    Colorize,
     Convolution,
+    Demosaic,
     Downsample,
     GaussianBlur,
+    GivenKernel,
     Identity,
+    Inpaint,
     LinearOperator,
     MotionBlur,
     PixelMask,
@@ -50,6 +58,17 @@ class Ragged(LinearOperator):
         return PixelMask.from_mask(mask, like.new_empty(len(noise.ids), *image_shape))
 
 
+@dataclass(frozen=True)
+class Holes(LinearOperator):
+    """A mask of the user's own with other pixels in every channel."""
+
+    def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> PixelMask:
+        holes = torch.rand(image_shape, generator=torch.Generator().manual_seed(9)) > 0.4
+        return Inpaint(holes).bind(image_shape, noise, like)
+
+
+KERNELS = torch.rand(2, 3, 3, 4, generator=torch.Generator().manual_seed(8)).double() / 12
+
 OPERATORS: dict[str, LinearOperator] = {
     "identity": Identity(),
     "random": RandomMask(0.9),
@@ -63,9 +82,24 @@ OPERATORS: dict[str, LinearOperator] = {
     "motion-circular": MotionBlur(8, padding="circular"),
     "motion-large": MotionBlur(61, padding="circular"),
     "custom": Shear(),
+    "holes": Holes(),
+    "colorize": Colorize("luminance"),
+    "demosaic": Demosaic("GBRG"),
+    "average": AveragePool(2),
+    "downsample-pillow": Downsample(2, "pillow"),
+    "downsample-opencv": Downsample(2, "opencv"),
+    "given": GivenKernel(KERNELS[0, 0]),
+    "given-circular": GivenKernel(KERNELS[0], "circular"),
+    "varying": GivenKernel(KERNELS),
 }
-EXACT = ["identity", "random", "box", "ragged", "downsample", "downsample-1", "custom"]
-TRUNCATED = ["gaussian-reflect", "gaussian-circular", "motion-circular", "motion-large"]
+EXACT = [
+    *("identity", "random", "box", "ragged", "holes", "colorize", "demosaic", "average", "custom"),
+    *("downsample", "downsample-1", "downsample-pillow", "downsample-opencv"),
+]
+TRUNCATED = [
+    *("gaussian-reflect", "gaussian-circular", "motion-circular", "motion-large", "given-circular")
+]
+ITERATIVE = ["custom", "motion-reflect", "given", "varying"]
 every = pytest.mark.parametrize("name", OPERATORS)
 
 
@@ -76,8 +110,12 @@ def bind(
     dtype: torch.dtype = torch.float64,
 ) -> LinearOperator:
     operator = OPERATORS[name]
-    if isinstance(operator, Downsample) and any(n % operator.factor for n in shape[1:]):
-        operator = Downsample(math.gcd(*shape[1:]))
+    if isinstance(operator, (Downsample, AveragePool)) and any(
+        n % operator.factor for n in shape[1:]
+    ):
+        operator = replace(operator, factor=math.gcd(*shape[1:]))
+    if name == "given-circular":  # a kernel for each image
+        operator = GivenKernel(KERNELS[0][[int(i) for i in ids]], "circular")
     return operator.bind(shape, SampleNoise(0, ids), torch.zeros(1, dtype=dtype))
 
 
@@ -161,9 +199,8 @@ def test_samples_are_independent(name: str, dtype: torch.dtype) -> None:
 
 
 @every
-@pytest.mark.parametrize("kind", ["number", "sample", "channel", "measurement"])
 @pytest.mark.parametrize("shape", [(3, 6, 4), (1, 9, 15), (4, 6, 8)])
-def test_solve(name: str, kind: str, shape: tuple[int, int, int]) -> None:
+def test_solve(name: str, shape: tuple[int, int, int]) -> None:
     operator, matrix = bind(name, shape), dense(name, shape)
     y = draw(*operator(torch.zeros(3, *shape, dtype=torch.float64)).shape, seed=1)
     shifts: dict[str, Tensor | float] = {
@@ -172,13 +209,13 @@ def test_solve(name: str, kind: str, shape: tuple[int, int, int]) -> None:
         "channel": draw(*y.shape[:2], *(1 for _ in y.shape[2:]), seed=2).abs() + 0.01,
         "measurement": draw(*y.shape, seed=2).abs() + 0.05,
     }
-    shift = shifts[kind]
-    added = torch.as_tensor(shift, dtype=torch.float64)
-    added = added.reshape(3, *(1 for _ in y.shape[1:])) if added.ndim == 1 else added
-    system = matrix @ matrix.mT + torch.diag_embed(added.expand(y.shape).flatten(1))
-    expected = torch.linalg.solve(system, y.flatten(1)).reshape(y.shape)
-    iterative = kind == "measurement" or name in ("custom", "motion-reflect")
-    assert close(operator.solve(y, shift), expected, 1e-5 if iterative else 1e-10)
+    for kind, shift in shifts.items():
+        added = torch.as_tensor(shift, dtype=torch.float64)
+        added = added.reshape(3, *(1 for _ in y.shape[1:])) if added.ndim == 1 else added
+        system = matrix @ matrix.mT + torch.diag_embed(added.expand(y.shape).flatten(1))
+        expected = torch.linalg.solve(system, y.flatten(1)).reshape(y.shape)
+        iterative = kind == "measurement" or name in ITERATIVE
+        assert close(operator.solve(y, shift), expected, 1e-5 if iterative else 1e-10), kind
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -460,6 +497,76 @@ def test_motion_that_draws_nothing_is_no_blur(
     assert kernel[2, 2] == kernel.sum() == 1
 
 
+PILLOW = Image.Resampling.BICUBIC
+TORCH: dict[str, dict[str, Any]] = {
+    "pillow": {"antialias": True},
+    "opencv": {},
+    "aligned": {"align_corners": True},
+}
+
+
+@pytest.mark.parametrize("convention", TORCH)
+@pytest.mark.parametrize(("factor", "size"), [(4, (32, 48)), (3, (9, 15)), (2, (2, 6))])
+def test_conventions_of_bicubic_reduction_are_torchs(
+    convention: str, factor: int, size: tuple[int, int]
+) -> None:
+    x = draw(2, 3, *size)
+    A = Downsample(factor, convention)  # type: ignore[arg-type]
+    y = A.bind((3, *size), SampleNoise(0, ["a", "b"]), x)(x)
+    small = tuple(n // factor for n in size)
+    theirs = torch.nn.functional.interpolate(x, small, mode="bicubic", **TORCH[convention])
+    assert close(y, theirs, 1e-12)
+
+
+def test_pillows_convention_is_pillows() -> None:
+    x = draw(1, 1, 24, 32).float()
+    y = Downsample(4, "pillow").bind((1, 24, 32), SampleNoise(0, ["a"]), x)(x)
+    theirs = Image.fromarray(x[0, 0].numpy()).resize((8, 6), PILLOW)
+    assert close(y[0, 0], torch.from_numpy(np.array(theirs)), 1e-6)
+
+
+def test_channels() -> None:
+    x, noise = draw(2, 4, 5, 4), SampleNoise(0, ["a", "b"])
+    mean = Colorize().bind((3, 5, 4), noise, x)
+    assert close(mean(x[:, :3])[:, 0], x[:, :3].mean(1), 1e-7)
+    image = (torch.rand(5, 4, 3) * 255).byte()
+    gray = np.array(Image.fromarray(image.numpy()).convert("L"))
+    colours = image.permute(2, 0, 1)[None].double()
+    ours = Colorize("luminance").bind((3, 5, 4), SampleNoise(0, ["a"]), colours)(colours)
+    assert (ours[0, 0] - torch.from_numpy(gray)).abs().max() <= 0.51
+    both = Colorize().bind((4, 5, 4), noise, x)(x)
+    assert torch.equal(both[:, 1], x[:, 3])  # alpha
+    mosaic = Demosaic("GBRG").bind((3, 5, 4), noise, x)(x[:, :3])[:, 0]
+    for (row, column), channel in {(0, 0): 1, (0, 1): 2, (1, 0): 0, (1, 1): 1}.items():
+        part = (slice(None), slice(row, None, 2), slice(column, None, 2))
+        assert torch.equal(mosaic[part], x[:, channel][part])
+    pooled = AveragePool(2).bind((4, 4, 4), noise, x)(x[:, :, :4])
+    assert close(pooled, torch.nn.functional.avg_pool2d(x[:, :, :4], 2), 1e-12)
+
+
+def test_a_blur_that_varies() -> None:
+    x, noise = draw(2, 2, 9, 12), SampleNoise(0, ["a", "b"])
+    same = GivenKernel(KERNELS[0, 0].expand(2, 3, 3, 4)).bind((2, 9, 12), noise, x)
+    assert close(same(x), Convolution(KERNELS[:1, 0]).bind((2, 9, 12), noise, x)(x), 1e-12)
+    y = GivenKernel(KERNELS).bind((2, 9, 12), noise, x)(x)
+    for row, corner in ((0, 0), (1, -1)):  # a corner is its own tile's alone
+        alone = Convolution(KERNELS[row, corner][None]).bind((2, 9, 12), noise, x)(x)
+        assert close(y[..., corner, corner], alone[..., corner, corner], 1e-12)
+
+
+def test_files_of_masks_and_kernels(tmp_path: Path) -> None:
+    noise, x = SampleNoise(0, ["a", "b"]), draw(2, 3, 6, 4)
+    mask = np.zeros((6, 4), np.uint8)
+    mask[2:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    y = Inpaint(str(tmp_path / "mask.png")).bind((3, 6, 4), noise, x)(x)
+    assert torch.equal(y, x[:, :, 2:].flatten(2))
+    np.save(tmp_path / "kernel.npy", 7 * KERNELS[0, 0].numpy())
+    blur = GivenKernel(str(tmp_path / "kernel.npy")).bind((3, 6, 4), noise, x)
+    kernel = KERNELS[:1, 0] / KERNELS[0, 0].sum()
+    assert close(blur(x), Convolution(kernel).bind((3, 6, 4), noise, x)(x), 1e-6)
+
+
 # What is refused.
 
 
@@ -498,6 +605,11 @@ def test_configuration(options: dict[str, Any], expected: object) -> None:
         (lambda: GaussianBlur(61, 0.0), "sd"),
         (lambda: GaussianBlur(rcond=1.0), "rcond"),
         (lambda: Downsample(0), "factor"),
+        (lambda: Downsample(2, "cubic"), "convention must be one of matlab, pillow"),  # type: ignore[arg-type]
+        (lambda: AveragePool(0), "factor"),
+        (lambda: Colorize("red"), "mean or luminance"),  # type: ignore[arg-type]
+        (lambda: Demosaic("RGB"), "RGGB"),  # type: ignore[arg-type]
+        (lambda: ChannelMix(torch.ones(2, 3, 1, 1)), "in one y_k only"),
         (lambda: MotionBlur(0), "kernel_size"),
         (lambda: MotionBlur(intensity=1.1), "intensity"),
         (lambda: MotionBlur(rcond=-1.0), "rcond"),
@@ -517,6 +629,13 @@ def test_bad_options(make: object, words: str) -> None:
         (BoxMask((33, 28), 0), "every pixel"),
         (RandomMask(0.9999), "every pixel"),
         (Downsample(4), r"factor 4 .* 33×28: .*resize or crop"),
+        (AveragePool(4), r"AveragePool with factor 4 .* 33×28: .*AveragePool.factor"),
+        (Inpaint(torch.ones(8, 8)), "resize"),
+        (Inpaint(torch.ones(2, 33, 28)), "resize"),
+        (Inpaint("nowhere.png"), "nowhere.png"),
+        (GivenKernel(torch.ones(3)), r"rows, columns, kh, kw\), got \(3,\)"),
+        (GivenKernel("nowhere.npy"), "nowhere.npy"),
+        (ChannelMix(torch.ones(1, 4, 1, 1)), r"\(4, 1, 1\), not \(3, 33, 28\)"),
         (Separable(torch.eye(28), torch.eye(28)), "28×28, not of 33×28"),
         (Convolution(torch.ones(3, 5, 5)), "3 blur kernels for 2 images"),
         (PixelMask.from_mask(torch.ones(2, 8, 8), torch.zeros(2, 3, 8, 8)), "made for images"),
