@@ -13,8 +13,13 @@ from typing import TYPE_CHECKING, Any
 from cmi_lightning.errors import InputError
 
 if TYPE_CHECKING:
+    from cmi_lightning.measurement_noise import (
+        GaussianNoise,
+        PoissonGaussianNoise,
+        PoissonNoise,
+    )
     from cmi_lightning.predict.module import PosteriorSampler
-    from cmi_lightning.problem import GaussianNoise, Problem
+    from cmi_lightning.problem import Problem
     from cmi_lightning.sampler import Sampler
     from cmi_lightning.schedule import Schedule
 
@@ -26,6 +31,8 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 __all__ = [
     "GaussianNoise",
     "InputError",
+    "PoissonGaussianNoise",
+    "PoissonNoise",
     "PosteriorSampler",
     "Problem",
     "Sampler",
@@ -34,7 +41,9 @@ __all__ = [
 ]
 
 HOMES = {
-    "GaussianNoise": "problem",
+    "GaussianNoise": "measurement_noise",
+    "PoissonGaussianNoise": "measurement_noise",
+    "PoissonNoise": "measurement_noise",
     "PosteriorSampler": "predict.module",
     "Problem": "problem",
     "Sampler": "sampler",

@@ -1,48 +1,20 @@
-"""The inverse problem y = A(x₀) + n of one batch, and its noise."""
+"""The inverse problem y = A(x₀) + n of one batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from cmi_lightning.errors import InputError
-from cmi_lightning.linalg import norm, per_sample
+from cmi_lightning.linalg import dot, norm, per_sample
+from cmi_lightning.measurement_noise import MeasurementNoise
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators.base import Operator
 
-
-@dataclass(frozen=True)
-class GaussianNoise:
-    """Measurement noise of standard deviation ``sigma``, with the range it is meant in.
-
-    The same 0.05 means two noises in the literature: on images in [−1, 1] ("signed", as DPS and DSG
-    use it) or on images in [0, 1] ("unit", as DDRM and ΠGDM do), which is twice as much.
-
-    >>> GaussianNoise(0.05, "unit").std
-    0.1
-
-    Args:
-        sigma: standard deviation, ≥ 0.
-        range: the image range that ``sigma`` refers to.
-
-    Raises:
-        InputError: if ``sigma`` is negative.
-    """
-
-    sigma: float = 0.05
-    range: Literal["signed", "unit"] = "signed"
-
-    def __post_init__(self) -> None:
-        if self.sigma < 0:
-            raise InputError(f"noise.sigma must be at least 0, got {self.sigma}.")
-
-    @property
-    def std(self) -> float:
-        """The standard deviation on images in [−1, 1]."""
-        return self.sigma * (2.0 if self.range == "unit" else 1.0)
+Noise = float | Tensor | MeasurementNoise
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +39,12 @@ class Problem:
     noise_std: float | Tensor
 
     @classmethod
-    def simulate(
-        cls, x: Tensor, operator: Operator, noise_std: float | Tensor, noise: SampleNoise
-    ) -> Self:
+    def simulate(cls, x: Tensor, operator: Operator, noise_std: Noise, noise: SampleNoise) -> Self:
         """Measure clean images x (B, C, H, W) in [−1, 1].
 
         The problem's operator is the given one made concrete for these images: masks and kernels
-        are drawn, matrices take the images' dtype and device.
+        are drawn, matrices take the images' dtype and device. ``noise_std`` is a standard deviation
+        as :class:`Problem` has it, or a model of the noise, which then gives it from y.
 
         Raises:
             InputError: if the operator cannot act on such images.
@@ -81,8 +52,15 @@ class Problem:
         bound = operator.bind(tuple(x.shape[1:]), noise, x)
         check_rows(bound, x, noise)
         clean = bound(x)
-        n = bound.sample_noise(lambda like: noise.normal("measurement", 0, like), clean)
-        return cls(clean + per_sample(noise_std, clean) * n, bound, noise_std)
+
+        def normal(stream: str) -> Tensor:
+            return bound.sample_noise(lambda like: noise.normal(stream, 0, like), clean)
+
+        if isinstance(noise_std, MeasurementNoise):
+            y = bound.zero_padding(noise_std.sample(clean, normal))
+        else:
+            y = clean + per_sample(noise_std, clean) * normal("measurement")
+        return cls(y, bound, std_of(noise_std, y))
 
     def bind(self, noise: SampleNoise, like: Tensor) -> Self:
         """Return the problem with its operator made concrete for images like ``like``.
@@ -102,6 +80,16 @@ class Problem:
     def std(self) -> Tensor:
         """The noise standard deviation, broadcastable to y."""
         return per_sample(self.noise_std, self.y)
+
+    @property
+    def relative_std(self) -> Tensor | None:
+        """``std`` over its root mean square per sample, (B, *m); None where it is one number."""
+        std = self.std
+        if std.numel() <= len(self.y):
+            return None
+        kept = self.operator.zero_padding(torch.ones_like(self.y))
+        mean = dot(std**2 * kept, kept) / dot(kept, kept)
+        return std / per_sample(mean.clamp_min(torch.finfo(std.dtype).tiny).sqrt(), self.y)
 
     @property
     def noise_norm(self) -> Tensor:
@@ -138,6 +126,11 @@ class Problem:
     def noisy(self) -> bool:
         """Whether every measurement carries noise."""
         return bool(torch.all(self.std > 0))
+
+
+def std_of(noise: Noise, y: Tensor) -> float | Tensor:
+    """Return the standard deviation of measurements y (B, *m) that a noise level or model gives."""
+    return noise.std(y) if isinstance(noise, MeasurementNoise) else noise
 
 
 def check_rows(operator: Operator, like: Tensor, noise: SampleNoise) -> None:

@@ -96,7 +96,8 @@ def test_every_combination_parses(parser, prior):
         found = vars(model.operator.get("init_args", {})) if options else {}
         assert options.items() <= found.items()
         assert model.solver.init_args.variance == "learned"
-        assert (model.num_steps, model.noise.sigma, model.noise.range) == (1000, 0.05, "signed")
+        noise = model.noise.init_args
+        assert (model.num_steps, noise.sigma, noise.range) == (1000, 0.05, "signed")
         assert (data.size, data.channels, data.limit) == (256, 3, 1000)
         assert config.trainer.logger.init_args.save_dir == f"runs/{prior}/{task}"
         classes = [g.class_path.rpartition(".")[2].lower() for g in model.guidances]

@@ -192,8 +192,8 @@ def test_images_are_checked_before_sampling(prior):
 
 
 def test_noise_range_is_stated_and_converted(prior):
-    assert GaussianNoise(0.05).std == 0.05
-    assert GaussianNoise(0.05, "unit").std == 0.1
+    assert GaussianNoise(0.05).level == 0.05
+    assert GaussianNoise(0.05, "unit").level == 0.1
     with pytest.raises(InputError, match="sigma"):
         GaussianNoise(-0.1)
     described = PosteriorSampler(prior, noise=GaussianNoise(0.05, "unit")).describe()

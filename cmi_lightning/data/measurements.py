@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cmi_lightning.data.base import measured
+from cmi_lightning.data.base import measured, own
 from cmi_lightning.data.extras import Convention, companions, read_kernel, read_mask
 from cmi_lightning.data.files import (
     Shape,
@@ -24,12 +24,13 @@ from cmi_lightning.data.files import (
 from cmi_lightning.data.folder import FolderData
 from cmi_lightning.data.images import Channels, Decoding, read_image
 from cmi_lightning.data.noise_levels import Range, estimate_of, read_sigmas, report_estimates
+from cmi_lightning.data.own import OwnMeasurements
 from cmi_lightning.errors import InputError, printable
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Operator
-from cmi_lightning.problem import Problem
+from cmi_lightning.problem import Noise, Problem
 
-Kind = Literal["denoise", "inpaint", "blur", "downsample"]
+Kind = Literal["denoise", "inpaint", "blur", "downsample", "own"]
 NEEDS = {"inpaint": "masks", "blur": "kernels", "downsample": "factor"}
 ESTIMATE = "estimate"  # the value of data.sigmas that is no file
 
@@ -167,7 +168,8 @@ class MeasurementFolderData(FolderData):
         kind: what was done to them. "denoise": noise only. "inpaint": pixels are missing (whatever
             the image shows there is not used). "blur": correlation with a kernel, k_j x_{i+j−c}
             (as torch's conv2d and DPS have it), with reflected borders. "downsample": antialiased
-            bicubic reduction by ``factor``.
+            bicubic reduction by ``factor``. "own": what the sampler's ``operator`` does; files may
+            then be arrays too, ``.npy``, ``.pt`` or ``.safetensors``, of any shape.
         masks: for "inpaint": one image or 2-D ``.npy`` for all, or a folder with one of the same
             relative name for each; white is known, black is missing
             (:func:`cmi_lightning.data.extras.read_mask` has the rules). Files within
@@ -178,6 +180,7 @@ class MeasurementFolderData(FolderData):
         sigmas: a CSV file with the columns id,sigma, one line for each image; or "estimate", by
             wavelets (:func:`cmi_lightning.data.noise_levels.estimate_sigma`, which says how far to
             trust it; missing pixels have no part in it); None: the module's ``noise`` for all.
+            For "own" a folder also serves, of arrays with a level for each measurement.
         sigma_range: the image range that the CSV's numbers refer to: "signed" is [−1, 1], "unit"
             is [0, 1].
         channels: convert to 1 (gray), 3 (RGB) or 4 (RGBA) channels; None keeps what the files have.
@@ -190,6 +193,7 @@ class MeasurementFolderData(FolderData):
         background: colour behind transparent pixels, by name or as "rgb(255, 0, 0)".
         white_level: the number that is white in files of 16 or 32 bits, such as 4095; None: 65535.
         range: the numbers that are black and white in files of floating-point numbers.
+        shape: for "own": (C, H, W) of the images, where it is not that of the measurements.
         kernel_convention: "correlation", or "convolution" for kernels that are mirrored in it,
             k_j x_{i−j+c}, as in scipy.ndimage.convolve.
 
@@ -228,6 +232,7 @@ class MeasurementFolderData(FolderData):
         white_level: int | None = None,
         range: tuple[float, float] | None = None,
         kernel_convention: Convention = "correlation",
+        shape: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
         self.measurements, self.kind = measurements, kind
@@ -236,7 +241,8 @@ class MeasurementFolderData(FolderData):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.sigmas, self.sigma_range, self.strict = sigmas, sigma_range, strict
         self.background, self.white_level, self.range = background, white_level, range
-        self.kernel_convention = kernel_convention
+        self.kernel_convention, self.shape = kernel_convention, shape
+        self.takes_operator = kind == "own"
         self.estimates: dict[str, float] = {}
         if kind not in get_args(Kind):
             raise InputError(f"data.kind must be one of {get_args(Kind)}, got '{kind}'.")
@@ -252,6 +258,12 @@ class MeasurementFolderData(FolderData):
             raise InputError(f"data.kernel_convention must be one of {get_args(Convention)}.")
         if kernel_convention != "correlation" and kind != "blur":
             raise InputError(f"data.kernel_convention is not used by data.kind={kind}; remove it.")
+        if shape is not None and kind != "own":
+            raise InputError(f"data.shape is not used by data.kind={kind}; remove it.")
+        if sigmas == ESTIMATE and kind == "own":
+            raise InputError(
+                "data.sigmas=estimate is for images; give a CSV file, or set model.noise."
+            )
         if factor is not None and factor < 2:
             raise InputError(f"data.factor must be at least 2, got {factor}.")
 
@@ -259,15 +271,17 @@ class MeasurementFolderData(FolderData):
         """Find and check the files."""
         check_least(1, batch_size=self.batch_size, limit=self.limit)
         check_least(0, num_workers=self.num_workers)
-        self.take(MeasurementFolder(self))
+        self.take(OwnMeasurements(self) if self.kind == "own" else MeasurementFolder(self))
         if self.sigmas == ESTIMATE and self.images.sigmas != self.estimates:
             report_estimates(self.images.sigmas, self.images.clipped)
             self.estimates = self.images.sigmas
 
     def problem(
-        self, batch: dict[str, Any], operator: Operator, std: float, noise: SampleNoise
+        self, batch: dict[str, Any], operator: Operator, std: Noise, noise: SampleNoise
     ) -> tuple[Problem, Tensor]:
-        """Return the problem of given measurements; the sampler's operator has no part in it."""
+        """Return the problem of given measurements, the sampler's operator's if of kind "own"."""
+        if self.kind == "own":
+            return own({"image_shape": self.shape, **batch}, operator, std, noise)
         return measured(batch, self.kind, std, noise)
 
     @property
@@ -290,5 +304,7 @@ class MeasurementFolderData(FolderData):
         source = (
             "estimated by wavelets" if self.sigmas == ESTIMATE else f"from {printable(self.sigmas)}"
         )
+        if not self.images.sigmas:
+            return f"σ of each measurement, {source}"
         values = sorted(self.images.sigmas.values())
         return f"σ of each image, {source}: {values[0]:.4g} to {values[-1]:.4g} on [−1, 1]"

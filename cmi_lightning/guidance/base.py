@@ -86,8 +86,14 @@ class Guidance(ABC):  # noqa: B024
 
 
 def residual_gradient(step: Step) -> Tensor:
-    """Return ∇_{x_t} ‖y − A(x̂₀)‖ = −Jᵀ A'ᵀ r/‖r‖ per sample (B, *), with r = y − A(x̂₀)."""
-    return -step.vjp(step.linearized.adjoint(unit(step.residual.detach())))
+    """Return ∇_{x_t} ‖y − A(x̂₀)‖ = −Jᵀ A'ᵀ r/‖r‖ per sample (B, *), with r = y − A(x̂₀).
+
+    Where each measurement has its own noise level σᵢ, the norm is that of r ⊙ σ̄/σ, with σ̄ the root
+    mean square of the sample's σ: what is measured well counts more, and ζ keeps its unit.
+    """
+    r, w = step.residual.detach(), step.problem.relative_std
+    direction = unit(r) if w is None else unit(r / w) / w
+    return -step.vjp(step.linearized.adjoint(direction))
 
 
 def refuse_nonlinear(parts: Iterable[Any], operator: Operator) -> None:

@@ -13,7 +13,7 @@ from cmi_lightning.errors import InputError
 
 FORM = (
     'A batch must be a tensor of images (B, C, H, W) in [−1, 1], or {"x": images, "id": names} '
-    '(for measurements "y_image" in place of "x")'
+    '(for measurements "y_image" in place of "x", or "y" of the sampler\'s own operator)'
 )
 ROUNDING = 1e-3  # on [−1, 1]: what resizing and float16 leave
 
@@ -41,7 +41,10 @@ def as_batch(batch: Any, first: int) -> tuple[dict[str, Any], list[str]]:
         batch = {"x": batch[0]}  # (image, label)
     elif _is_images(batch):
         batch = {"x": batch}
-    key = next((k for k in ("x", "y_image") if isinstance(batch, Mapping) and k in batch), None)
+    keys = ("y", "x", "y_image")
+    key = next((k for k in keys if isinstance(batch, Mapping) and k in batch), None)
+    if key == "y":
+        return _measurements(batch, first)
     if key is None or not _is_images(batch[key]):
         raise InputError(f"{FORM}; the loader gave {_form(batch)}.")
     batch = {k: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
@@ -58,15 +61,36 @@ def as_batch(batch: Any, first: int) -> tuple[dict[str, Any], list[str]]:
     _check_range(key, images, batch.get("sigma"))
     if key == "x" and images.numel() and 0 <= float(images.min()) < float(images.max()):
         notes.append("No value of the first batch is below 0; images must be in [−1, 1].")
+    return {**batch, key: images, "id": _ids(batch, len(images), first, notes)}, notes
+
+
+def _ids(batch: Mapping[str, Any], count: int, first: int, notes: list[str]) -> list[str]:
+    """Return the samples' names, and note if there are none."""
     if "id" not in batch:
         notes.append("The loader gives no ids: samples are named by their place, 00000, 00001, ….")
-        batch["id"] = [f"{first + i:05d}" for i in range(len(images))]
+        return [f"{first + i:05d}" for i in range(count)]
     ids = batch["id"]
     ids = ids.flatten().tolist() if isinstance(ids, Tensor) else ids
     ids = [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
-    if len(ids) != len(images):
-        raise InputError(f"{FORM}; there are {len(images)} images and {len(ids)} ids.")
-    return {**batch, key: images, "id": [str(name) for name in ids]}, notes
+    if len(ids) != count:
+        raise InputError(f"{FORM}; there are {count} images and {len(ids)} ids.")
+    return [str(name) for name in ids]
+
+
+def _measurements(batch: Mapping[str, Any], first: int) -> tuple[dict[str, Any], list[str]]:
+    """Return a batch of measurements ``"y"`` of the sampler's operator, of any shape."""
+    notes: list[str] = []
+    batch = {k: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
+    y = batch["y"]
+    if not isinstance(y, Tensor) or y.ndim < 2 or not y.is_floating_point():
+        raise InputError(f'"y" must be a tensor (B, *m) of real numbers, not {_form(y)}.')
+    if not bool(torch.isfinite(y).all()):
+        raise InputError('"y" has values that are no numbers.')
+    if "x" in batch:
+        if not _is_images(batch["x"]) or len(batch["x"]) != len(y):
+            raise InputError(f'"x" must be the {len(y)} true images, not {_form(batch["x"])}.')
+        _check_range("x", batch["x"], None)
+    return {**batch, "id": _ids(batch, len(y), first, notes)}, notes
 
 
 def _is_images(value: Any) -> bool:

@@ -21,6 +21,7 @@ from cmi_lightning.denoisers.base import Autocast, Denoiser, size_text
 from cmi_lightning.denoisers.tiled import Tiled
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
+from cmi_lightning.measurement_noise import GaussianNoise, MeasurementNoise
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
 from cmi_lightning.predict.batch import as_batch, take
@@ -36,7 +37,7 @@ from cmi_lightning.predict.records import (
     refuse_other,
 )
 from cmi_lightning.predict.restoration import Restoration, joined, nothing, restore
-from cmi_lightning.problem import GaussianNoise, Problem
+from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDPM, Solver
 from cmi_lightning.step import Record
@@ -73,8 +74,9 @@ class PosteriorSampler(L.LightningModule):
         solver: default: DDPM with the posterior variance.
         guidances: the likelihood; none draws from the prior.
         num_steps: steps, by guided-diffusion's respacing rule; None for every level of the prior.
-        noise: the measurement noise, with the image range it is meant in. (A standard deviation per
-            measurement is :class:`cmi_lightning.Problem`'s, for use without Lightning.)
+        noise: the measurement noise: :class:`cmi_lightning.GaussianNoise` with the image range it
+            is meant in, :class:`cmi_lightning.PoissonNoise`, or a class of your own. Data may bring
+            a level for each image, or for each measurement, as ``"sigma"``.
         seed: seed of all random numbers (Lightning's ``seed_everything`` has no part in them); see
             :class:`cmi_lightning.noise.SampleNoise`.
         clamp: clamp the x̂₀ that the solver uses to the prior's value range.
@@ -95,7 +97,7 @@ class PosteriorSampler(L.LightningModule):
         solver: Solver | None = None,
         guidances: list[Guidance] | None = None,
         num_steps: int | str | None = 100,
-        noise: GaussianNoise = GaussianNoise(),  # noqa: B008
+        noise: MeasurementNoise = GaussianNoise(),  # noqa: B008
         seed: int = 0,
         clamp: bool = True,
         samples_per_image: int = 1,
@@ -122,7 +124,7 @@ class PosteriorSampler(L.LightningModule):
         parts: tuple[Any, ...] = (self.solver, *(g for g in self.guidances if g.active))
         refuse_nonlinear(parts, self.operator)
         for part in parts:
-            if part.needs_noise and self.measurement_noise.std == 0:
+            if part.needs_noise and not self.measurement_noise.present:
                 raise InputError(
                     f"{type(part).__name__} needs measurement noise: set noise.sigma above 0."
                 )
@@ -134,17 +136,22 @@ class PosteriorSampler(L.LightningModule):
 
     def describe(self) -> dict[str, str]:
         """Return what will be run, for people."""
-        std = self.measurement_noise.std
-        shape = self.denoiser.image_shape
+        noise, shape = _name(self.measurement_noise), self.denoiser.image_shape
+        if isinstance(self.measurement_noise, GaussianNoise):
+            std = self.measurement_noise.level
+            noise = f"σ = {std:g} on [−1, 1] = {std / 2:g} on [0, 1]"
         size = size_text(shape) if shape else "any"
         if isinstance(self.denoiser, Tiled):
             size += f", in windows of {size_text(self.denoiser.window)}"
         datamodule = getattr(self._trainer, "datamodule", None)
+        given = getattr(datamodule, "given", None)
+        parts = [given] if given else []
+        if not given or getattr(datamodule, "takes_operator", False):
+            parts.append(_name(self.operator))
         return {
             "prior": f"{_name(self.denoiser)}, images {size}",
-            "operator": getattr(datamodule, "given", None) or _name(self.operator),
-            "noise": getattr(datamodule, "given_noise", None)
-            or f"σ = {std:g} on [−1, 1] = {std / 2:g} on [0, 1]",
+            "operator": ", ".join(parts),
+            "noise": getattr(datamodule, "given_noise", None) or noise,
             "solver": _name(self.solver),
             "guidances": ", ".join(map(_name, self.guidances)) or "none",
             "steps": str(len(self.sampler().schedule)),
@@ -173,7 +180,8 @@ class PosteriorSampler(L.LightningModule):
         """Return every option that decides the results, by name, with checksums of weights."""
         found = dict(options("model", self, weights=False))
         found.update(options("model.denoiser", self.denoiser))
-        found.update({"model.noise": str(self.measurement_noise.std)})
+        noise = self.measurement_noise
+        found.update({"model.noise": str(getattr(noise, "level", noise))})
         found.update(options("data", datamodule))
         found["trainer.precision"] = str(trainer.precision)
         return {name: value for name, value in found.items() if name not in FREE}
@@ -203,7 +211,8 @@ class PosteriorSampler(L.LightningModule):
             refuse_foreign_logs(trainer, folder)
             if not self.overwrite and (folder / "run.json").is_file():
                 refuse_other(folder, self.fingerprint(trainer, datamodule))
-        if given := getattr(datamodule, "given", None):
+        given = getattr(datamodule, "given", None)
+        if given and not getattr(datamodule, "takes_operator", False):
             self._refuse_operator(f"the data are {given}")
         if shape is None:
             return
@@ -309,9 +318,9 @@ class PosteriorSampler(L.LightningModule):
         data = getattr(self._trainer, "datamodule", None)
         data = data if isinstance(data, RestorationData) else LoaderData()
         problem, like = data.problem(
-            batch, self.operator, self.measurement_noise.std, SampleNoise(self.seed, batch["id"])
+            batch, self.operator, self.measurement_noise, SampleNoise(self.seed, batch["id"])
         )
-        if "x" not in batch:
+        if "x" not in batch and "y" not in batch:
             self._refuse_operator("the batch holds measurements, which say how they were made")
         self._tile(tuple(like.shape[1:]))
         self.denoiser.check(tuple(like.shape[1:]))

@@ -133,7 +133,7 @@ def restore(
 
 def nothing(batch: dict[str, Any]) -> Restoration:
     """Return the restoration of a batch of which nothing is to be done."""
-    images = (batch["x"] if "x" in batch else batch["y_image"])[:0]
+    images = next(batch[key] for key in ("x", "y_image", "y") if key in batch)[:0]
     none = images.new_zeros(0)
     return Restoration(
         id=[],

@@ -1,0 +1,131 @@
+"""Given measurements of one's own operator: arrays of any shape, from files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cmi_lightning.data.extras import companions
+from cmi_lightning.data.files import by_id, local_path, natural, read_all
+from cmi_lightning.data.images import SUFFIXES, Decoding, UnreadableError, read_image
+from cmi_lightning.data.noise_levels import read_sigmas
+from cmi_lightning.errors import InputError, first_line, printable
+
+if TYPE_CHECKING:
+    from cmi_lightning.data.measurements import MeasurementFolderData
+
+ARRAYS = (".npy", ".pt", ".safetensors")
+
+
+def read_array(path: Path, how: Decoding) -> Tensor:
+    """Return the tensor of a ``.npy``, ``.pt`` or ``.safetensors`` file, or an image's pixels.
+
+    Args:
+        path: the file; one that can hold several tensors holds one, or one named "y".
+        how: how an image's numbers become pixels in [−1, 1].
+
+    Raises:
+        UnreadableError: if it cannot be read, or is no array of finite real numbers.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in ARRAYS:
+        return read_image(path, how)
+    try:
+        if suffix == ".npy":
+            y = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            held = (
+                load_file(path)
+                if suffix == ".safetensors"
+                else torch.load(path, "cpu", weights_only=True)
+            )
+            if isinstance(held, dict):
+                held = held["y"] if "y" in held or len(held) != 1 else next(iter(held.values()))
+            y = torch.as_tensor(held)
+    except Exception as error:  # each parser raises its own kinds
+        raise UnreadableError(
+            f"Cannot read the array '{printable(path)}' ({type(error).__name__}: "
+            f"{first_line(error)}); save one array or tensor, named y if there are others."
+        ) from error
+    if y.is_complex() or not bool(torch.isfinite(y).all()):
+        raise UnreadableError(
+            f"'{printable(path)}' must hold finite real numbers; save a complex array as two "
+            "channels, its real and imaginary part."
+        )
+    return y.float()
+
+
+class OwnMeasurements(Dataset):
+    """Measurements as ``{"y": (*m), "id": "sub/name"}``, with ``"sigma"`` where levels are given.
+
+    Args:
+        data: the options, and what they may be:
+            :class:`~cmi_lightning.data.MeasurementFolderData`.
+
+    Raises:
+        InputError: for a folder without arrays or images, shapes that differ, or bad levels.
+    """
+
+    clipped = ()
+
+    def __init__(self, data: MeasurementFolderData) -> None:
+        self.how = Decoding(data.channels, data.background, data.white_level, data.range)
+        folder = local_path(data.measurements, "data.measurements")
+        levels = local_path(data.sigmas, "data.sigmas") if data.sigmas is not None else None
+        apart = levels.resolve() if levels is not None and levels.is_dir() else None
+        found = by_id(folder, (*ARRAYS, *SUFFIXES), apart) if folder.is_dir() else {}
+        if not found:
+            raise InputError(
+                f"data.measurements: the folder '{printable(folder)}' holds no measurement "
+                f"({', '.join(ARRAYS)}, or an image); give a folder that does."
+            )
+        for name, paths in found.items():
+            if len(paths) > 1:
+                raise InputError(
+                    f"data.measurements: '{printable(paths[0])}' and '{printable(paths[1])}' would "
+                    f"share the id '{name}'; rename one."
+                )
+        files = {name: found[name][0] for name in sorted(found, key=natural)[: data.limit]}
+        self.survey = read_all(files, self._shape, data.strict, "data.measurements")
+        self.files = [(name, files[name]) for name in self.survey.read]
+        (first, shape), *others = self.survey.read.items()
+        for name, other in others:
+            if other != shape:
+                raise InputError(
+                    f"data.measurements: '{first}' is of shape {shape} and '{name}' {other}; "
+                    "restore each shape in a run of its own."
+                )
+        self.image_shape = data.shape
+        self.maps: dict[str, Path] = {}
+        self.sigmas: dict[str, float] = {}
+        if apart is not None:
+            self.maps = companions(self.survey.read, folder, apart, "data.sigmas")
+        elif levels is not None:
+            table = read_sigmas(levels, found, data.sigma_range)
+            missing = [name for name, _ in self.files if name not in table]
+            if missing:
+                raise InputError(f"data.sigmas has no sigma for '{missing[0]}'; add it.")
+            self.sigmas = table
+        self.scale = 2.0 if data.sigma_range == "unit" else 1.0
+
+    def _shape(self, name: str, file: Path, note: Callable[[str], object]) -> tuple[int, ...]:
+        return tuple(read_array(file, self.how).shape)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        name, file = self.files[index]
+        item: dict[str, Tensor | str] = {"y": read_array(file, self.how), "id": name}
+        if name in self.maps:
+            item["sigma"] = self.scale * read_array(self.maps[name], self.how)
+        elif name in self.sigmas:
+            item["sigma"] = torch.tensor(self.sigmas[name])
+        return item
