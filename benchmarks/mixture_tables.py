@@ -201,9 +201,7 @@ class Report:
             distances = [estimate(self.distances(c, name)) for c in cells]
             label = f"{name}, tuned" if name in self.methods else name
             rows.append([label, *distances, " / ".join(f"{100 * x:.0f}" for x in inside)])
-        return markdown(
-            ["method", *(f"d={c.dim} m={c.measured}" for c in cells), "coverage"], rows
-        )
+        return markdown(["method", *(f"d={c.dim} m={c.measured}" for c in cells), "coverage"], rows)
 
     def counts(self) -> str:
         """Return in how many cells tuned CMI helps and hurts, and how many draws diverged."""

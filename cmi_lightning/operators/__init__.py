@@ -1,5 +1,6 @@
 """Forward models A of y = A(x₀) + n: images in, measurements out."""
 
+from cmi_lightning.operators.adapters import from_deepinv, from_functions
 from cmi_lightning.operators.base import LinearOperator, Operator
 from cmi_lightning.operators.blur import Convolution, MotionBlur
 from cmi_lightning.operators.channels import ChannelMix, Colorize, Demosaic
@@ -43,4 +44,6 @@ __all__ = [
     "RandomMask",
     "Separable",
     "VaryingBlur",
+    "from_deepinv",
+    "from_functions",
 ]

@@ -1,4 +1,7 @@
-"""The contract of a forward model A, differentiable or linear, with generic defaults."""
+"""The contract of a forward model A, differentiable or linear, with generic defaults.
+
+Over 300 lines: the two contracts refer to their derivatives and compositions, and these to them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Operators that pick pixels: all of them (denoising) or some (inpainting)."""
+"""Operators that pick pixels: all of them (denoising) or some (inpainting).
+
+Over 300 lines: three small classes of options of one operator, mostly their documentation.
+"""
 
 from __future__ import annotations
 
