@@ -14,7 +14,17 @@ from cmi_lightning.errors import InputError
 from cmi_lightning.exact import GaussianPrior
 from cmi_lightning.guidance import MomentMatching
 from cmi_lightning.information import Lanczos, TraceLimit
-from cmi_lightning.operators import Downsample, GaussianBlur, LinearOperator, MotionBlur
+from cmi_lightning.operators import (
+    HDR,
+    JPEG,
+    Downsample,
+    GaussianBlur,
+    LinearOperator,
+    MotionBlur,
+    NonlinearBlur,
+    Operator,
+    PhaseRetrieval,
+)
 from cmi_lightning.verify import Check, command, exact, network_checks, operator_checks
 
 
@@ -199,6 +209,49 @@ def test_a_broken_operator_is_caught(flaw, names):
     failed = names_of_failures(operator_checks(Stripes(flaw), (2, 6, 8)))
     assert all(name in failed for name in names)
     assert names or not failed
+
+
+class Cubed(Operator):
+    """A user's nonlinear operator, and one flaw."""
+
+    def __init__(self, flaw: str = "none") -> None:
+        self.flaw = flaw
+
+    def forward(self, x):
+        if self.flaw == "gradient":
+            return x**3 + (9 * x).sin().detach()
+        if self.flaw == "batch":
+            return x**3 / x.square().mean()
+        return x**3
+
+    def vjp(self, x, v):
+        return super().vjp(x, v) * (1.1 if self.flaw == "vjp" else 1)
+
+    def guess(self, y):
+        return y[..., :2] if self.flaw == "guess" else y
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [
+        (Cubed(), ""),
+        (Cubed("vjp"), "⟨A'u, y⟩ = ⟨u, A'ᵀy⟩ at an image"),
+        (Cubed("batch"), "an image alone = in a batch"),
+        (Cubed("guess"), "guess(y) is a finite image"),
+        *((operator, "") for operator in (HDR(), JPEG(), PhaseRetrieval(), NonlinearBlur())),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_nonlinear_operators_are_checked_by_their_derivatives(operator, name):
+    failed = names_of_failures(operator_checks(operator, (3, 6, 8)))
+    assert name in failed if name else not failed
+
+
+def test_a_gradient_that_is_not_the_operators_is_read_from_a_note():
+    for flaw, low, high in (("none", 0, 1e-6), ("gradient", 0.1, 10)):
+        checks = operator_checks(Cubed(flaw), (1, 8, 8))
+        (note,) = [c.figure for c in checks if c.bar is None]
+        assert low <= note < high
 
 
 @pytest.mark.parametrize("operator", [GaussianBlur(9, 2.0), MotionBlur(5, padding="circular")])

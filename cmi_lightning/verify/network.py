@@ -42,7 +42,7 @@ def network_checks(denoiser: Denoiser, size: int | None = None) -> Iterator[Chec
     tensors = (*denoiser.parameters(), *denoiser.buffers())
     like = torch.zeros(2, *shape, device=next((t.device for t in tensors), None))
     noise = SampleNoise(0, ["verify/0", "verify/1"])
-    problem = Problem(like, Identity(), 0.05)
+    problem = Problem(like, Identity().bind(shape, noise, like), 0.05)
     sampler = Sampler(denoiser, DDIM(), num_steps=min(STEPS, len(denoiser.schedule)))
     records = list(sampler.iterate(problem, noise, like))
     stopped = bool(records[-1].stopped.any())  # the sampler keeps a lost sample's last finite state

@@ -1,4 +1,4 @@
-"""Checks of a user's own operator: is it linear, are its adjoint and inverse those of it?"""
+"""Checks of a user's own operator: is it what it claims, are its derivatives and inverse right?"""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from torch import Tensor
 
 from cmi_lightning.linalg import dot, norm, per_sample
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import LinearOperator
+from cmi_lightning.operators import LinearOperator, Operator
 from cmi_lightning.verify.check import Check
 
 SHIFT = 0.1  # λ of the solve
+STEP = 1e-5  # of the finite difference, in float64; 1e-2 where there is none
 
 
 def operator_checks(
-    operator: LinearOperator, shape: tuple[int, ...], device: str = "cpu"
+    operator: Operator, shape: tuple[int, ...], device: str = "cpu"
 ) -> Iterator[Check]:
     """Yield the checks of an operator on two images of random numbers, in float64 where it can.
+
+    A linear one is checked for linearity, adjoint, solve and inverse, another for its derivatives.
 
     Args:
         operator: A.
@@ -35,26 +38,38 @@ def operator_checks(
             x = noise.normal("verify/x", 0, like.to(dtype))
             bound = operator.bind(shape, noise, x)
             y = bound(x)
-            made, wide = [y, bound.adjoint(y)], x
+            made, wide = [y, bound.vjp(x, y)], x
         except (RuntimeError, TypeError):  # no float64 here
             made = [like.bool()]
         kept = max(kept, *(float(t.dtype != dtype or t.device != like.device) for t in made))
     yield Check("A x and Aᵀy keep dtype (float32, float64) and device", kept, 0.0)
 
     def alone_and_together(rows: slice) -> Tensor:
-        of = SampleNoise(0, ids[rows])
-        bound = operator.bind(shape, of, wide)
-        return bound.adjoint(bound(wide[rows]))
+        bound = operator.bind(shape, SampleNoise(0, ids[rows]), wide)
+        return bound.vjp(wide[rows], bound(wide[rows]))
 
-    x, other = wide, noise.normal("verify/other", 0, wide)
-    A = operator.bind(shape, noise, x)
-    z = A(x)
-    rows = float(len(z) != len(x) or not bool(torch.isfinite(z).all()))
+    A = operator.bind(shape, noise, wide)
+    z = A(wide)
+    rows = float(len(z) != len(wide) or not bool(torch.isfinite(z).all()))
     yield Check("A x has one finite row an image", rows, 0.0)
     if rows:
         return
-    rounding = 1e-9 if x.dtype == torch.float64 else 1e-4
+    rounding = 1e-9 if wide.dtype == torch.float64 else 1e-4
     v = A.sample_noise(lambda t: noise.normal("verify/y", 0, t), z)
+    other = noise.normal("verify/other", 0, wide)
+    if isinstance(A, LinearOperator):
+        yield from _linear(A, wide, other, v, rounding)
+    else:
+        yield from _differentiable(A, wide, other, v, rounding)
+    single, both = alone_and_together(slice(0, 1)), alone_and_together(slice(0, 2))[:1]
+    gap = norm(single - both) / _length(both)
+    yield Check("AᵀA x of an image alone = in a batch", _largest(gap), max(1e-6, rounding))
+
+
+def _linear(
+    A: LinearOperator, x: Tensor, other: Tensor, v: Tensor, rounding: float
+) -> Iterator[Check]:
+    z = A(x)
     gap = (A(2 * x + other) - 2 * z - A(other)) / per_sample(_length(z), z)
     yield Check("A (2x + z) = 2 A x + A z", _largest(norm(gap)), rounding)
     gap = (dot(z, v) - dot(x, A.adjoint(v))).abs() / (_length(z) * norm(v))
@@ -70,9 +85,26 @@ def operator_checks(
         None if cut else 1e-3,
         "A⁺ leaves out or damps singular values below its rcond" if cut else "",
     )
-    single, both = alone_and_together(slice(0, 1)), alone_and_together(slice(0, 2))[:1]
-    gap = norm(single - both) / _length(both)
-    yield Check("AᵀA x of an image alone = in a batch", _largest(gap), max(1e-6, rounding))
+
+
+def _differentiable(
+    A: Operator, x: Tensor, u: Tensor, v: Tensor, rounding: float
+) -> Iterator[Check]:
+    x = (0.3 * x).clamp(-1, 1)  # as images are: beyond, an operator may clip
+    slope = A.jvp(x, u)
+    gap = (dot(slope, v) - dot(u, A.vjp(x, v))).abs() / (_length(slope) * norm(v))
+    yield Check("⟨A'u, y⟩ = ⟨u, A'ᵀy⟩ at an image", _largest(gap), rounding, "jvp against vjp")
+    h = STEP if x.dtype == torch.float64 else 1e-2
+    difference = (A(x + h * u) - A(x - h * u)) / (2 * h)
+    yield Check(
+        "A'u: relative distance to the finite difference",
+        _largest(norm(slope - difference) / _length(slope).maximum(_length(difference))),
+        None,
+        "0 for a smooth A; up to 1 where gradients pass through rounding or clipping",
+    )
+    image = A.guess(A(x))
+    odd = float(image.shape != x.shape or not bool(torch.isfinite(image).all()))
+    yield Check("guess(y) is a finite image", odd, 0.0)
 
 
 def _length(a: Tensor) -> Tensor:
