@@ -20,7 +20,7 @@ from cmi_lightning import configs, errors
 from cmi_lightning.errors import InputError
 
 USAGE = """\
-usage: cmi-lightning {predict,fit,verify,tune,table,configs,fetch} [-c CONFIG] [--option VALUE] ...
+usage: cmi-lightning {predict,fit,verify,tune,table,configs,fetch,priors} [-c CONFIG] [--option …]
 
   predict   restore images: measure them (or read measurements), sample, write images and metrics
   fit       train a score network
@@ -29,6 +29,7 @@ usage: cmi-lightning {predict,fit,verify,tune,table,configs,fetch} [-c CONFIG] [
   table     methods with and without CMI on tasks: restore, compare, write a report
   configs   list the configurations that ship with the package
   fetch     bring the networks of LPIPS or FID: fetch lpips, fetch fid
+  priors    list the priors that have a name, and what of them is on this machine
 
   cmi-lightning predict -c demo                                    eight photographs, 90 % missing
   cmi-lightning predict -c demo -c task/super_resolution -c guidance/dps -c add_cmi
@@ -48,6 +49,7 @@ COMMANDS = {  # imported when asked for: the help needs no torch
     "tune": "cmi_lightning.table.command",
     "table": "cmi_lightning.table.command",
     "fetch": "cmi_lightning.fetch",
+    "priors": "cmi_lightning.zoo.command",
 }
 
 

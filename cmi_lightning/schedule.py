@@ -7,12 +7,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from cmi_lightning.errors import InputError, warn_once
 from cmi_lightning.spacing import grid, power_grid, spaced
+
+ScheduleName = Literal["linear", "cosine", "edm", "vp", "rectified"]
 
 
 class Level(NamedTuple):
@@ -70,8 +72,9 @@ class Schedule:
     """Noise levels (α_i, σ_i), from the least noisy to the noisiest, with the network's times.
 
     The constructors are :meth:`linear` (the discrete DDPM chain, the default everywhere),
-    :meth:`cosine`, :meth:`edm`, :meth:`vp` and :meth:`from_betas`; :meth:`respace` thins any of
-    them to fewer steps. In YAML, ``{class_path: cmi_lightning.Schedule.vp, init_args: {…}}``.
+    :meth:`cosine`, :meth:`edm`, :meth:`vp`, :meth:`rectified` and :meth:`from_betas`;
+    :meth:`respace` thins any of them to fewer steps. In YAML,
+    ``{class_path: cmi_lightning.Schedule.vp, init_args: {…}}``.
 
     >>> schedule = Schedule.linear().respace(4)
     >>> schedule.times
@@ -171,6 +174,38 @@ class Schedule:
         )
 
     @classmethod
+    def rectified(
+        cls,
+        num_levels: int = 999,
+        shift: float = 1.0,
+        t_min: float = 1e-3,
+        t_max: float = 0.999,
+        time_scale: float = 1000.0,
+    ) -> Schedule:
+        """The straight paths of flow matching, x_t = (1 − t) x₀ + t ε, at t from ``t_min``.
+
+        t is evenly spaced, then σ = k t/(1 + (k − 1) t) with k = ``shift``: σ/α becomes k times as
+        large. Nothing is left of x₀ at t = 1, so that the noisiest level is just below. The network
+        receives ``time_scale``·σ: 1000 σ in Stable Diffusion 3; 1 for networks that take σ itself.
+
+        >>> Schedule.rectified(3, shift=3.0, t_min=0.25, t_max=0.75).sigmas
+        (0.5, 0.75, 0.9)
+
+        Source: Liu et al. (2023), Lipman et al. (2023); the shift, Esser et al. (2024), Eq. 23.
+        """
+        if not 0 < t_min < t_max < 1 or not shift > 0:
+            raise InputError(
+                f"A rectified schedule needs 0 < t_min < t_max < 1 and a shift above 0, got t_min="
+                f"{t_min:g}, t_max={t_max:g}, shift={shift:g}."
+            )
+        t = grid(t_min, t_max, num_levels)
+        denominator = 1 + (shift - 1) * t
+        sigmas, alphas = shift * t / denominator, (1 - t) / denominator
+        return cls(
+            tuple(alphas.tolist()), tuple(sigmas.tolist()), tuple((time_scale * sigmas).tolist())
+        )
+
+    @classmethod
     def from_betas(cls, betas: Sequence[float] | np.ndarray) -> Schedule:
         """A variance-preserving chain of given β_t: ᾱ_t = ∏(1 − β), times 0, 1, 2, ….
 
@@ -199,13 +234,21 @@ class Schedule:
 
     @classmethod
     def named(cls, schedule: Schedule | str) -> Schedule:
-        """Return a schedule as it is, or that of a name: "linear", "cosine", "edm" or "vp"."""
+        """Return a schedule as it is, or that of a :data:`ScheduleName`."""
         if isinstance(schedule, Schedule):
             return schedule
-        if schedule not in (names := ("linear", "cosine", "edm", "vp")):
+        if schedule not in (names := get_args(ScheduleName)):
             raise InputError(f"schedule must be one of {', '.join(names)}, got '{schedule}'.")
         made: Schedule = getattr(cls, schedule)()
         return made
+
+    def refuse_curved(self) -> None:
+        """Refuse levels that are on no straight path, α + σ = 1, for networks of the velocity."""
+        if max(abs(a + s - 1) for a, s in zip(self.alphas, self.sigmas, strict=True)) > 1e-6:
+            raise InputError(
+                "A velocity ε − x₀ belongs to straight paths, α + σ = 1, and the schedule has "
+                "others: set schedule to rectified (or prediction to v, for v = α ε − σ x₀)."
+            )
 
     def __len__(self) -> int:
         return len(self.alphas)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from cmi_lightning.errors import InputError
-from cmi_lightning.schedule import Schedule
+from cmi_lightning.schedule import Schedule, ScheduleName
+
+Fitted = Literal["epsilon", "v", "velocity"]
 
 
 class ScoreTraining(L.LightningModule):
@@ -18,7 +20,9 @@ class ScoreTraining(L.LightningModule):
 
     With ``prediction="v"`` the network fits v = α_t ε − σ_t x₀ by its own squared error (Salimans &
     Ho 2022). Its error in x̂₀ stays bounded where α_t is small; an error in ε is divided by α_t.
-    Validation is the squared error of ε in both cases.
+    ``prediction="velocity"`` does so with u = ε − x₀ of straight paths, ``schedule="rectified"``
+    (Lipman et al. 2023, Eq. 23, with t counted from the image). Validation is the squared error of
+    ε in all cases.
 
     The times of a batch are stratified: one in each of B equal parts of the chain, which leaves
     the expected gradient unchanged and lowers its variance. Validation draws fixed noise at
@@ -26,7 +30,8 @@ class ScoreTraining(L.LightningModule):
 
     Args:
         network: maps x_t (B, C, H, W) and times (B,) to ε (B, C, H, W).
-        schedule: noise levels, or their name: "linear" (the DDPM chain of 1000), "cosine", "edm".
+        schedule: noise levels, or their name: "linear" (the DDPM chain of 1000), "cosine", "edm",
+            "vp" or "rectified".
         learning_rate: peak learning rate of AdamW, after ``warmup_steps``.
         warmup_steps: steps of linear warm-up; the rest is a cosine decay to zero at the end of
             training (``trainer.max_steps`` or ``max_epochs``).
@@ -34,7 +39,8 @@ class ScoreTraining(L.LightningModule):
         num_eval_levels: noise levels averaged by the validation loss.
         low_noise_power: times are drawn as N·u^power, u uniform on [0, 1]: 1 is the uniform loss
             above; larger values spend more samples on the last, least noisy levels.
-        prediction: what the network returns, "epsilon" or "v" (with α² + σ² = 1).
+        prediction: what the network returns: "epsilon", "v" (with α² + σ² = 1) or "velocity" (with
+            α + σ = 1).
     """
 
     alphas: Tensor
@@ -44,13 +50,13 @@ class ScoreTraining(L.LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        schedule: Schedule | Literal["linear", "cosine", "edm", "vp"] = "linear",
+        schedule: Schedule | ScheduleName = "linear",
         learning_rate: float = 1e-3,
         warmup_steps: int = 500,
         weight_decay: float = 0.0,
         num_eval_levels: int = 20,
         low_noise_power: float = 1.0,
-        prediction: Literal["epsilon", "v"] = "epsilon",
+        prediction: Fitted = "epsilon",
     ) -> None:
         super().__init__()
         self.network = network
@@ -58,9 +64,14 @@ class ScoreTraining(L.LightningModule):
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.weight_decay, self.num_eval_levels = weight_decay, num_eval_levels
         self.low_noise_power = low_noise_power
-        if prediction not in ("epsilon", "v"):
-            raise InputError(f"model.prediction must be epsilon or v, got '{prediction}'.")
+        if prediction not in (names := get_args(Fitted)):
+            raise InputError(
+                f"model.prediction must be {', '.join(names[:-1])} or {names[-1]}, got "
+                f"'{prediction}'."
+            )
         self.prediction = prediction
+        if prediction == "velocity":
+            self.schedule.refuse_curved()
         for name in ("alphas", "sigmas", "times"):
             values = torch.tensor(getattr(self.schedule, name), dtype=torch.float32)
             self.register_buffer(name, values, persistent=False)
@@ -75,10 +86,15 @@ class ScoreTraining(L.LightningModule):
                 "training fits no variance, so set in_channels to the images' channels and "
                 "learn_variance to false."
             )
-        target = noise if self.prediction == "epsilon" else alpha * noise - sigma * x0
+        if self.prediction == "epsilon":
+            target = noise
+        elif self.prediction == "v":
+            target = alpha * noise - sigma * x0
+        else:
+            target = noise - x0
         error = (predicted.float() - target).square()
-        if self.prediction == "v" and not self.training:
-            error = alpha**2 * error  # ε − ε̂ = α (v − v̂)
+        if self.prediction != "epsilon" and not self.training:
+            error = alpha**2 * error  # ε − ε̂ = α (target − predicted)
         return error.mean()
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from cmi_lightning import configs
 from cmi_lightning.cli import main
-from cmi_lightning.denoisers.network import SHIPPED
+from cmi_lightning.zoo.cards import shipped
 
 FAST = [
     "--data.limit=2",
@@ -224,7 +224,7 @@ def test_solver_without_noise_for_dsg(capsys):
 
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
 def test_checkpoint_that_does_not_fit(capsys, tmp_path, change):
-    state = load_file(SHIPPED["fashion-mnist"])
+    state = load_file(shipped()["fashion-mnist"])
     if change == "missing":
         state.pop("out.2.bias")
     else:

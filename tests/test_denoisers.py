@@ -98,7 +98,7 @@ def test_fused_attention_agrees_with_plain():
 
 
 def test_attention_mixes_heads_as_the_published_layout():
-    from cmi_lightning.denoisers.unet import AttentionBlock
+    from cmi_lightning.denoisers.blocks import AttentionBlock
 
     torch.manual_seed(0)
     block = AttentionBlock(64, 2)

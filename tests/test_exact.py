@@ -389,10 +389,10 @@ def test_files_that_hold_no_mixture(tmp_path):
     (tmp_path / "garbage.safetensors").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="not a file that"):
         load_mixture(str(tmp_path / "garbage.safetensors"))
-    from cmi_lightning.denoisers.network import SHIPPED
+    from cmi_lightning.zoo.cards import shipped
 
     with pytest.raises(InputError, match="not a file that"):
-        load_mixture(str(SHIPPED["fashion-mnist"]))
+        load_mixture(str(shipped()["fashion-mnist"]))
 
 
 @pytest.mark.parametrize(

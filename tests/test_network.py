@@ -255,7 +255,6 @@ class AssertsClass(Halving):
         (Positions(), 16, r"Positions does not take images of 3×16×16 .*set data.size"),
         (lambda x, t: x.reshape(-1, 3, 100), 16, r"<lambda> does not take .*shape .*is invalid"),
         (lambda x, t: x[..., 1:], 16, "image_shape and the network's channels must agree"),
-        (AssertsClass(), 16, "must specify y.* it has num_classes, so wrap it"),
     ],
 )
 def test_sizes_are_tried_before_anything_runs(network, size, words):
@@ -288,11 +287,17 @@ class Embedded(nn.Module):
 
 @pytest.mark.parametrize(
     ("network", "name"),
-    [(class_needed, "y"), (class_by_name, "labels"), (Embedded(), "encoder_hidden_states")],
+    [
+        (class_needed, "needs y besides x_t and its time"),
+        (class_by_name, "needs labels besides x_t and its time"),
+        (Embedded(), "needs encoder_hidden_states besides x_t and its time"),
+        (AssertsClass(), r"num_classes=10, so that it must be told y: give it by condition, \{y"),
+        (UNet(3, num_classes=7, **SMALL), "num_classes=7, so that it must be told y"),
+    ],
 )
 @pytest.mark.parametrize("kind", [NetworkDenoiser, EDMDenoiser])
 def test_networks_that_need_a_class(network, name, kind):
-    with pytest.raises(InputError, match=f"needs {name} besides x_t and its time"):
+    with pytest.raises(InputError, match=name):
         kind(network, None)
 
 

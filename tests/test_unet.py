@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from cmi_lightning.denoisers import Autocast, NetworkDenoiser, UNet, ffhq_unet, imagenet_unet
-from cmi_lightning.denoisers.recompute import Recomputed, run_leanly, run_plainly
-from cmi_lightning.denoisers.unet import (
+from cmi_lightning.denoisers.blocks import (
     AttentionBlock,
     GroupNorm32,
     ResBlock,
     timestep_embedding,
 )
+from cmi_lightning.denoisers.recompute import Recomputed, run_leanly, run_plainly
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance import CMI, DPS
 from cmi_lightning.information import Lanczos

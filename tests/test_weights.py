@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cmi_lightning.denoisers import PUBLISHED, NetworkDenoiser, UNet, load_weights, presets
+from cmi_lightning.denoisers import NetworkDenoiser, UNet, load_weights, presets
 from cmi_lightning.errors import InputError
+from cmi_lightning.zoo.cards import published
 
 SMALL = dict(
     in_channels=2,
@@ -174,8 +175,8 @@ def test_absent_public_checkpoints_say_where_they_are(network, name, file, addre
 def test_public_checkpoints_have_the_size_of_their_networks():
     # torch.save adds names and alignment to four bytes per parameter.
     for name, parameters in (("ffhq_10m.pt", 93_563_910), ("imagenet256.pt", 552_814_086)):
-        assert 0 < PUBLISHED[name].size - 4 * parameters < 600_000
-        assert len(bytes.fromhex(PUBLISHED[name].sha256)) == 32
+        assert 0 < published(name).size - 4 * parameters < 600_000
+        assert len(bytes.fromhex(published(name).sha256)) == 32
 
 
 @pytest.mark.parametrize(
@@ -491,6 +492,6 @@ def test_a_function_takes_no_weights(tmp_path):
 
 
 def test_a_preset_says_what_it_expects_before_it_is_built(monkeypatch):
-    monkeypatch.setattr(presets, "ffhq_unet", lambda *_: pytest.fail("built before the file"))
+    monkeypatch.setattr(presets, "card_unet", lambda *_: pytest.fail("built before the file"))
     with pytest.raises(InputError, match=r"faces\.pt.*ffhq_10m\.pt.*bytes"):
         presets.ffhq("faces.pt")

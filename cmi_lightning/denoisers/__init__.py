@@ -2,15 +2,21 @@
 
 from cmi_lightning.denoisers.base import Autocast, Denoiser, DenoiserSpec, Prediction
 from cmi_lightning.denoisers.channels import AsGray, AsRGB
-from cmi_lightning.denoisers.network import NetworkDenoiser, shipped_prior
-from cmi_lightning.denoisers.presets import ffhq, ffhq_unet, imagenet, imagenet_unet
-from cmi_lightning.denoisers.pretrained import DiffusersDenoiser, EDMDenoiser
+from cmi_lightning.denoisers.diffusers_models import DiffusersDenoiser
+from cmi_lightning.denoisers.edm import EDMDenoiser
+from cmi_lightning.denoisers.network import NetworkDenoiser
+from cmi_lightning.denoisers.presets import (
+    ffhq,
+    ffhq_unet,
+    imagenet,
+    imagenet_unet,
+    shipped_prior,
+)
 from cmi_lightning.denoisers.tiled import Tiled
 from cmi_lightning.denoisers.unet import UNet
-from cmi_lightning.denoisers.weights import PUBLISHED, load_weights
+from cmi_lightning.denoisers.weights import load_weights
 
 __all__ = [
-    "PUBLISHED",
     "AsGray",
     "AsRGB",
     "Autocast",

@@ -76,11 +76,11 @@ class Denoiser(nn.Module, ABC):
     """
 
     schedule: Schedule
-    image_shape: tuple[int | None, ...] | None = None
-    value_range: tuple[float, float] | None = None
-    learns_variance: bool = False
-    derivatives: int = 2
-    size_multiple: int = 1
+    image_shape = DenoiserSpec.image_shape
+    value_range = DenoiserSpec.value_range
+    learns_variance = DenoiserSpec.learns_variance
+    derivatives = DenoiserSpec.derivatives
+    size_multiple = DenoiserSpec.size_multiple
 
     @property
     def spec(self) -> DenoiserSpec:

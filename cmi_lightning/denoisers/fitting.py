@@ -47,7 +47,8 @@ def fitted(network: nn.Module, state: Any, path: Path, part: str | None) -> dict
         if found := next(filter(None, map(AUTOENCODER.search, tensors.keys() - own.keys())), None):
             raise InputError(
                 f"'{path}' holds an autoencoder ({found[1]}), so that its network works on latents "
-                "and not on pixels, which is not supported: use a network of pixels."
+                "and not on pixels: give a pipeline in diffusers' layout to "
+                "cmi_lightning.zoo.load_prior, or use a network of pixels."
             )
     places: dict[str, tuple[int, dict[str, Tensor]]] = {}
     for label, tensors in parts.items():

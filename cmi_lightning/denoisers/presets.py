@@ -1,4 +1,4 @@
-"""The published FFHQ and ImageNet priors at 256×256, by name.
+"""Priors of the zoo's cards that are networks of our own: the shipped ones, FFHQ and ImageNet.
 
 State-dict names and shapes are those of guided-diffusion (Dhariwal & Nichol, 2021), so that the
 files published by DPS (Chung et al., 2023), ``ffhq_10m.pt``, and by guided-diffusion,
@@ -8,9 +8,33 @@ predict ε on the linear chain of 1,000 steps and learn the variance.
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from cmi_lightning.denoisers.network import NetworkDenoiser
 from cmi_lightning.denoisers.unet import UNet
 from cmi_lightning.denoisers.weights import find_weights
+from cmi_lightning.errors import InputError
+from cmi_lightning.zoo.cards import card, shipped
+
+
+def shipped_prior(
+    name: Literal["fashion-mnist", "photos-64"] = "photos-64",
+) -> NetworkDenoiser:
+    """Return a prior that ships with the package.
+
+    Args:
+        name: "photos-64" (colour photographs, trained on 64×64; sides that are multiples of 8), or
+            "fashion-mnist" (gray garments, 32×32).
+
+    Raises:
+        InputError: for another name.
+
+    >>> shipped_prior("fashion-mnist").image_shape
+    (1, 32, 32)
+    """
+    if name not in shipped():
+        raise InputError(f"There is no shipped prior '{name}': use {', '.join(shipped())}.")
+    return unet_prior(name, name)
 
 
 def ffhq(
@@ -25,14 +49,12 @@ def ffhq(
         weights: the published file, ``ffhq_10m.pt``; see :class:`NetworkDenoiser`.
         checkpoint: half the memory for a tenth more time, see :class:`UNet`.
         fused_attention: faster attention without second derivatives, see :class:`UNet`.
-        sha256: checksum of the file; that of the published one is in :data:`PUBLISHED`.
+        sha256: checksum of the file; its card has that of the published one.
 
     Raises:
         InputError: if the weights are missing, unreadable or do not fit.
     """
-    find_weights(weights, expected="ffhq_10m.pt")  # before the network is made
-    network = ffhq_unet(checkpoint, fused_attention)
-    return NetworkDenoiser(network, weights, image_shape=(3, 256, 256), sha256=sha256)
+    return unet_prior("ffhq-256", weights, checkpoint, fused_attention, sha256)
 
 
 def imagenet(
@@ -45,39 +67,62 @@ def imagenet(
 
     Args:
         weights: the published file, ``256x256_diffusion_uncond.pt``; see :class:`NetworkDenoiser`.
-        checkpoint: half the memory for a tenth more time, see :class:`UNet`.
-        fused_attention: faster attention without second derivatives, see :class:`UNet`.
-        sha256: checksum of the file; that of the published one is in :data:`PUBLISHED`.
+        checkpoint: see :func:`ffhq`.
+        fused_attention: see :func:`ffhq`.
+        sha256: see :func:`ffhq`.
 
     Raises:
         InputError: if the weights are missing, unreadable or do not fit.
     """
-    find_weights(weights, expected="256x256_diffusion_uncond.pt")  # before the network is made
-    network = imagenet_unet(checkpoint, fused_attention)
-    return NetworkDenoiser(network, weights, image_shape=(3, 256, 256), sha256=sha256)
+    return unet_prior("imagenet-256", weights, checkpoint, fused_attention, sha256)
 
 
 def ffhq_unet(checkpoint: bool = False, fused_attention: bool = False) -> UNet:
     """Return that of ``ffhq_10m.pt``: 93,563,910 parameters in 362 tensors."""
-    return UNet(
-        model_channels=128,
-        channel_mult=(1, 1, 2, 2, 4, 4),
-        num_res_blocks=1,
-        attention_levels=(4,),
-        learn_variance=True,
-        checkpoint=checkpoint,
-        fused_attention=fused_attention,
-    )
+    return card_unet("ffhq-256", checkpoint, fused_attention)
 
 
 def imagenet_unet(checkpoint: bool = False, fused_attention: bool = False) -> UNet:
     """Return that of ``256x256_diffusion_uncond.pt``: 552,814,086 parameters in 566 tensors."""
-    return UNet(
-        model_channels=256,
-        channel_mult=(1, 1, 2, 2, 4, 4),
-        num_res_blocks=2,
-        attention_levels=(3, 4, 5),
-        learn_variance=True,
-        checkpoint=checkpoint,
-        fused_attention=fused_attention,
+    return card_unet("imagenet-256", checkpoint, fused_attention)
+
+
+def card_unet(name: str, checkpoint: bool = False, fused_attention: bool = False) -> UNet:
+    """Return the network of a card, without its weights."""
+    options = {k: v for k, v in card(name).network.items() if k != "class"}
+    return UNet(**options, checkpoint=checkpoint, fused_attention=fused_attention)
+
+
+def unet_prior(
+    name: str,
+    weights: str,
+    checkpoint: bool = False,
+    fused_attention: bool = False,
+    sha256: str | None = None,
+    **options: Any,
+) -> NetworkDenoiser:
+    """Return the prior of a card whose network is a :class:`UNet`.
+
+    Args:
+        name: the card's.
+        weights: see :class:`NetworkDenoiser`.
+        checkpoint: see :class:`UNet`.
+        fused_attention: see :class:`UNet`.
+        sha256: checksum of the file.
+        options: further arguments of :class:`NetworkDenoiser`.
+
+    Raises:
+        InputError: if the weights are missing, unreadable or do not fit.
+    """
+    known = card(name)
+    expected = known.file.name if known.file else None
+    find_weights(weights, expected=expected)  # before the network is made
+    return NetworkDenoiser(
+        card_unet(name, checkpoint, fused_attention),
+        weights,
+        known.schedule,  # type: ignore[arg-type]
+        known.prediction,  # type: ignore[arg-type]
+        known.image_shape,  # type: ignore[arg-type]
+        sha256=sha256,
+        **options,
     )

@@ -9,146 +9,23 @@ on request, saves memory in second derivatives too, see
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cmi_lightning.denoisers.recompute import Runner, run_leanly, run_plainly
+from cmi_lightning.denoisers.blocks import (
+    AttentionBlock,
+    GroupNorm32,
+    ResBlock,
+    TimedSequential,
+    joined,
+    timestep_embedding,
+)
+from cmi_lightning.denoisers.recompute import run_leanly, run_plainly
 from cmi_lightning.errors import InputError
-
-
-class GroupNorm32(nn.GroupNorm):
-    """Group normalisation over 32 groups whose statistics are taken in float32."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(32, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` (B, C, *) and return it in the dtype it came in."""
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-            # The CPU kernel takes bfloat16 with float32 weights and accumulates in float32.
-            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x_wide, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
-        return F.group_norm(x_wide, self.num_groups, weight, bias, self.eps).to(x.dtype)
-
-
-def timestep_embedding(times: Tensor, dim: int) -> Tensor:
-    """Sinusoidal features (B, dim) of times (B,): cosines first, periods from 2π to 2π·10⁴."""
-    half = dim // 2
-    exponents = torch.arange(half, device=times.device, dtype=torch.float32) / half
-    angles = times.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
-    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return the concatenation of features (B, C, H, W) along C."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
-
-
-class ResBlock(nn.Module):
-    """Two 3x3 convolutions with a time-dependent scale and shift, and a skip around them."""
-
-    def __init__(
-        self,
-        channels: int,
-        embed_dim: int,
-        out_channels: int,
-        dropout: float = 0.0,
-        resample: str | None = None,
-        scale_shift: bool = True,
-    ) -> None:
-        super().__init__()
-        self.resample, self.scale_shift = resample, scale_shift
-        self.in_layers = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
-        width = 2 * out_channels if scale_shift else out_channels
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, width))
-        last = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
-        self.out_layers = nn.Sequential(
-            GroupNorm32(out_channels), nn.SiLU(), nn.Dropout(dropout), last
-        )
-        same = channels == out_channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
-
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "up":
-            return F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return F.avg_pool2d(x, 2) if self.resample == "down" else x
-
-    def _before(self, *parts: Tensor) -> Tensor:
-        norm, activation, _ = self.in_layers
-        return self._resampled(activation(norm(_joined(parts))))
-
-    def _between(self, h: Tensor, e: Tensor) -> Tensor:
-        norm, activation, dropout, _ = self.out_layers
-        if self.scale_shift:
-            scale, shift = e.chunk(2, dim=1)
-            return dropout(activation(norm(h) * (1 + scale) + shift))
-        return dropout(activation(norm(h + e)))
-
-    def forward(self, embedding: Tensor, *parts: Tensor, run: Runner = run_plainly) -> Tensor:
-        """Map a time embedding (B, E) and features (B, C, H, W), in parts, to the new width."""
-        # First, so that the backward pass, which runs in reverse, comes to its gradient last.
-        skip = run(self.skip_connection, self._resampled(_joined(parts)))
-        h = run(self.in_layers[-1], run(self._before, *parts))
-        e = self.emb_layers(embedding).to(h.dtype)[..., None, None]
-        return skip + run(self.out_layers[-1], run(self._between, h, e))
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention over pixels, heads laid out as in the published ("legacy") checkpoints."""
-
-    def __init__(self, channels: int, num_heads: int, fused: bool = False) -> None:
-        super().__init__()
-        self.num_heads, self.fused = num_heads, fused
-        self.norm = GroupNorm32(channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv1d(channels, channels, 1)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)  # type: ignore[arg-type]
-
-    def _attend(self, qkv: Tensor) -> Tensor:
-        q, k, v = rearrange(qkv, "b (n three c) l -> three b n l c", n=self.num_heads, three=3)
-        if self.fused:
-            h = F.scaled_dot_product_attention(q, k, v)
-        else:
-            scale = q.shape[-1] ** -0.25  # on q and on k: steadier in low precision than on q·k
-            logits = (q * scale) @ (k * scale).transpose(-1, -2)
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            h = torch.softmax(logits, dim=-1, dtype=wide).to(v.dtype) @ v
-        return rearrange(h, "b n l c -> b (n c) l")
-
-    def forward(self, x: Tensor, run: Runner = run_plainly) -> Tensor:
-        """Map (B, C, H, W) to the same shape; softmax in float32 at least."""
-        flat = rearrange(x, "b c h w -> b c (h w)")
-        h = run(self._attend, run(self.qkv, run(self.norm, flat)))
-        return (flat + run(self.proj_out, h)).reshape(x.shape)
-
-
-class TimedSequential(nn.Sequential):
-    """A sequence whose residual blocks also receive the time embedding."""
-
-    def forward(  # type: ignore[override]
-        self, embedding: Tensor, *parts: Tensor, run: Runner = run_plainly
-    ) -> Tensor:
-        """Apply the layers in order to features (B, C, H, W), given in parts."""
-        for layer in self:
-            if isinstance(layer, ResBlock):
-                parts = (layer(embedding, *parts, run=run),)
-            elif isinstance(layer, AttentionBlock):
-                parts = (layer(*parts, run=run),)
-            else:
-                parts = (run(layer, *parts),)
-        return parts[0]
 
 
 class UNet(nn.Module):
@@ -175,6 +52,9 @@ class UNet(nn.Module):
             costs p² times less. Published checkpoints have 1.
         middle_attention: self-attention between the halves, as published checkpoints have it.
             Without any attention the network is a convolution and serves images of every size.
+        num_classes: classes that the network is told, as ``y`` (B,), integers below it.
+        num_heads: heads of every attention, instead of width // ``num_head_channels``.
+        new_attention_order: see :class:`cmi_lightning.denoisers.blocks.AttentionBlock`.
 
     References:
         Dhariwal & Nichol (2021), Diffusion models beat GANs on image synthesis.
@@ -199,11 +79,15 @@ class UNet(nn.Module):
         fused_attention: bool = False,
         patch_size: int = 1,
         middle_attention: bool = True,
+        num_classes: int | None = None,
+        num_heads: int | None = None,
+        new_attention_order: bool = False,
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         #: The constructor's arguments, as JSON can hold them.
         self.config = {k: list(v) if isinstance(v, Sequence) else v for k, v in options.items()}
+        self.num_classes = num_classes
         if model_channels % 32:
             raise InputError(f"model_channels must be a multiple of 32, got {model_channels}.")
         self.in_channels, self.model_channels = in_channels, model_channels
@@ -215,12 +99,15 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim)
         )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, embed_dim)
 
         def residual(width_in: int, width: int, resample: str | None = None) -> ResBlock:
             return ResBlock(width_in, embed_dim, width, dropout, resample, scale_shift)
 
         def attention(width: int) -> AttentionBlock:
-            return AttentionBlock(width, max(1, width // num_head_channels), fused_attention)
+            heads = num_heads or max(1, width // num_head_channels)
+            return AttentionBlock(width, heads, fused_attention, new_attention_order)
 
         width = channel_mult[0] * model_channels
         self.input_blocks = nn.ModuleList(
@@ -258,12 +145,18 @@ class UNet(nn.Module):
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), last)
 
-    def forward(self, x: Tensor, times: Tensor) -> Tensor:
-        """Map x_t (B, C, H, W) and the original time indices (B,) to ε or (ε, v).
+    def forward(self, x: Tensor, times: Tensor, y: Tensor | None = None) -> Tensor:
+        """Map x_t (B, C, H, W), the original time indices (B,) and classes (B,) to ε or (ε, v).
 
         Raises:
-            InputError: if the image size is not a multiple of the network's total downsampling.
+            InputError: if the image size is not a multiple of the network's total downsampling, or
+                classes are given to a network without, or the reverse.
         """
+        if (y is None) != (self.num_classes is None):
+            raise InputError(
+                f"The network has num_classes={self.num_classes}: give classes y to a network that "
+                "has some, and only to one."
+            )
         if any(n % self.size_multiple for n in x.shape[-2:]):
             raise InputError(
                 f"The network shrinks the image {self.size_multiple} times, so its sides must be "
@@ -272,6 +165,8 @@ class UNet(nn.Module):
         features = timestep_embedding(times, self.model_channels)
         dtype = next(self.parameters()).dtype
         embedding = self.time_embed(features.to(dtype))
+        if y is not None:
+            embedding = embedding + self.label_emb(y)
 
         saving = self.checkpoint and torch.is_grad_enabled()
         training = self.training or any(p.requires_grad for p in self.parameters())
@@ -280,7 +175,7 @@ class UNet(nn.Module):
 
         def through(block: nn.Module, *parts: Tensor) -> Tensor:
             if not lean:
-                parts = (_joined(parts),)  # once; kept apart they take less where they are kept
+                parts = (joined(parts),)  # once; kept apart they take less where they are kept
             if saving and training:
                 return checkpoint(block, embedding, *parts, use_reentrant=False)
             return block(embedding, *parts, run=run)

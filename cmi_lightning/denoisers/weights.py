@@ -3,78 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
+import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
-import zipfile
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
+from cmi_lightning.denoisers.checkpoints import SUFFIXES, kind_of, read_checkpoint
 from cmi_lightning.denoisers.fitting import fitted, several
 from cmi_lightning.errors import InputError, first_line
 from cmi_lightning.files import sha256 as checksum
-
-ASSETS = Path(__file__).parent.parent / "assets"
-SHIPPED = {
-    "fashion-mnist": ASSETS / "fashion_mnist_prior.safetensors",
-    "photos-64": ASSETS / "photos" / "photos64.safetensors",
-}
-FORMATS = {
-    b"GGUF": "a GGUF file",
-    b"\x89HDF": "an HDF5 file (Keras)",
-    b"\x93NUMPY": "a NumPy array",
-    b"\x1f\x8b": "a gzip archive",
-    b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture",
-}
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-
-
-@dataclass(frozen=True)
-class Published:
-    """A public checkpoint: what its file must be, and where its authors published it.
-
-    Attributes:
-        file: the name it is published under.
-        size: bytes.
-        sha256: of the file.
-        url: a direct download, or the authors' page that links to one.
-    """
-
-    file: str
-    size: int
-    sha256: str
-    url: str
-
-    def __str__(self) -> str:
-        return f"{self.file} ({self.size:,} bytes, SHA-256 {self.sha256}) from {self.url}"
-
-
-_IMAGENET = Published(
-    "256x256_diffusion_uncond.pt",
-    2_211_383_297,
-    "a37c32fffd316cd494cf3f35b339936debdc1576dad13fe57c42399a5dbc78b1",
-    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/256x256_diffusion_uncond.pt",
-)
-PUBLISHED = {
-    "ffhq_10m.pt": Published(
-        "ffhq_10m.pt",
-        374_417_833,
-        "81d535743156ec6be34d8668e6920da94f0614074d7793a16c8fa9e306237faa",
-        "https://drive.google.com/drive/folders/1jElnRoFv7b31fG0v6pTSQkelbSX3xGZh, the folder of "
-        "https://github.com/DPS2022/diffusion-posterior-sampling",
-    ),
-    "256x256_diffusion_uncond.pt": _IMAGENET,
-    "imagenet256.pt": _IMAGENET,  # DPS's name for it
-}
-"""The published checkpoints, by file name."""
+from cmi_lightning.zoo.cards import CARDS, published, shipped
 
 
 def load_weights(
@@ -103,7 +47,7 @@ def load_weights(
     path = find_weights(source, sha256, part=part)
     if path.parent.name == part:  # a folder beside another, as diffusers keeps averages
         part = None
-    network.load_state_dict(fitted(network, _read(path), path, part))
+    network.load_state_dict(fitted(network, read_checkpoint(path), path, part))
 
 
 def find_weights(
@@ -131,7 +75,7 @@ def find_weights(
     elif url.scheme == "file":
         path = Path(urllib.request.url2pathname(url.path))
     else:
-        path = SHIPPED.get(str(source), Path(source).expanduser())
+        path = shipped().get(str(source), Path(source).expanduser())
     if path.is_dir():
         path = _in_folder(path, part)
     if not path.is_file():
@@ -157,50 +101,72 @@ def hub_folder(model: str) -> Path:
             f"There is no folder '{model}': give one that save_pretrained wrote, or a model's id "
             "on the Hugging Face hub, 'owner/name'."
         )
+    known = next((c for c in CARDS.values() if c.repo == name), None)
     try:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
         if not any(folder.rglob("*.safetensors")):
             snapshot_download(name, allow_patterns=["*.bin"])
-        return folder
     except Exception as error:
-        reason = first_line(error)
+        reason, size = first_line(error), f" ({known.size})" if known else ""
         raise InputError(
             f"There is no folder '{model}', and the Hugging Face hub gave none "
-            f"({type(error).__name__}: {reason}): correct the name, or download the model and give "
-            "its folder."
+            f"({type(error).__name__}: {reason}): correct the name, or download the model from "
+            f"https://huggingface.co/{name}{size} and give its folder."
         ) from error
+    for file in folder.rglob("*"):
+        # The hub's cache names a large file by the SHA-256 that the hub has of it.
+        told = file.resolve().name
+        if re.fullmatch("[0-9a-f]{64}", told) and checksum(file) != told:
+            raise InputError(
+                f"'{file}' has not the SHA-256 that the hub has of it: delete it and try again."
+            )
+    return folder
 
 
 def _absent(source: str, name: str) -> str:
-    if known := PUBLISHED.get(name):
+    if known := published(name):
         return (
             f"No weights at '{source}': download {known}, and give its path by "
             "--model.denoiser.init_args.weights."
         )
     return (
         f"No weights at '{source}': give an existing .safetensors, .pt or .pth file, a folder with "
-        f"one, a URL, or one of the shipped priors {sorted(SHIPPED)}."
+        f"one, a URL, or one of the shipped priors {sorted(shipped())}."
     )
 
 
-def unet_folder(folder: Path, part: str | None = None) -> Path:
+AUTOENCODERS = ("vae", "vqvae", "movq", "vqmodel")
+
+
+def autoencoder_of(parts: Iterable[str]) -> str | None:
+    """Return the name of a pipeline's autoencoder among its parts' names, or None."""
+    return next((name for name in AUTOENCODERS if name in parts), None)
+
+
+def network_folder(folder: Path, part: str | None = None, latent: bool = False) -> Path:
     """Return the folder of a diffusers pipeline's network, or ``folder`` if it is no pipeline.
+
+    Args:
+        folder: of a pipeline or of a network.
+        part: "unet" or "unet_ema", of a pipeline that has both.
+        latent: a network of latents is wanted.
 
     Raises:
         InputError: where averaged weights lie beside and ``part`` does not choose, or for a
             pipeline with an autoencoder, whose network works on latents.
     """
-    for home in (folder, folder.parent) if folder.name.startswith("unet") else (folder,):
+    inside = folder.name.startswith(("unet", "transformer"))
+    for home in (folder, folder.parent) if inside else (folder,):
         index = home / "model_index.json"
         names = {f.name for f in home.iterdir() if f.is_dir()} if index.is_file() else set()
-        if found := sorted(names & {"vae", "vqvae", "movq", "vqmodel"}):
+        if not latent and (found := autoencoder_of(names)):
             raise InputError(
-                f"The pipeline '{home}' has an autoencoder ({found[0]}), so that its network works "
-                "on latents and not on pixels, which is not supported: use a pipeline without one."
+                f"The pipeline '{home}' has an autoencoder ({found}), so that its network works on "
+                "latents and not on pixels: give the pipeline to cmi_lightning.zoo.load_prior."
             )
-    found = [name for name in ("unet", "unet_ema") if (folder / name).is_dir()]
+    found = [name for name in ("unet", "unet_ema", "transformer") if (folder / name).is_dir()]
     if part in found:
         return folder / str(part)
     if len(found) > 1:
@@ -210,7 +176,7 @@ def unet_folder(folder: Path, part: str | None = None) -> Path:
 
 def _in_folder(folder: Path, part: str | None) -> Path:
     """Return the one weights file of a folder, or the index of its shards."""
-    folder = unet_folder(folder, part)
+    folder = network_folder(folder, part)
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
         if (folder / name).is_file():
             return folder / name
@@ -223,128 +189,47 @@ def _in_folder(folder: Path, part: str | None) -> Path:
     return files[0]
 
 
-def _downloaded(url: str) -> Path:
-    """Return the copy of ``url`` in torch.hub's cache, downloading it the first time."""
+def cached(url: str) -> Path:
+    """Return where torch.hub's cache keeps the copy of an address."""
     # A folder per address: many files are called model.safetensors.
     folder = hashlib.sha256(url.encode()).hexdigest()[:16]
     name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name or "weights"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / folder / name
+    return Path(torch.hub.get_dir()) / "checkpoints" / folder / name
+
+
+def _downloaded(url: str) -> Path:
+    """Return the copy of ``url`` in torch.hub's cache, downloading it the first time."""
+    path = cached(url)
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    known = published(path.name)
     try:
-        torch.hub.download_url_to_file(url, str(path))
+        _download(url, path.with_name(f"{path.name}.part"))
     except (urllib.error.URLError, OSError) as error:
         raise InputError(
-            f"Cannot download '{url}' ({error}): correct the address, or download the file "
-            "yourself and give its path."
+            f"Cannot download '{url}' ({error}): correct the address, or download "
+            f"{known or 'the file'} yourself and give its path."
         ) from error
+    path.with_name(f"{path.name}.part").replace(path)
     try:
-        _kind(path)
+        kind_of(path)
+        if known and known.sha256 and checksum(path) != known.sha256:
+            raise InputError(f"'{url}' is not the published file (SHA-256 differs): try again.")
     except InputError:
         path.unlink()
         raise
     return path
 
 
-def _kind(path: Path) -> str:
-    """Return "safetensors", "zip" (torch.save) or "other", by the file's content.
-
-    Raises:
-        InputError: for an empty file, a web page, a git-lfs pointer or a file that is cut short.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(512)
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not head:
-        raise InputError(f"'{path}' is empty: download it again.")
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(
-            f"'{path}' is a git-lfs pointer, not the weights: run `git lfs pull` in its repository."
-        )
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise InputError(
-            f"'{path}' is a web page, not weights: use the address of the file itself (on Hugging "
-            "Face …/resolve/…, not …/blob/…), or download it in a browser."
-        )
-    for magic, kind in FORMATS.items():
-        if head.startswith(magic):
-            raise InputError(
-                f"'{path}' is {kind}, not weights of PyTorch: use the .pt or .safetensors of the "
-                "network's authors."
-            )
-    if head.startswith(b"PK\x03\x04"):
-        if not zipfile.is_zipfile(path):
-            raise _cut_short(path, size, None)
-        return "zip"
-    if len(head) > 8 and head[8:9] == b"{":
-        start = 8 + int.from_bytes(head[:8], "little")
-        if start > size:
-            raise _cut_short(path, size, start)
-        with path.open("rb") as file:
-            file.seek(8)
-            try:
-                header = json.loads(file.read(start - 8))
-            except ValueError:
-                return "other"
-        try:
-            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        except (AttributeError, KeyError, TypeError, IndexError):
-            return "other"
-        if start + max(ends, default=0) > size:
-            raise _cut_short(path, size, start + max(ends))
-        return "safetensors"
-    return "other"
-
-
-def _cut_short(path: Path, size: int, whole: int | None) -> InputError:
-    known = PUBLISHED.get(path.name)
-    whole = whole or (known.size if known else None)
-    of = f" of {whole:,}" if whole else ""
-    return InputError(f"'{path}' is cut short (it has {size:,} bytes{of}): download it again.")
-
-
-def _read(path: Path) -> Any:
-    """Return what a checkpoint holds, without unpickling code."""
-    if path.name.endswith(".index.json"):
-        return _shards(path)
-    shards = re.search(r"-\d{5}-of-(\d{5})\.", path.name)
-    if shards and int(shards[1]) > 1:
-        raise InputError(
-            f"'{path}' is one of {int(shards[1])} shards: give their folder, or .index.json."
-        )
-    return _tensors(path)
-
-
-def _tensors(path: Path) -> Any:
-    kind = _kind(path)
-    try:
-        if kind == "safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
-    except Exception as error:
-        reason = first_line(error)
-        raise InputError(
-            f"Cannot read the weights '{path}' ({type(error).__name__}: {reason}); only plain "
-            "tensors are loaded (weights_only=True): where you trust the file, load it yourself "
-            "once and save the network's state_dict() as .safetensors."
-        ) from error
-
-
-def _shards(index: Path) -> dict[str, Tensor]:
-    """Return the tensors of all files that an index names."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [index.parent / Path(name).name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"'{index}' is no index of shards: download it again.") from error
-    if absent := [file.name for file in files if not file.is_file()]:
-        raise InputError(
-            f"'{index}' names {len(files)} shards, and {', '.join(absent[:5])} "
-            f"{'is' if len(absent) == 1 else 'are'} not there: download the rest."
-        )
-    state: dict[str, Tensor] = {}
-    for file in files:
-        state |= _tensors(file)
-    return state
+def _download(url: str, path: Path) -> None:
+    """Download to a file, from where an earlier try ended if the server can do so."""
+    start = path.stat().st_size if path.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(request, timeout=60) as source:
+        mode = "ab" if source.status == 206 else "wb"
+        with path.open(mode) as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+            whole = source.headers.get("Content-Length")
+            if whole is not None and file.tell() < (start if mode == "ab" else 0) + int(whole):
+                raise OSError(f"the connection ended after {file.tell():,} bytes")

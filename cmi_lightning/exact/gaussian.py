@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from cmi_lightning.errors import InputError
 from cmi_lightning.exact.covariances import Covariance, StationaryCovariance
 from cmi_lightning.exact.mixture import GaussianMixture
-from cmi_lightning.schedule import Schedule
+from cmi_lightning.schedule import Schedule, ScheduleName
 
 
 class GaussianPrior(GaussianMixture):
@@ -46,7 +44,7 @@ def power_law_prior(
     exponent: float = 2.0,
     std: float = 0.3,
     mean: float = 0.0,
-    schedule: Schedule | Literal["linear", "cosine", "edm", "vp"] = "linear",
+    schedule: Schedule | ScheduleName = "linear",
 ) -> GaussianPrior:
     """Return a stationary Gaussian texture: power ∝ 1/|f|^exponent, on a circular grid.
 
