@@ -92,7 +92,7 @@ class TrajectoryLogger(RecordingCallback):
                 if math.isfinite(value):
                     self.under_way[name][quantity][number] = value
         if self._shown(number, record.num_steps):
-            for name, x0 in zip(record.ids, record.x0, strict=True):
+            for name, x0 in zip(record.ids, record.image, strict=True):
                 if name in self.strips and name not in self.passes:
                     self.strips[name][f"step {number}"] = to_tile(x0)
         if record.index == 0:

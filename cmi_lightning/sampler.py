@@ -71,11 +71,10 @@ class Sampler:
                     f"{type(solver).__name__} takes no such move: leave it out, or take another "
                     "solver."
                 )
-            if guidance.active and guidance.derivatives > denoiser.derivatives:
+            if guidance.active and guidance.needs_latent and not denoiser.latent:
                 raise InputError(
-                    f"{type(guidance).__name__} differentiates the network "
-                    f"{guidance.derivatives} times and the network allows {denoiser.derivatives}: "
-                    "set its estimator's derivative to difference, or fused_attention to false."
+                    f"{type(guidance).__name__} compares latents with those of their images: it "
+                    "needs a LatentPrior; use DPS on pixels."
                 )
         if solver.needs_variance and not denoiser.learns_variance:
             raise InputError(
@@ -140,7 +139,7 @@ class Sampler:
         Raises:
             InputError: if the operator does not fit the images, or a guidance needs a linear one.
         """
-        problem = problem.bind(noise, like)
+        problem, like = self.denoiser.state(problem.bind(noise, like), like)
         refuse_nonlinear((self.solver, *self.guidances), problem.operator)
         at = self.schedule[len(self.schedule) - 1]  # the level of x
         x, cost = self.solver.start(at, problem, noise, like), Cost()
@@ -180,13 +179,14 @@ class Sampler:
                 noise.ids,
                 t,
                 s,
-                x,
+                x if index else self.denoiser.image(x),
                 x0,
                 log,
                 cost.forwards,
                 cost.vjps,
                 cost.second_order,
                 stopped,
+                self.denoiser.image,
             )
 
     def run(self, problem: Problem, noise: SampleNoise, like: Tensor) -> Tensor:

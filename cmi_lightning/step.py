@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
@@ -180,6 +180,10 @@ class Step:
         return replace(self, x=x, t=level, log={}, memory=dict(self.memory))
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 @dataclass(frozen=True)
 class Record:
     """What an observer sees of a finished step; holds no graph.
@@ -209,6 +213,8 @@ class Record:
         stopped: 0 for samples that are well (B,); n > 0 where x_s was not a number at the n-th
             step, −n where the residual had diverged. Their x stays what it was before, and their
             log is NaN from then on.
+        decode: makes images of x and x0, which are latents under a prior of latents; the last
+            record's x is an image already.
     """
 
     index: int
@@ -223,3 +229,9 @@ class Record:
     vjps: int
     second_order: int
     stopped: Tensor
+    decode: Callable[[Tensor], Tensor] = _same
+
+    @property
+    def image(self) -> Tensor:
+        """x̂₀ as an image (B, C, H, W)."""
+        return self.decode(self.x0)

@@ -192,13 +192,6 @@ def test_cmi_without_measurement_noise(capsys):
     assert "CMI needs measurement noise" in error
 
 
-def test_second_derivatives_of_fused_attention(capsys):
-    option = "--model.denoiser.init_args.network.init_args.fused_attention=true"
-    error = refusal(capsys, "predict", "-c", "demo/garments", "-c", "prior/fashion_mnist", option)
-    assert "estimator" in error
-    assert "fused_attention" in error
-
-
 @pytest.mark.parametrize(
     ("option", "words"),
     [

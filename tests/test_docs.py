@@ -97,6 +97,18 @@ def score(x, sigma):
     return (0.5 - x) / (1 / 16 + sigma[:, None, None, None] ** 2)
 
 
+def velocity(x, t):
+    """E[ε − x₀ | x_t] of x₀ ~ N(0, 1/4)."""
+    t = t[:, None, None, None]
+    return (t - (1 - t) / 4) * x / ((1 - t) ** 2 / 4 + t**2)
+
+
+def of_class(x, times, y):
+    """ε of images of one grey each: the class."""
+    assert set(y.tolist()) <= {3, 10}
+    return x - (y[:, None, None, None] / 10 - 0.5)
+
+
 class EDMPrecond(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -226,7 +238,8 @@ def test_scripts_exist():
 
 
 def test_there_is_an_example_of_every_source():
-    assert list(EXAMPLES) == ["unet", "callable", "diffusers", "edm", "vp", "tiled"]
+    sources = ["named", "unet", "callable", "flow", "classes", "latent", "diffusers"]
+    assert list(EXAMPLES) == [*sources, "edm", "vp", "tiled"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -241,6 +254,23 @@ def test_networks(home, name, tmp_path, capsys):
             norm_num_groups=4,
         )
         diffusers.DDPMPipeline(network, diffusers.DDPMScheduler()).save_pretrained("my_pipeline")
+    if name == "latent" and not (home / "my_latents").exists():
+        diffusers = pytest.importorskip("diffusers")
+        blocks = {"block_out_channels": (16, 16), "norm_num_groups": 4}
+        network = diffusers.UNet2DModel(
+            32,
+            down_block_types=["DownBlock2D"] * 2,
+            up_block_types=["UpBlock2D"] * 2,
+            **blocks,
+        )
+        vqvae = diffusers.VQModel(
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            **blocks,
+        )
+        scheduler = diffusers.DDIMScheduler(clip_sample=False)
+        pipeline = diffusers.LDMPipeline(vqvae=vqvae, unet=network, scheduler=scheduler)
+        pipeline.save_pretrained("my_latents")
     words = ["predict", "-c", f"{name}.yaml", "-c", "task/inpaint_box", "-c", "guidance/dps"]
     assert run(words, tmp_path) == 0, capsys.readouterr().err
     assert (tmp_path / "restored/1.png").is_file()

@@ -25,7 +25,7 @@ from cmi_lightning.cli import main
 from cmi_lightning.data import FashionMNIST, ImageFolderData, MeasurementFolderData
 from cmi_lightning.data.extras import read_kernel
 from cmi_lightning.data.images import read_image
-from cmi_lightning.denoisers.weights import _read as read_weights
+from cmi_lightning.denoisers.checkpoints import read_checkpoint as read_weights
 from cmi_lightning.errors import InputError, printable
 from cmi_lightning.paths import inside, safe_name
 from cmi_lightning.predict.module import PosteriorSampler

@@ -22,7 +22,7 @@ from cmi_lightning.denoisers.blocks import (
     timestep_embedding,
 )
 from cmi_lightning.denoisers.recompute import Recomputed, run_leanly, run_plainly
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import warn_once
 from cmi_lightning.guidance import CMI, DPS
 from cmi_lightning.information import Lanczos
 from cmi_lightning.noise import SampleNoise
@@ -343,11 +343,24 @@ def test_fused_attention_has_the_first_derivative(checkpoint):
     assert (plain.derivatives, fused.derivatives) == (2, 1)
 
 
-def test_second_derivatives_of_fused_attention_are_refused():
-    denoiser = NetworkDenoiser(frozen(fused_attention=True), None)
-    with pytest.raises(InputError, match="difference"):
-        Sampler(denoiser, DDPM(), [DPS(), CMI()])
-    Sampler(denoiser, DDPM(), [DPS(), CMI(estimator=Lanczos(derivative="difference"))])
+@pytest.mark.parametrize("declared", [True, False])
+def test_cmi_takes_differences_where_there_is_no_second_derivative(caplog, declared):
+    warn_once.cache_clear()
+    x, noise = randn(2, 2, 4, 4), SampleNoise(0, ["a", "b"])
+    results, costs = [], []
+    for derivative in ("autograd", "difference"):
+        denoiser = NetworkDenoiser(frozen(fused_attention=True), None)
+        if not declared:  # then it is found out when it is tried
+            denoiser.derivatives = 2
+        cmi = CMI(estimator=Lanczos(derivative=derivative, krylov=2))
+        sampler = Sampler(denoiser, DDPM(), [DPS(), cmi], num_steps=4)
+        *_, last = sampler.iterate(Problem(x, Identity(), 0.1), noise, x)
+        results.append(last.x)
+        costs.append((last.forwards, last.vjps, last.second_order))
+    assert torch.equal(*results)
+    assert costs[0] == costs[1]
+    assert costs[0][1] > 4  # CMI has acted
+    assert sum("no second derivative" in r.getMessage() for r in caplog.records) == 1
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

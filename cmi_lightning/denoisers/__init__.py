@@ -4,6 +4,7 @@ from cmi_lightning.denoisers.base import Autocast, Denoiser, DenoiserSpec, Predi
 from cmi_lightning.denoisers.channels import AsGray, AsRGB
 from cmi_lightning.denoisers.diffusers_models import DiffusersDenoiser
 from cmi_lightning.denoisers.edm import EDMDenoiser
+from cmi_lightning.denoisers.latent import Autoencoder, Decoder, LatentPrior
 from cmi_lightning.denoisers.network import NetworkDenoiser
 from cmi_lightning.denoisers.presets import (
     ffhq,
@@ -20,10 +21,13 @@ __all__ = [
     "AsGray",
     "AsRGB",
     "Autocast",
+    "Autoencoder",
+    "Decoder",
     "Denoiser",
     "DenoiserSpec",
     "DiffusersDenoiser",
     "EDMDenoiser",
+    "LatentPrior",
     "NetworkDenoiser",
     "Prediction",
     "Tiled",

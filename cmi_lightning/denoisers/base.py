@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Level, Schedule
+
+if TYPE_CHECKING:
+    from cmi_lightning.problem import Problem
 
 
 class Prediction(NamedTuple):
@@ -48,6 +51,7 @@ class DenoiserSpec:
         learns_variance: predictions carry a variance fraction.
         derivatives: how often x̂₀ can be differentiated.
         size_multiple: both sides of an image must be multiples of this.
+        latent: x_t is of latents; see :class:`cmi_lightning.denoisers.LatentPrior`.
 
     >>> DenoiserSpec(Schedule.linear(), (3, 64, 64)).derivatives
     2
@@ -59,6 +63,7 @@ class DenoiserSpec:
     learns_variance: bool = False
     derivatives: int = 2
     size_multiple: int = 1
+    latent: bool = False
 
 
 class Denoiser(nn.Module, ABC):
@@ -81,6 +86,7 @@ class Denoiser(nn.Module, ABC):
     learns_variance = DenoiserSpec.learns_variance
     derivatives = DenoiserSpec.derivatives
     size_multiple = DenoiserSpec.size_multiple
+    latent = DenoiserSpec.latent
 
     @property
     def spec(self) -> DenoiserSpec:
@@ -95,6 +101,14 @@ class Denoiser(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, level: Level) -> Prediction:
         """Return x̂₀ of x_t (B, *) = α x₀ + σ ε at ``level``."""
+
+    def state(self, problem: Problem, like: Tensor) -> tuple[Problem, Tensor]:
+        """Return the problem, and a tensor like images, as the chain sees them."""
+        return problem, like
+
+    def image(self, x: Tensor) -> Tensor:
+        """Return the images (B, C, H, W) that states x of the chain stand for."""
+        return x
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuse images of ``shape`` (C, H, W) that the spec excludes.
@@ -125,6 +139,16 @@ class Denoiser(nn.Module, ABC):
         self.check(shape)
 
 
+def refuse_latent(wrapper: Denoiser, denoiser: Denoiser) -> None:
+    """Refuse a prior of latents inside a wrapper that acts on pixels."""
+    if denoiser.latent:
+        name = type(wrapper).__name__
+        raise InputError(
+            f"{name} acts on pixels, and the prior's chain runs on latents: put it inside, "
+            f"LatentPrior({name}(denoiser), decoder), or leave it out."
+        )
+
+
 def size_text(shape: tuple[int | None, ...]) -> str:
     """Return "3×256×any" of (3, 256, None)."""
     return "×".join("any" if n is None else str(n) for n in shape)
@@ -138,7 +162,7 @@ class Autocast(Denoiser):
         dtype: what autocast lowers to.
 
     >>> from cmi_lightning.denoisers import shipped_prior
-    >>> prior = Autocast(shipped_prior(), torch.bfloat16)
+    >>> prior = Autocast(shipped_prior("fashion-mnist"), torch.bfloat16)
     >>> prior(torch.zeros(1, 1, 32, 32), prior.schedule[500]).x0.dtype
     torch.float32
     """
@@ -152,6 +176,14 @@ class Autocast(Denoiser):
         with torch.autocast(x.device.type, dtype=self.dtype):
             prediction = self.denoiser(x, level)
         return prediction.map(lambda part: part.to(x.dtype))
+
+    def state(self, problem: Problem, like: Tensor) -> tuple[Problem, Tensor]:
+        """Return what the wrapped denoiser does."""
+        return self.denoiser.state(problem, like)
+
+    def image(self, x: Tensor) -> Tensor:
+        """Return the wrapped denoiser's images."""
+        return self.denoiser.image(x)
 
     def rehearse(self, shape: tuple[int, ...]) -> None:
         """Rehearse the wrapped denoiser."""

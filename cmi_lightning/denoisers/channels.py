@@ -9,13 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cmi_lightning.denoisers.base import Denoiser, DenoiserSpec, Prediction
+from cmi_lightning.denoisers.base import Denoiser, DenoiserSpec, Prediction, refuse_latent
 from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Level
 
 
 def _spec(wrapper: Denoiser, denoiser: Denoiser, channels: int, needed: int) -> DenoiserSpec:
     """Return a denoiser's spec for images of other channels."""
+    refuse_latent(wrapper, denoiser)
     shape = denoiser.image_shape or (None, None, None)
     if shape[0] not in (needed, None):
         raise InputError(

@@ -83,10 +83,9 @@ class DiffusersDenoiser(WrappedNetwork):
         unconditional: Mapping[str, Any] | None = None,
         guidance_scale: float = 1.0,
     ) -> None:
-        network, found, where = loaded(model, variant, weights_part)
-        settings = dict(scheduler.config) if scheduler is not None else found
+        network, settings, where = network_of(model, variant, weights_part)
         if scheduler is not None:
-            settings.setdefault("_class_name", type(scheduler).__name__)
+            settings = dict(scheduler) if isinstance(scheduler, Mapping) else _settings(scheduler)
         config = network.config
         self.kind = type(network).__name__
         flux = self.kind == "FluxTransformer2DModel"  # it sees patches of 2×2 pixels as channels
@@ -167,37 +166,49 @@ def _patches(u: Tensor, told: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     return grid.flatten(2).transpose(1, 2), told | places
 
 
-def loaded(model: Any, variant: str | None, part: str | None) -> tuple[Any, dict[str, Any], str]:
+def network_of(
+    model: Any, variant: str | None = None, part: str | None = None, latent: bool = False
+) -> tuple[Any, dict[str, Any], str]:
     """Return the network of a pipeline, a folder or a hub id, its scheduler's settings, its name.
+
+    Args:
+        model: see :class:`DiffusersDenoiser`.
+        variant: see there.
+        part: ``weights_part`` there.
+        latent: a network beside an autoencoder is wanted.
 
     Raises:
         InputError: see :class:`DiffusersDenoiser`.
     """
-    if isinstance(model, nn.Module):
-        _refuse_kind(type(model).__name__, type(model).__name__)
-        return model, {}, type(model).__name__
     if isinstance(model, str | Path):
         diffusers = library(str(model))
         folder = hub_folder(str(model))
-        home = network_folder(folder, part)
-        return _network(diffusers, home, variant), scheduler_config(folder), str(folder)
-    network = getattr(model, "unet", None) or getattr(model, "transformer", None)
+        home = network_folder(folder, part, latent)
+        _refuse_kind(config_of(home).get("_class_name"), str(home))
+        return load_module(diffusers, home, variant), scheduler_config(folder), str(folder)
     name = type(model).__name__
+    if isinstance(model, nn.Module):
+        _refuse_kind(name, name)
+        return model, {}, name
+    network = getattr(model, "unet", None) or getattr(model, "transformer", None)
     if network is None:
         raise InputError(
             f"A {name} is no network of diffusers: give a folder, an id on the hub, a pipeline, or "
             f"one of {', '.join(KINDS)}."
         )
-    if (beside := autoencoder_of(vars(model))) is not None:
+    beside = autoencoder_of(k for k, v in vars(model).items() if v is not None)
+    if beside is not None and not latent:
         raise InputError(
             f"The pipeline {name} has an autoencoder ({beside}), so that its network works on "
             "latents and not on pixels: give the pipeline to cmi_lightning.zoo.load_prior."
         )
-    return loaded(network, None, None)[0], _settings(model.scheduler), name
+    return network_of(network)[0], _settings(model.scheduler), name
 
 
 def _settings(scheduler: Any) -> dict[str, Any]:
-    return {"_class_name": type(scheduler).__name__, **scheduler.config}
+    """Return a scheduler's settings; arguments by position count there as defaults, wrongly."""
+    kept = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+    return {"_class_name": type(scheduler).__name__, **kept}
 
 
 def library(model: str) -> Any:
@@ -237,10 +248,13 @@ def config_of(home: Path) -> dict[str, Any]:
         raise InputError(f"'{path}' is not JSON ({error}): download the model again.") from error
 
 
-def _network(diffusers: Any, home: Path, variant: str | None) -> Any:
-    """Return the network of a folder, its weights checked, in float32."""
+def load_module(diffusers: Any, home: Path, variant: str | None = None) -> Any:
+    """Return the module of a folder, its weights checked, in float32.
+
+    Raises:
+        InputError: for weights that are absent, or do not fit.
+    """
     kind = config_of(home).get("_class_name")
-    _refuse_kind(kind, str(home))
     files = [f for f in sorted(home.iterdir()) if f.suffix in SUFFIXES]
     for file in files:
         kind_of(file)

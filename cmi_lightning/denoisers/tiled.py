@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cmi_lightning.denoisers.base import Denoiser, Prediction, size_text
+from cmi_lightning.denoisers.base import Denoiser, Prediction, refuse_latent, size_text
 from cmi_lightning.denoisers.recompute import Recomputed
 from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Level
@@ -51,6 +51,7 @@ class Tiled(Denoiser):
         tiles_at_once: int = 8,
     ) -> None:
         super().__init__()
+        refuse_latent(self, denoiser)
         channels, *sides = denoiser.image_shape or (None, None, None)
         window = [side if size is None else size for side in sides]
         if size is None and None in window:

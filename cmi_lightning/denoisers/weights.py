@@ -142,7 +142,8 @@ AUTOENCODERS = ("vae", "vqvae", "movq", "vqmodel")
 
 def autoencoder_of(parts: Iterable[str]) -> str | None:
     """Return the name of a pipeline's autoencoder among its parts' names, or None."""
-    return next((name for name in AUTOENCODERS if name in parts), None)
+    names = set(parts)
+    return next((name for name in AUTOENCODERS if name in names), None)
 
 
 def network_folder(folder: Path, part: str | None = None, latent: bool = False) -> Path:
@@ -166,12 +167,12 @@ def network_folder(folder: Path, part: str | None = None, latent: bool = False) 
                 f"The pipeline '{home}' has an autoencoder ({found}), so that its network works on "
                 "latents and not on pixels: give the pipeline to cmi_lightning.zoo.load_prior."
             )
-    found = [name for name in ("unet", "unet_ema", "transformer") if (folder / name).is_dir()]
-    if part in found:
+    inner = [name for name in ("unet", "unet_ema", "transformer") if (folder / name).is_dir()]
+    if part in inner:
         return folder / str(part)
-    if len(found) > 1:
-        raise InputError(several(f"'{folder}'", found))
-    return folder / found[0] if found else folder
+    if len(inner) > 1:
+        raise InputError(several(f"'{folder}'", inner))
+    return folder / inner[0] if inner else folder
 
 
 def _in_folder(folder: Path, part: str | None) -> Path:

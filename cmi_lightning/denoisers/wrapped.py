@@ -6,7 +6,7 @@ import contextlib
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class WrappedNetwork(Denoiser):
         self.schedule = self.own_schedule
         if self.gain != 1:
             self.schedule = self.schedule.scale_noise(1 / self.gain)
+        if prediction not in (names := get_args(Output)):
+            raise InputError(f"prediction must be one of {', '.join(names)}, got '{prediction}'.")
         self.prediction = prediction
         if prediction == "velocity":
             self.own_schedule.refuse_curved()

@@ -16,6 +16,7 @@ from cmi_lightning.guidance.lle import LLE, LLETraining
 from cmi_lightning.guidance.mcg import MCG
 from cmi_lightning.guidance.moment_matching import MomentMatching
 from cmi_lightning.guidance.pigdm import PiGDM
+from cmi_lightning.guidance.psld import PSLD
 from cmi_lightning.guidance.sitcom import SITCOM
 from cmi_lightning.guidance.tmpd import TMPD
 
@@ -30,6 +31,7 @@ __all__ = [
     "LAMP",
     "LLE",
     "MCG",
+    "PSLD",
     "SITCOM",
     "TMPD",
     "AnnealedDPS",

@@ -48,6 +48,7 @@ class Guidance(ABC):  # noqa: B024
         stochastic: the guidance needs a solver that injects noise.
         needs_noise: the guidance needs measurements with noise.
         needs_linear: the guidance needs a linear operator; others take :attr:`Step.linearized`.
+        needs_latent: the guidance needs a prior of latents.
     """
 
     # Without annotations: jsonargparse would look up their names in a subclass's module, and check
@@ -56,6 +57,7 @@ class Guidance(ABC):  # noqa: B024
     stochastic = False
     needs_noise = False
     needs_linear = False
+    needs_latent = False
 
     @property
     def derivatives(self) -> int:

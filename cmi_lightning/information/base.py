@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, warn_once
 from cmi_lightning.linalg import dot, norm, per_sample
 from cmi_lightning.step import Step
 
@@ -20,6 +21,8 @@ from cmi_lightning.step import Step
 # and low precision's rounding falls with the inverse: `benchmarks/estimators.py steps` measures
 # both on the shipped prior, docs/method.md has the table.
 STEP_LENGTH = 0.03
+# What PyTorch says of what it cannot differentiate twice: fused attention, compiled networks.
+TWICE = re.compile("not implemented|differentiate twice|double backward")
 
 
 class Information(NamedTuple):
@@ -82,8 +85,8 @@ class ProbeEstimator(Estimator):
     Args:
         probes: sign vectors per step; the variance falls as 1/probes.
         derivative: "autograd" differentiates Jᵀu once more and is exact; "difference" takes a
-            central difference of two vector-Jacobian products, for networks without second
-            derivatives (fused attention, ``torch.compile``) and for less memory.
+            central difference of two vector-Jacobian products, for less memory. Networks without
+            second derivatives (fused attention, ``torch.compile``) get the difference by itself.
 
     Raises:
         InputError: if an option is out of range.
@@ -133,8 +136,25 @@ class ProbeEstimator(Estimator):
         return Information(value, gradient, torch.stack(residuals).mean(0) if residuals else None)
 
     def contraction(self, step: Step, u: Tensor, p: Tensor) -> Tensor:
-        """Return ∇_{x_t} ⟨u, Σ p⟩ (B, *) at fixed u and p; see :func:`contraction`."""
-        return contraction(step, u, p, self.derivative)
+        """Return ∇_{x_t} ⟨u, Σ p⟩ (B, *) at fixed u and p; see :func:`contraction`.
+
+        A network without second derivatives gets a difference of first ones, and a warning.
+        """
+        if self.derivative == "autograd":
+            if step.denoiser.derivatives > 1:
+                cost = replace(step.cost)
+                try:
+                    return contraction(step, u, p)
+                except RuntimeError as error:
+                    if not TWICE.search(str(error)):
+                        raise
+                vars(step.cost).update(vars(cost))
+                step.denoiser.derivatives = 1
+            warn_once(
+                "The network has no second derivative (fused attention, for example): CMI takes "
+                "differences of its first ones."
+            )
+        return contraction(step, u, p, "difference")
 
 
 def whitened(step: Step, std: Tensor) -> Callable[[Tensor], Tensor]:

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from cmi_lightning.denoisers.base import Denoiser
-from cmi_lightning.denoisers.diffusers_models import DiffusersDenoiser
+from cmi_lightning.denoisers.diffusers_models import (
+    DiffusersDenoiser,
+    library,
+    load_module,
+    network_of,
+)
+from cmi_lightning.denoisers.latent import LatentPrior
 from cmi_lightning.denoisers.network import NetworkDenoiser
 from cmi_lightning.denoisers.presets import unet_prior
-from cmi_lightning.denoisers.weights import hub_folder
+from cmi_lightning.denoisers.weights import autoencoder_of, hub_folder
 from cmi_lightning.errors import InputError
 from cmi_lightning.zoo.cards import CARDS, Card
 
@@ -31,7 +37,8 @@ def load_prior(
     Args:
         name: of a card ("photos-64", "ffhq-256"; ``cmi-lightning priors`` lists them); "hf://owner/
             name" on the Hugging Face hub; a folder that diffusers' or our ``save_pretrained``
-            wrote; or a pipeline of diffusers, which stays as it is.
+            wrote; or a pipeline of diffusers, which stays as it is. Pipelines with an autoencoder
+            give a :class:`cmi_lightning.denoisers.LatentPrior`.
         weights: a card's file, where it is not to be downloaded.
         condition: what the network is told, see :class:`NetworkDenoiser`.
         unconditional: see :class:`NetworkDenoiser`.
@@ -53,12 +60,12 @@ def load_prior(
         "guidance_scale": guidance_scale,
     }
     if not isinstance(name, str | Path):
-        return DiffusersDenoiser(name, **told)
+        return _of_pipeline(name, told)
     known = next((c for c in CARDS.values() if c.name == name), None)
     if known is None or known.repo:
         if weights is not None:
             raise InputError(f"weights are a card's file: for '{name}' give their folder as name.")
-        return _from_folder(known, str(name), told)
+        return _of_folder(_folder(known, str(name)), told)
     if checkpoint is None:
         checkpoint = known.parameters > LARGE
     return unet_prior(known.name, weights or _place(known), checkpoint, **told)
@@ -72,10 +79,34 @@ def _place(card: Card) -> str:
     return here[0] if here else card.file.url if card.file.direct else card.file.name
 
 
-def _from_folder(card: Card | None, name: str, told: dict[str, Any]) -> Denoiser:
-    """Return the prior in a folder, or in a repository of the hub."""
-    folder = hub_folder(f"hf://{card.repo}" if card else name)
+def _folder(card: Card | None, name: str) -> Path:
+    if card is None and "/" not in name and not Path(name).expanduser().is_dir():
+        raise InputError(
+            f"There is no prior '{name}': use {', '.join(CARDS)}; or a folder that save_pretrained "
+            "wrote; or hf://owner/name of the Hugging Face hub."
+        )
+    return hub_folder(f"hf://{card.repo}" if card else name)
+
+
+def _of_folder(folder: Path, told: dict[str, Any]) -> Denoiser:
+    """Return the prior that our ``save_pretrained`` or diffusers' wrote."""
     config = folder / "config.json"
     if config.is_file() and "network" in json.loads(config.read_text(encoding="utf-8")):
         return NetworkDenoiser.from_pretrained(folder, **told)
-    return DiffusersDenoiser(str(folder), **told)
+    beside = autoencoder_of(f.name for f in folder.iterdir() if f.is_dir())
+    if beside is None:
+        return DiffusersDenoiser(str(folder), **told)
+    network, settings, _ = network_of(str(folder), latent=True)
+    decoder = load_module(library(str(folder)), folder / beside)
+    return LatentPrior(DiffusersDenoiser(network, scheduler=settings, **told), decoder)
+
+
+def _of_pipeline(pipeline: Any, told: dict[str, Any]) -> Denoiser:
+    """Return the prior of a pipeline, of latents where it has an autoencoder."""
+    parts = getattr(pipeline, "__dict__", {})
+    beside = autoencoder_of(name for name, part in parts.items() if part is not None)
+    if beside is None:
+        return DiffusersDenoiser(pipeline, **told)
+    network, settings, _ = network_of(pipeline, latent=True)
+    denoiser = DiffusersDenoiser(network, scheduler=settings, **told)
+    return LatentPrior(denoiser, getattr(pipeline, beside))
