@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from cmi_lightning.zoo.cards import ASSETS, load_weights
+from cmi_lightning.denoisers.weights import load_weights
+from cmi_lightning.zoo.cards import ASSETS
 
 WEIGHTS = ASSETS / "fashion_mnist_classifier.safetensors"
 CLASSES = (

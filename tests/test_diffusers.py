@@ -273,10 +273,10 @@ def test_diffusers_refusals(tmp_path, monkeypatch):
     refused("has no config.json")
     save_pipeline(tmp_path, unet2d())
     model, scheduler = tmp_path / "unet/config.json", tmp_path / "scheduler/scheduler_config.json"
-    edit(model, _class_name="UNet2DConditionModel")
-    refused("holds a UNet2DConditionModel")
+    edit(model, _class_name="UNet1DModel")
+    refused("holds a UNet1DModel: a prior is one of UNet2DModel, UNet2DConditionModel")
     edit(model, _class_name="UNet2DModel", num_class_embeds=10)
-    refused("class-conditional")
+    refused(r"1 missing \(class_embedding.weight\)")
     edit(model, num_class_embeds=None)
     edit(scheduler, prediction_type="flow")
     refused("prediction_type 'flow'")

@@ -19,12 +19,13 @@ from cmi_lightning.denoisers import (
 )
 from cmi_lightning.errors import InputError
 from cmi_lightning.exact import DenseCovariance, GaussianPrior
-from cmi_lightning.guidance import CMI, DPS, DSG, MCG, PSLD, MomentMatching, PiGDM
+from cmi_lightning.guidance import CMI, DPS, DSG, MCG, PSLD, MomentMatching, PiGDM, ReSample
 from cmi_lightning.information import Lanczos
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import BoxMask, Dense, Gamma
 from cmi_lightning.schedule import Schedule
 from cmi_lightning.solvers import DDIM, DDPM
+from cmi_lightning.step import Step
 
 LATENTS, IMAGES = (2, 2, 2), (1, 4, 4)  # 8 numbers for 16 pixels
 
@@ -109,6 +110,35 @@ def test_psld_with_an_orthogonal_decoder_is_dps():
     ]
     for other in runs[1:]:
         torch.testing.assert_close(runs[0], other, rtol=1e-8, atol=1e-8)
+
+
+def test_resample_fits_the_measurement_and_draws_the_product_of_two_gaussians():
+    y = problem()
+    lifted, _ = PRIOR.state(y.bind(NOISE, y.y.new_zeros(2, *IMAGES)), y.y.new_zeros(2, *IMAGES))
+    t, s = LATENT.schedule[400], LATENT.schedule[390]
+    step = Step(10, randn(2, *LATENTS, seed=9), t, s, lifted, LATENT, NOISE, num_steps=40)
+    method = ReSample(iterations=3000, rate=0.01)
+    z = method.consistent(step)
+    limit = lifted.noise_norm
+    residual = (lifted.y - lifted.operator(z)).flatten(1).norm(dim=1)
+    before = (lifted.y - lifted.operator(step.x0)).flatten(1).norm(dim=1)
+    assert bool((before > 2 * limit).all())  # then it stops as soon as it may
+    assert bool(((residual <= limit) & (residual > 0.9 * limit)).all())
+    x = randn(2, *LATENTS, seed=10)
+    q = 40 * step.coefficients.variance
+    precision = 1 / s.sigma**2 + 1 / q
+    mean = (s.alpha * z / s.sigma**2 + x / q) / precision
+    found = method.guide_sample(step, x)
+    torch.testing.assert_close(found, mean + precision**-0.5 * step.normal("resample"))
+    for index, num_steps in ((11, 40), (30, 40)):  # not every step, and not at the start
+        other = Step(index, step.x, t, s, lifted, LATENT, NOISE, num_steps=num_steps)
+        assert method.guide_sample(other, x) is x
+    runs = [
+        Sampler(PRIOR, DDIM(), guidances, num_steps=20).run(y, NOISE, y.y.new_zeros(2, *IMAGES))
+        for guidances in ([DPS(0.3)], [DPS(0.3), ReSample(5, iterations=300, rate=0.02)])
+    ]
+    errors = [(y.y - y.operator(run)).flatten(1).norm(dim=1) for run in runs]
+    assert bool((errors[1] < errors[0]).all())
 
 
 def test_what_the_shell_sees_are_images():

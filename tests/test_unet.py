@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmi_lightning.denoisers import Autocast, NetworkDenoiser, UNet, ffhq_unet, imagenet_unet
@@ -343,15 +344,30 @@ def test_fused_attention_has_the_first_derivative(checkpoint):
     assert (plain.derivatives, fused.derivatives) == (2, 1)
 
 
+class Fused(nn.Module):
+    """Attention by PyTorch's fused kernel, without saying so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.outside = nn.Linear(2, 24), nn.Linear(8, 2)
+
+    def forward(self, x, times):
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = self.inside(tokens)[:, None].chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.outside(mixed).transpose(1, 2).reshape(x.shape)
+
+
 @pytest.mark.parametrize("declared", [True, False])
 def test_cmi_takes_differences_where_there_is_no_second_derivative(caplog, declared):
     warn_once.cache_clear()
     x, noise = randn(2, 2, 4, 4), SampleNoise(0, ["a", "b"])
     results, costs = [], []
     for derivative in ("autograd", "difference"):
-        denoiser = NetworkDenoiser(frozen(fused_attention=True), None)
-        if not declared:  # then it is found out when it is tried
-            denoiser.derivatives = 2
+        torch.manual_seed(0)
+        network = frozen(fused_attention=True) if declared else Fused().double()
+        denoiser = NetworkDenoiser(network, None)
+        assert denoiser.derivatives == (1 if declared else 2)  # found out when it is tried
         cmi = CMI(estimator=Lanczos(derivative=derivative, krylov=2))
         sampler = Sampler(denoiser, DDPM(), [DPS(), cmi], num_steps=4)
         *_, last = sampler.iterate(Problem(x, Identity(), 0.1), noise, x)

@@ -121,7 +121,7 @@ class DiffusersDenoiser(WrappedNetwork):
             guidance_scale=guidance_scale,
         )
         self.integer_times = config.get("time_embedding_type") == "learned"  # looked up in a table
-        self.second_derivatives = second_derivatives
+        self.plain_attention = second_derivatives
         attention = any(hasattr(m, "set_processor") for m in network.modules())
         self.derivatives = 2 if second_derivatives or not attention else 1
         blocks = config.get("block_out_channels")
@@ -137,9 +137,7 @@ class DiffusersDenoiser(WrappedNetwork):
             u, told = _patches(u, told)
             times = times / 1000  # which the network multiplies again
         told = {k: v.to(u.dtype) if _floats(v) else v for k, v in told.items()}
-        plain = (
-            sdpa_kernel(SDPBackend.MATH) if self.second_derivatives else contextlib.nullcontext()
-        )
+        plain = sdpa_kernel(SDPBackend.MATH) if self.plain_attention else contextlib.nullcontext()
         with plain:
             output: Tensor = self.network(
                 **{self.first: u}, timestep=times, **told, return_dict=False

@@ -55,7 +55,8 @@ class WrappedNetwork(Denoiser):
             raise InputError(f"value_range must be (smallest, largest), got ({low:g}, {high:g}).")
         self.conditions = Conditions(network, condition, unconditional, guidance_scale)
         self.condition, self.unconditional = self.conditions.told, self.conditions.untold
-        self.guidance_scale = self.conditions.scale
+        # As an option of a run it counts only where it does something.
+        self.guidance_scale = guidance_scale if self.unconditional else None
         self.own_schedule = Schedule.named(schedule)
         self.gain, self.offset = (high - low) / 2, (high + low) / 2
         self.schedule = self.own_schedule

@@ -17,6 +17,7 @@ from cmi_lightning.guidance.mcg import MCG
 from cmi_lightning.guidance.moment_matching import MomentMatching
 from cmi_lightning.guidance.pigdm import PiGDM
 from cmi_lightning.guidance.psld import PSLD
+from cmi_lightning.guidance.resample import ReSample
 from cmi_lightning.guidance.sitcom import SITCOM
 from cmi_lightning.guidance.tmpd import TMPD
 
@@ -41,5 +42,6 @@ __all__ = [
     "LLETraining",
     "MomentMatching",
     "PiGDM",
+    "ReSample",
     "residual_gradient",
 ]
