@@ -1,4 +1,7 @@
-"""Noise schedules: x_t = α_t x₀ + σ_t ε at a finite list of noise levels."""
+"""Noise schedules: x_t = α_t x₀ + σ_t ε at a finite list of noise levels.
+
+Longer than other files: each of the six chains has its formula, its source and its options here.
+"""
 
 from __future__ import annotations
 

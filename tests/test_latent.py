@@ -135,10 +135,10 @@ def test_resample_fits_the_measurement_and_draws_the_product_of_two_gaussians():
         assert method.guide_sample(other, x) is x
     runs = [
         Sampler(PRIOR, DDIM(), guidances, num_steps=20).run(y, NOISE, y.y.new_zeros(2, *IMAGES))
-        for guidances in ([DPS(0.3)], [DPS(0.3), ReSample(5, iterations=300, rate=0.02)])
+        for guidances in ([], [ReSample(1, 1.0, iterations=300, rate=0.02)])
     ]
     errors = [(y.y - y.operator(run)).flatten(1).norm(dim=1) for run in runs]
-    assert bool((errors[1] < errors[0]).all())
+    assert bool((errors[1] < errors[0] / 5).all())
 
 
 def test_what_the_shell_sees_are_images():

@@ -8,12 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cmi_lightning.denoisers.base import Denoiser
-from cmi_lightning.denoisers.diffusers_models import (
-    DiffusersDenoiser,
-    library,
-    load_module,
-    network_of,
-)
+from cmi_lightning.denoisers.diffusers_files import library, load_module, network_of
+from cmi_lightning.denoisers.diffusers_models import DiffusersDenoiser
 from cmi_lightning.denoisers.latent import LatentPrior
 from cmi_lightning.denoisers.network import NetworkDenoiser
 from cmi_lightning.denoisers.presets import unet_prior
