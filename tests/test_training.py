@@ -96,6 +96,8 @@ def test_fit_trains_averages_resumes_and_exports(tmp_path, dataset, capsys):
                 "init_args": {"in_channels": 1, "model_channels": 32, "channel_mult": [1]},
             },
             "warmup_steps": 2,
+            "schedule": "rectified",
+            "prediction": "velocity",
         },
         "data": {
             "class_path": "cmi_lightning.data.FashionMNISTData",

@@ -11,6 +11,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import nn
 
@@ -223,6 +224,14 @@ def test_nothing_is_unpickled(tmp_path, network):
     torch.save({"state_dict": network}, tmp_path / "net.pt")
     with pytest.raises(InputError, match="weights_only"):
         load_weights(network, tmp_path / "net.pt")
+
+
+def test_configurations_beside_the_weights_are_not_unpickled(tmp_path, network, state):
+    # As latent diffusion's checkpoints hold them.
+    config = OmegaConf.create({"base_learning_rate": 1e-4})
+    torch.save({"state_dict": state, "hyper_parameters": config}, tmp_path / "net.ckpt")
+    with pytest.raises(InputError, match=r"objects of omegaconf\.\S+\); .* load it yourself once"):
+        load_weights(network, tmp_path / "net.ckpt")
 
 
 # Containers, prefixes, precision

@@ -103,11 +103,16 @@ def _tensors(path: Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except Exception as error:
-        reason = first_line(error)
+        held = re.search(r"GLOBAL (\S+) ", str(error))  # the class that PyTorch refuses to make
+        reason = (
+            f"it holds objects of {held[1]}"
+            if held
+            else f"{type(error).__name__}: {first_line(error)}"
+        )
         raise InputError(
-            f"Cannot read the weights '{path}' ({type(error).__name__}: {reason}); only plain "
-            "tensors are loaded (weights_only=True): where you trust the file, load it yourself "
-            "once and save the network's state_dict() as .safetensors."
+            f"Cannot read the weights '{path}' ({reason}); only plain tensors are loaded "
+            "(weights_only=True): where you trust the file, load it yourself once and save the "
+            "network's state_dict() as .safetensors."
         ) from error
 
 
