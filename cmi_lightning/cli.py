@@ -20,13 +20,14 @@ from cmi_lightning import configs, errors
 from cmi_lightning.errors import InputError
 
 USAGE = """\
-usage: cmi-lightning {predict,fit,verify,tune,table,configs,fetch,priors} [-c CONFIG] [--option …]
+usage: cmi-lightning {predict,fit,verify,tune,table,lle,configs,fetch,priors} [-c CONFIG] [--…]
 
   predict   restore images: measure them (or read measurements), sample, write images and metrics
   fit       train a score network
   verify    check the mathematics on exact priors; with --denoiser or -c, check that network
   tune      choose the step sizes of a table on validation images
   table     methods with and without CMI on tasks: restore, compare, write a report
+  lle       train the coefficients that make a method of few steps better
   configs   list the configurations that ship with the package
   fetch     bring the networks of LPIPS or FID: fetch lpips, fetch fid
   priors    list the priors that have a name, and what of them is on this machine
@@ -50,6 +51,7 @@ COMMANDS = {  # imported when asked for: the help needs no torch
     "table": "cmi_lightning.table.command",
     "fetch": "cmi_lightning.fetch",
     "priors": "cmi_lightning.zoo.command",
+    "lle": "cmi_lightning.predict.lle",
 }
 
 

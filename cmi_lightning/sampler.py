@@ -84,6 +84,8 @@ class Sampler:
         self.denoiser, self.solver, self.clamp = denoiser, solver, clamp
         self.guidances = tuple(g for g in guidances if g.active)
         self.schedule: Schedule = solver.levels(denoiser.schedule, num_steps)
+        for guidance in self.guidances:
+            guidance.check(len(self.schedule))
 
     @property
     def differentiable(self) -> bool:

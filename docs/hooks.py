@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+PACKAGE = Path(__file__).parents[1] / "cmi_lightning"
+CONTRACTS = {"Guidance", "Solver", "LLETraining", "residual_gradient"}
+
+
+def methods() -> dict[str, str]:
+    """Return {class: package} of every method, from the packages' __all__."""
+    found = {}
+    for package in ("guidance", "solvers"):
+        for node in ast.parse((PACKAGE / package / "__init__.py").read_text("utf-8")).body:
+            if isinstance(node, ast.Assign):
+                found |= {name: package for name in ast.literal_eval(node.value)}
+    kept = {name: found[name] for name in found if name not in CONTRACTS}
+    return dict(sorted(kept.items(), key=lambda item: item[0].lower()))
+
+
+def on_config(config: Any) -> Any:
+    """List a page for every method."""
+    (chapter,) = (entry["Methods"] for entry in config.nav if "Methods" in entry)
+    chapter += [{name: f"methods/{name}.md"} for name in methods()]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Make every method's page from its docstring."""
+    for name, package in methods().items():
+        text = f"# {name}\n\n::: cmi_lightning.{package}.{name}\n"
+        files.append(File.generated(config, f"methods/{name}.md", content=text))
+    return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -98,6 +99,23 @@ def test_add_cmi_is_one_line(tmp_path):
 )
 def test_every_config_runs(tmp_path, name):
     assert run(tmp_path, "-c", name, *FAST, "--trainer.callbacks=[]", "--trainer.logger=false") == 0
+
+
+def test_lle_writes_an_overlay_that_predict_takes(tmp_path, capsys):
+    method = ["-c", "demo/garments", "-c", "guidance/ddnm_noiseless", *FAST]
+    overlay = tmp_path / "lle.yaml"
+    own = ["--images=3", "--prior_steps=2", f"--output={overlay}"]
+    assert main(["lle", *method, *own]) == 0
+    before, after = re.search(r"error (\S+) → (\S+) on 3 images", capsys.readouterr().out).groups()
+    assert float(after) < float(before)
+    assert run(tmp_path, *method, "-c", str(overlay)) == 0
+    saved = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    added = saved["model"]["guidances"][-1]
+    assert added["class_path"] == "cmi_lightning.guidance.LLE"
+    assert [len(row) for row in added["init_args"]["seen"]] == [1, 2, 3]
+    error = refusal(capsys, "predict", *method, "-c", str(overlay), "--model.num_steps=4")
+    assert "LLE's coefficients are for 3 steps and the chain has 4" in error
+    assert "--images" in refusal(capsys, "lle", *method, "--images=0")
 
 
 def test_config_in_an_own_file_and_long_spelling(tmp_path):

@@ -74,6 +74,9 @@ class Guidance(ABC):  # noqa: B024
         """False if the guidance leaves every step as it is; it is then skipped, at no cost."""
         return True
 
+    def check(self, num_steps: int) -> None:  # noqa: B027
+        """Refuse a chain of so many steps, by an InputError; called before sampling starts."""
+
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
         """Return the x̂₀ (B, *) that the solver shall use."""
         return x0

@@ -61,6 +61,10 @@ class Discrepancy(Guidance):
         """Whether the guidance is."""
         return self.guidance.active
 
+    def check(self, num_steps: int) -> None:
+        """Refuse what the guidance refuses."""
+        self.guidance.check(num_steps)
+
     def _where_far(self, step: Step, moved: Tensor, left: Tensor) -> Tensor:
         _ = step.residual
         far = step.log["residual"] > self.factor * step.problem.noise_norm

@@ -50,13 +50,16 @@ class LLE(Guidance):
                 f"{[len(row) for row in self.unseen]}."
             )
 
+    def check(self, num_steps: int) -> None:
+        """Refuse another number of steps than the coefficients'."""
+        if num_steps != len(self.seen):
+            raise InputError(
+                f"LLE's coefficients are for {len(self.seen)} steps and the chain has {num_steps}: "
+                "set model.num_steps, or train them anew (cmi-lightning lle)."
+            )
+
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
         """Combine x̂₀ with those of the steps before."""
-        if step.num_steps != len(self.seen):
-            raise InputError(
-                f"LLE's coefficients are for {len(self.seen)} steps and the chain has "
-                f"{step.num_steps}: set model.num_steps, or train them anew (cmi-lightning lle)."
-            )
         k = step.num_steps - 1 - step.index
         return _combined(step, history(step, x0), self.seen[k], self.unseen[k])
 
