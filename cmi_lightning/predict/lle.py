@@ -83,7 +83,7 @@ def train(
     nothing = Problem(like, Identity(), 1.0)
     truth = Sampler(model.denoiser, DDPM(), (), prior_steps).run(nothing, noise, like)
     truth = truth.clamp(-1, 1)
-    problem = Problem.simulate(truth, model.operator, model.measurement_noise.std, noise)
+    problem = Problem.simulate(truth, model.operator, model.measurement_noise, noise)
     training = LLETraining(truth)
 
     def error(guidances: list) -> float:
