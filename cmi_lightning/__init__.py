@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cmi_lightning.errors import InputError
 
 if TYPE_CHECKING:
+    from cmi_lightning.api import Restorer, example, restore
     from cmi_lightning.measurement_noise import (
         GaussianNoise,
         PoissonGaussianNoise,
@@ -35,9 +36,12 @@ __all__ = [
     "PoissonNoise",
     "PosteriorSampler",
     "Problem",
+    "Restorer",
     "Sampler",
     "Schedule",
     "__version__",
+    "example",
+    "restore",
 ]
 
 HOMES = {
@@ -46,8 +50,11 @@ HOMES = {
     "PoissonNoise": "measurement_noise",
     "PosteriorSampler": "predict.module",
     "Problem": "problem",
+    "Restorer": "api",
     "Sampler": "sampler",
     "Schedule": "schedule",
+    "example": "api",
+    "restore": "api",
 }
 
 

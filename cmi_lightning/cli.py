@@ -1,10 +1,10 @@
-"""The command line: ``cmi-lightning predict``, ``fit``, ``verify``, ``tune`` and ``table``.
+"""The command line, ``cmi-lightning``: predict, studio, fit, verify, tune, table, fetch.
 
 ``predict`` and ``fit`` are Lightning's own command-line interface over
 :class:`cmi_lightning.PosteriorSampler` and :class:`cmi_lightning.training.ScoreTraining`: every
 constructor argument is an option, files given by ``-c`` overlay each other, and a name that is no
 file in reach is looked up among the packaged configurations. ``verify`` checks the mathematics, or
-a network. ``table`` and ``tune`` run many predictions and compare them.
+a network. ``table`` and ``tune`` run many predictions and compare them. ``studio`` serves a page.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from cmi_lightning import configs, errors
 from cmi_lightning.errors import InputError
 
 USAGE = """\
-usage: cmi-lightning {predict,fit,verify,tune,table,lle,configs,fetch,priors} [-c CONFIG] [--…]
+usage: cmi-lightning COMMAND [-c CONFIG] ... [--option VALUE] ...
 
   predict   restore images: measure them (or read measurements), sample, write images and metrics
+  studio    restore photographs on a page in your browser
   fit       train a score network
   verify    check the mathematics on exact priors; with --denoiser or -c, check that network
   tune      choose the step sizes of a table on validation images
@@ -31,6 +32,11 @@ usage: cmi-lightning {predict,fit,verify,tune,table,lle,configs,fetch,priors} [-
   configs   list the configurations that ship with the package
   fetch     bring the networks of LPIPS or FID: fetch lpips, fetch fid
   priors    list the priors that have a name, and what of them is on this machine
+  info      what the folder of a run holds
+  new       a guidance, operator or metric of your own, with a test: new guidance Mine
+  completion  a script for your shell: source <(cmi-lightning completion bash)
+
+  -q        before the command: no progress, no tables; NO_COLOR=1 leaves colours out
 
   cmi-lightning predict -c demo                                    eight photographs, 90 % missing
   cmi-lightning predict -c demo -c task/super_resolution -c guidance/dps -c add_cmi
@@ -46,12 +52,16 @@ Configurations that ship with the package: """
 COMMANDS = {  # imported when asked for: the help needs no torch
     "predict": "cmi_lightning.predict.command",
     "fit": "cmi_lightning.predict.command",
+    "studio": "cmi_lightning.studio.command",
     "verify": "cmi_lightning.verify.command",
     "tune": "cmi_lightning.table.command",
     "table": "cmi_lightning.table.command",
     "fetch": "cmi_lightning.fetch",
     "priors": "cmi_lightning.zoo.command",
     "lle": "cmi_lightning.predict.lle",
+    "info": "cmi_lightning.info",
+    "new": "cmi_lightning.new",
+    "completion": "cmi_lightning.completion",
 }
 
 
@@ -91,6 +101,14 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _run(args: list[str]) -> int:
+    if args[:1] in (["-q"], ["--quiet"]):
+        import rich
+
+        rich.get_console().quiet = True
+        try:
+            return _run(args[1:])
+        finally:
+            rich.get_console().quiet = False
     command, rest = (args[0], args[1:]) if args else ("--help", [])
     if command in ("-h", "--help"):
         print(USAGE + ", ".join(configs.summaries()))

@@ -51,11 +51,15 @@ def first_line(error: BaseException) -> str:
 
 
 def one_sentence(message: object) -> str:
-    """Return a message on one line, without its repetitions; of a worker's, its last line."""
+    r"""Return a message on one line, without its repetitions; of a worker's, its last line.
+
+    >>> one_sentence("Several reasons:\n  - this\n  - that\n--model.seed is one")
+    'Several reasons: this that --model.seed is one'
+    """
     lines = str(message).splitlines()
     if _of_worker(message):
         lines = [re.sub(r"^[\w.]*(Error|Exception): ", "", lines[-1] if lines[-1] else lines[-2])]
-    parts = [part.strip(" -") for part in lines]
+    parts = [re.sub(r"^[\s-]+(?=\s)|\s-*\s*$", "", part).strip() for part in lines]
     return " ".join(dict.fromkeys(part for part in parts if part))
 
 

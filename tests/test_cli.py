@@ -98,7 +98,8 @@ def test_add_cmi_is_one_line(tmp_path):
     ],
 )
 def test_every_config_runs(tmp_path, name):
-    assert run(tmp_path, "-c", name, *FAST, "--trainer.callbacks=[]", "--trainer.logger=false") == 0
+    quiet = ["--trainer.callbacks=[]", "--trainer.logger=false"]
+    assert run(tmp_path, "-c", "guidance/none", "-c", name, *FAST, *quiet) == 0
 
 
 def test_lle_writes_an_overlay_that_predict_takes(tmp_path, capsys):
@@ -120,7 +121,7 @@ def test_lle_writes_an_overlay_that_predict_takes(tmp_path, capsys):
 
 def test_config_in_an_own_file_and_long_spelling(tmp_path):
     own = tmp_path / "own.yaml"
-    own.write_text("model: {num_steps: 2}\n")
+    own.write_text("model: {num_steps: 2, guidances: []}\n")
     assert run(tmp_path, f"--config={own}", *FAST[:2]) == 0
     saved = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
     assert saved["model"]["num_steps"] == 2

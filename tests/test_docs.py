@@ -85,7 +85,11 @@ FILES = {
     if (match := re.match(r"# (\w+\.py)\n", block.code))
 }
 
-PYTHON = ["README.md", "docs/index.md"]  # pages with code that is not a file of the user's
+PYTHON = [
+    "README.md",
+    "docs/index.md",
+    "docs/guides/python.md",
+]  # pages with code that is not a file of the user's
 
 MY_NETWORKS = '''
 import torch

@@ -121,7 +121,7 @@ def test_residuals_of_the_draws_survive_a_batch_in_parts(prior, shipped_images, 
     for k, x in enumerate(each.unbind(1)):
         residual = (problem.y - problem.operator(x)).flatten(1).norm(dim=1)
         torch.testing.assert_close(whole["residual_draws"][:, k], residual)
-    module._rows_that_fit = 2  # as after running out of memory
+    module.parts.size = 2  # as after running out of memory
     parts = module.predict_step(batch)
     assert len(parts["details"].problem.y) == 1
     torch.testing.assert_close(parts["residual_draws"], whole["residual_draws"], rtol=1e-4, atol=0)
@@ -132,7 +132,7 @@ def test_a_noise_level_of_its_own_is_kept_with_each_image(prior, shipped_images,
     levels = torch.tensor([0.1, 0.02, 0.3])
     batch = {"y_image": shipped_images[:3], "id": ["a", "b", "c"]}
     module = PosteriorSampler(prior, guidances=[DPS()], num_steps=2)
-    module._rows_that_fit = fit
+    module.parts.size = fit
     assert "sigma" not in module.predict_step(batch)["records"][0]
     records = module.predict_step({**batch, "sigma": levels})["records"]
     assert [record["sigma"] for record in records] == levels.tolist()

@@ -21,7 +21,7 @@ def shipped() -> set[str]:
         (Path(folder) / file).relative_to(ROOT).as_posix()
         for folder, _, files in os.walk(ROOT / "cmi_lightning", followlinks=True)
         for file in files
-        if file.endswith((".py", ".yaml", ".j2", ".typed", ".safetensors", ".png"))
+        if file.endswith((".py", ".yaml", ".j2", ".css", ".typed", ".safetensors", ".png"))
     }
 
 
@@ -37,6 +37,7 @@ def test_wheel_and_sdist_work_from_elsewhere(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     (sdist,) = tmp_path.glob("*.tar.gz")
     assert sdist.stat().st_size < 20e6
+    assert wheel.stat().st_size < 40e6
     with tarfile.open(sdist) as archive:
         assert not any(member.issym() for member in archive)  # whole on every system
     names = set(zipfile.ZipFile(wheel).namelist())

@@ -120,7 +120,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, prior, shipped_imag
     again = Count()
     results = predict(sampler(prior, DPS()), tmp_path / "cut", x, again)
     assert again.batches == [["set/3", "set/4", "set/5"], ["set/6", "set/7"]]
-    assert [r["id"] for r in results] == [[], *again.batches]
+    # What was done before is read back.
+    assert [r["id"] for r in results] == [["set/0", "set/1", "set/2"], *again.batches]
     whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
     assert set(whole) == set(cut)
     assert [name for name in whole if whole[name] != cut[name]] == []
@@ -508,7 +509,7 @@ def test_exit_code_3_tells_of_failures_and_of_unreadable_files(tmp_path, monkeyp
     photos.mkdir()
     for i in range(2):
         Image.fromarray(np.full((32, 32, 3), 100 + i, np.uint8)).save(photos / f"{i}.png")
-    folder = ["-c", "task/denoise", f"--data.folder={photos}"]
+    folder = ["-c", "task/denoise", "-c", "guidance/none", f"--data.folder={photos}"]
     assert run("b", *folder) == 0
     (photos / "2.png").write_bytes(b"no image")
     assert run("b", *folder) == 3
@@ -606,3 +607,36 @@ def test_progress_tells_images_per_hour(tmp_path, prior, shipped_images, capsys)
     predict(sampler(prior), tmp_path, shipped_images[:4], SamplingProgress(interval=0))
     lines = capsys.readouterr().out.splitlines()
     assert any("images/h, 0:0" in line and line.endswith("left") for line in lines)
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_a_second_predict_returns_the_finished_images(tmp_path, capsys, draws):
+    """As a notebook's cell that is run twice does."""
+    module = PosteriorSampler(
+        GaussianMixture(torch.zeros(1, 1, 8, 8), 0.2),
+        guidances=[DPS()],
+        num_steps=2,
+        samples_per_image=draws,
+    )
+    items = [{"x": torch.full((1, 8, 8), i / 4), "id": str(i)} for i in range(3)]
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+    def predict(*callbacks: L.Callback) -> list:
+        trainer = L.Trainer(
+            accelerator="cpu", default_root_dir=tmp_path, callbacks=[*callbacks], **quiet
+        )
+        return trainer.predict(module, DataLoader(items, 2))
+
+    first = predict(ImageWriter(bits=16))
+    assert "finished before" not in capsys.readouterr().err
+    again = predict(ImageWriter(bits=16))
+    (said,) = [x for x in capsys.readouterr().err.splitlines() if "finished before" in x]
+    assert "comes from the files; overwrite=True restores it again" in said
+    for a, b in zip(first, again, strict=True):
+        assert a["id"] == b["id"]
+        for key in ("restored", "measurement", "truth", "draws", "residual", "residual_draws"):
+            if a[key] is None:
+                assert b[key] is None
+            else:
+                clamped = a[key].clamp(-1, 1) if key in ("restored", "draws") else a[key]
+                torch.testing.assert_close(b[key], clamped, rtol=0.02, atol=2e-4)

@@ -139,7 +139,7 @@ def test_messages_and_tables_show_names_as_they_are(tmp_path, capsys):
     assert "\x1b" not in error
     assert len(error.strip().splitlines()) == 1
     Image.new("L", (32, 32)).save(folder / "y.png")
-    args = ["-c", "prior/fashion_mnist"]
+    args = ["-c", "prior/fashion_mnist", "-c", "guidance/none"]
     args += ["--data=MeasurementFolderData", f"--data.measurements={folder}"]
     args += ["--data.kind=inpaint", f"--data.masks={tmp_path / '[bold]m[blink].png'}"]
     Image.new("L", (32, 32), 255).save(tmp_path / "[bold]m[blink].png")

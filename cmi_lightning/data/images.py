@@ -37,6 +37,7 @@ FOREIGN = (  # images that people have and that are not read here
     *(".heic", ".heif", ".jxl", ".exr", ".hdr", ".psd", ".xcf", ".svg", ".tga", ".ico", ".eps"),
     *(".pdf", ".dcm", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),
 )
+PLAIN = {"LA": "L", "RGBA": "RGB", "P": "RGB", "PA": "RGB"}  # modes without transparency, palette
 SAME_COLOUR = 2  # of 255: a profile that changes no colour by more is sRGB
 DARK = 0.1  # share of a 16-bit range under which the data likely have fewer bits
 GRAY = (0.299, 0.587, 0.114)  # as in Pillow's conversion to gray
@@ -86,6 +87,10 @@ class Decoding:
             raise InputError(
                 f"data.range must be two finite numbers, black < white, got {self.range}."
             )
+
+    def convert(self, x: Tensor) -> Tensor:
+        """Return x (1, 3 or 4, H, W) in [−1, 1] with ``channels`` channels."""
+        return _channels(x, self.channels or len(x), self)
 
 
 def read_image(
@@ -137,19 +142,37 @@ def _decode(path: Path, how: Decoding, note: Callable[[str], object]) -> Tensor:
         image = ImageOps.exif_transpose(opened)
         if getattr(opened, "is_animated", False):
             note("hold several pictures, of which the first is read")
-    mode = image.mode
-    plain = {"LA": "L", "RGBA": "RGB", "P": "RGB", "PA": "RGB"}.get(mode, mode)
-    profile = image.info.get("icc_profile")
-    convert = _to_srgb(profile, plain) if profile else None
-    if mode.startswith("I;16") or mode in ("I", "F"):
-        return _deep(np.asarray(image)[None], mode, image.info, path, how, note)
-    if rawmode and not convert:
+    if rawmode and not _profile(image):
         with Image.open(path, formats=formats) as opened:
             opened.tile = [_of_low_bytes(tile, rawmode) for tile in opened.tile]
             opened.load()
             low = np.asarray(ImageOps.exif_transpose(opened))
         numbers = np.asarray(image).astype(np.float32) * 256 + low
-        return _deep(numbers.transpose(2, 0, 1), mode, image.info, path, how, note)
+        return _deep(numbers.transpose(2, 0, 1), image.mode, image.info, path, how, note)
+    return to_tensor(image, how, path, note)
+
+
+def _profile(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """Return the conversion of an image's own colours to sRGB; None where there is none to make."""
+    profile = image.info.get("icc_profile")
+    return _to_srgb(profile, PLAIN.get(image.mode, image.mode)) if profile else None
+
+
+def to_tensor(
+    image: Image.Image, how: Decoding, path: Path | str, note: Callable[[str], object] = bool
+) -> Tensor:
+    """Return an opened image, turned upright, as (C, H, W) float32 in [−1, 1]; see `read_image`.
+
+    Args:
+        image: the image.
+        how: the options.
+        path: its name, for messages.
+        note: called with what a person should know.
+    """
+    mode, convert = image.mode, _profile(image)
+    plain = PLAIN.get(mode, mode)
+    if mode.startswith("I;16") or mode in ("I", "F"):
+        return _deep(np.asarray(image)[None], mode, image.info, path, how, note)
     clear = image.has_transparency_data
     own = {"1": 1, "L": 1, "RGB": 3, "RGBA": 4, "P": 4 if clear else 3}.get(mode)
     channels = how.channels or own
@@ -181,7 +204,7 @@ def _deep(
     numbers: np.ndarray,
     mode: str,
     info: dict[Any, Any],
-    path: Path,
+    path: Path | str,
     how: Decoding,
     note: Callable[[str], object],
 ) -> Tensor:

@@ -13,6 +13,8 @@ from cmi_lightning.denoisers.recompute import Recomputed
 from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Level
 
+MANY = 2**20  # pixels of an image that a network sees in windows
+
 
 class Tiled(Denoiser):
     """x̂₀ = Σ_k w_k D(x_t in window k), with smooth weights w_k ≥ 0 that sum to 1 at every pixel.
@@ -146,3 +148,28 @@ class Tiled(Denoiser):
         """Rehearse the network on a window."""
         self.check(shape)
         self.denoiser.rehearse((shape[0], *self._shape(shape)))
+
+
+def suited(denoiser: Denoiser, shape: tuple[int, ...]) -> Denoiser:
+    """Return the denoiser, tiled where images (C, H, W) ask for it.
+
+    That is: a network of one size gets larger images; or one of any size gets sides that are not
+    its multiples, or more than a million pixels, whose activations would fill the memory.
+
+    >>> from cmi_lightning.denoisers import shipped_prior
+    >>> suited(shipped_prior(), (3, 64, 100)).window
+    (64, 64)
+    """
+    wanted, multiple = denoiser.image_shape, denoiser.size_multiple
+    if wanted is None or wanted[0] not in (None, shape[0]):
+        return denoiser
+    sides = [side for side in wanted[1:] if side is not None]
+    if len(sides) == 2:
+        larger = all(n >= side for side, n in zip(sides, shape[1:], strict=True))
+        return Tiled(denoiser) if larger and wanted[1:] != shape[1:] else denoiser
+    if isinstance(denoiser, Tiled) or sides or min(shape[1:]) < multiple:
+        return denoiser
+    many = shape[1] * shape[2] > MANY
+    if not many and not any(n % multiple for n in shape[1:]):
+        return denoiser
+    return Tiled(denoiser, min(256 if many else 64, min(shape[1:])) // multiple * multiple)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.errors import InputError
+from cmi_lightning.predict.fingerprint import digest
 
 FORM = (
     'A batch must be a tensor of images (B, C, H, W) in [−1, 1], or {"x": images, "id": names} '
@@ -136,3 +137,18 @@ def take(batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
         return value
 
     return {key: part(value) for key, value in batch.items()}
+
+
+def checksums(batch: Mapping[str, Any]) -> list[str]:
+    """Return a checksum of each sample's own tensors and names.
+
+    >>> len(checksums({"x": torch.zeros(2, 1, 4, 4), "id": ["a", "b"]}))
+    2
+    """
+    rows = [take(batch, [i]) for i in range(len(batch["id"]))]
+    return [digest(*(v[0] for _, v in sorted(row.items()) if _own(v))) for row in rows]
+
+
+def _own(value: Any) -> bool:
+    """Whether a value of a one-row batch is the row's."""
+    return isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)

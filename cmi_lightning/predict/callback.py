@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
+from cmi_lightning.predict.records import leave_if_orphaned
+
 if TYPE_CHECKING:
     from cmi_lightning.predict.module import PosteriorSampler
     from cmi_lightning.problem import Problem
@@ -44,3 +46,27 @@ class SamplingCallback(L.Callback):
     def recorded(self, record: Mapping[str, Any]) -> bool:
         """Whether a sample's record and files hold what this callback would write."""
         return True
+
+
+def watchers(trainer: Any) -> list[SamplingCallback]:
+    """Return the callbacks with :class:`SamplingCallback`'s hooks, whatever their class."""
+    hooks = ("on_sampling_start", "on_sampling_step")
+    callbacks = getattr(trainer, "callbacks", ())
+    return [c for c in callbacks if all(hasattr(c, hook) for hook in hooks)]
+
+
+def recorders(trainer: Any) -> list[SamplingCallback]:
+    """Return the callbacks that keep something of every sample."""
+    return [c for c in watchers(trainer) if getattr(c, "key", None)]
+
+
+def tell(
+    trainer: Any, module: PosteriorSampler, ids: list[str], problem: Problem, record: Record | None
+) -> None:
+    """Tell the callbacks of a step, or of a draw's start where there is no record."""
+    leave_if_orphaned()
+    for callback in watchers(trainer):
+        if record is None:
+            callback.on_sampling_start(trainer, module, ids, problem)
+        else:
+            callback.on_sampling_step(trainer, module, record)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 from cmi_lightning.errors import InputError, first_line
 from cmi_lightning.files import make_folder, write
 from cmi_lightning.predict.options import lightning_cli, prediction_cli
+from cmi_lightning.predict.signals import end_at_sigterm
 
 
 def predict(args: list[str]) -> int:
@@ -24,6 +23,11 @@ def predict(args: list[str]) -> int:
     # Checked before the trainer starts, so that a refused run touches no file of an earlier one.
     cli.datamodule.setup("predict")
     cli.model.check(cli.trainer, cli.datamodule)
+    if cli.model.guidances is None and not cli.model.solver.conditional:
+        raise InputError(
+            "There is no guidance to restore by: give one, such as -c guidance/dps (`cmi-lightning "
+            "configs` lists them); -c guidance/none draws images from the prior."
+        )
     make_folder(Path(cli.trainer.default_root_dir).expanduser(), "trainer.default_root_dir")
     try:
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
@@ -88,12 +92,7 @@ def _stopping() -> Any:
 
     class Stopping(L.Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, self._terminate)  # Lightning puts the old one back
-
-        def _terminate(self, signum: int, frame: Any) -> None:
-            signal.signal(signum, signal.SIG_IGN)
-            raise SystemExit(128 + signum)
+            end_at_sigterm(trainer)
 
         def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
             if isinstance(exception, (KeyboardInterrupt, SystemExit)) and trainer.world_size == 1:

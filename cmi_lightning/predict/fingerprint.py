@@ -22,6 +22,29 @@ LONGEST = 16  # items of a list that are compared one by one; longer ones by a c
 SHOWN, LONG = 5, 60  # differences, and characters of a value, that a message shows
 
 
+# Options that leave a finished sample's result as it is.
+FREE = (
+    "model.overwrite",
+    "model.denoiser.network.checkpoint",
+    "data.batch_size",
+    "data.num_workers",
+    "data.limit",
+    "data.val_count",
+    "data.strict",
+)
+
+
+def of_run(module: Any, trainer: Any, data: Any) -> dict[str, str]:
+    """Return every option that decides a run's results, by name, with checksums of weights."""
+    found = dict(options("model", module, weights=False))
+    found.update(options("model.denoiser", module.denoiser))
+    noise = module.measurement_noise
+    found.update({"model.noise": str(getattr(noise, "level", noise))})
+    found.update(options("data", data))
+    found["trainer.precision"] = str(trainer.precision)
+    return {name: value for name, value in found.items() if name not in FREE}
+
+
 def digest(*parts: Any) -> str:
     """Return a checksum of tensors (shape, type and bytes) and anything else by its ``repr``."""
     total = hashlib.blake2b(digest_size=8)

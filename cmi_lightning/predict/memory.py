@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+
+from cmi_lightning.errors import InputError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -33,3 +41,44 @@ def peak_memory(device: torch.device) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Parts:
+    """Work on a batch in two halves, and so on all later ones, if memory does not hold the whole.
+
+    >>> Parts().of(3, lambda rows: list(rows))
+    [[0, 1, 2]]
+
+    Attributes:
+        size: rows that fit, learned from running out of memory; None where the whole does.
+    """
+
+    size: int | None = None
+
+    def of(self, count: int, work: Callable[[range], T]) -> list[T]:
+        """Return the results of the parts of a batch with ``count`` rows.
+
+        Raises:
+            InputError: if the halves do not fit either.
+        """
+        while True:
+            size = min(self.size or count, count)
+            try:
+                return [work(range(i, min(i + size, count))) for i in range(0, count, size)]
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if size == 1 or self.size is not None:
+                    raise InputError(
+                        f"Out of memory with {size} image(s) at a time: set a lower "
+                        "data.batch_size or trainer.precision, or a guidance of fewer derivatives."
+                    ) from error
+            # Outside of the handler: the error holds on to the tensors.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.size = -(-size // 2)
+            log.warning(
+                "Out of memory with %d images at a time: going on with %d. The results are the "
+                "same; data.batch_size=%d spares the attempt.",
+                *(size, self.size, self.size),
+            )

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
-import signal
 import sys
-import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,42 +13,27 @@ from torch import Tensor
 
 from cmi_lightning.data.base import LoaderData, RestorationData
 from cmi_lightning.denoisers.base import Autocast, Denoiser, size_text
-from cmi_lightning.denoisers.tiled import Tiled
+from cmi_lightning.denoisers.tiled import Tiled, suited
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
 from cmi_lightning.measurement_noise import GaussianNoise, MeasurementNoise
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
-from cmi_lightning.predict.batch import as_batch, take
-from cmi_lightning.predict.callback import SamplingCallback
-from cmi_lightning.predict.fingerprint import digest, inputs, options
-from cmi_lightning.predict.folder import RunFolder
-from cmi_lightning.predict.memory import out_of_memory
-from cmi_lightning.predict.records import (
-    RESULTS,
-    Run,
-    leave_if_orphaned,
-    refuse_foreign_logs,
-    refuse_other,
-)
-from cmi_lightning.predict.restoration import Restoration, joined, nothing, restore
+from cmi_lightning.predict.batch import as_batch, checksums, take
+from cmi_lightning.predict.callback import recorders, tell
+from cmi_lightning.predict.checks import check, refuse_operator
+from cmi_lightning.predict.fingerprint import of_run
+from cmi_lightning.predict.memory import Parts
+from cmi_lightning.predict.misfit import Fits
+from cmi_lightning.predict.readback import read_back
+from cmi_lightning.predict.records import Run
+from cmi_lightning.predict.restoration import Restoration, joined, nothing, restoring
+from cmi_lightning.predict.signals import end_at_sigterm
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDPM, Solver
-from cmi_lightning.step import Record
 
-log = logging.getLogger(__name__)
-FAR = 2.0  # residuals, in units of the noise's, that no right restoration has
-# Options that leave a finished sample's result as it is.
-FREE = (
-    "model.overwrite",
-    "model.denoiser.network.checkpoint",
-    "data.batch_size",
-    "data.num_workers",
-    "data.limit",
-    "data.val_count",
-    "data.strict",
-)
+DRAWS = "none: the images are draws from the prior"
 
 
 class PosteriorSampler(L.LightningModule):
@@ -72,7 +52,7 @@ class PosteriorSampler(L.LightningModule):
         denoiser: the prior.
         operator: A, for simulated measurements.
         solver: default: DDPM with the posterior variance.
-        guidances: the likelihood; none draws from the prior.
+        guidances: the likelihood; an empty list draws from the prior; None does too, and says so.
         num_steps: steps, by guided-diffusion's respacing rule; None for every level of the prior.
         noise: the measurement noise: :class:`cmi_lightning.GaussianNoise` with the image range it
             is meant in, :class:`cmi_lightning.PoissonNoise`, or a class of your own. Data may bring
@@ -109,19 +89,17 @@ class PosteriorSampler(L.LightningModule):
             raise InputError(f"samples_per_image must be at least 1, got {samples_per_image}.")
         self.samples_per_image = samples_per_image
         self.overwrite = overwrite
-        self.run = Run()
-        self._rows_that_fit: int | None = None  # learned from running out of memory
-        self._fits: list[float] = []
-        self._given = False  # measurements are given, not simulated
+        self.run, self.parts, self.fits = Run(), Parts(), Fits()
         self._said: set[str] = set()
+        self._done: dict[str, Any] | None = None  # a batch that was finished before
         self.denoiser = denoiser if tile is None else Tiled(denoiser, tile)
         self.operator = operator or Identity()
         self.solver = solver or DDPM()
-        self.guidances = list(guidances or [])
+        self.guidances = None if guidances is None else list(guidances)
         self.num_steps, self.seed, self.clamp = num_steps, seed, clamp
         self.measurement_noise = noise
         self.sampler()  # refuses parts that do not fit
-        parts: tuple[Any, ...] = (self.solver, *(g for g in self.guidances if g.active))
+        parts: tuple[Any, ...] = (self.solver, *(g for g in self.guidances or () if g.active))
         refuse_nonlinear(parts, self.operator)
         for part in parts:
             if part.needs_noise and not self.measurement_noise.present:
@@ -132,7 +110,7 @@ class PosteriorSampler(L.LightningModule):
     def sampler(self, dtype: torch.dtype | None = None) -> Sampler:
         """Return the sampler, with the network under autocast to ``dtype`` if given."""
         denoiser = self.denoiser if dtype is None else Autocast(self.denoiser, dtype)
-        return Sampler(denoiser, self.solver, self.guidances, self.num_steps, self.clamp)
+        return Sampler(denoiser, self.solver, self.guidances or (), self.num_steps, self.clamp)
 
     def describe(self) -> dict[str, str]:
         """Return what will be run, for people."""
@@ -153,94 +131,52 @@ class PosteriorSampler(L.LightningModule):
             "operator": ", ".join(parts),
             "noise": getattr(datamodule, "given_noise", None) or noise,
             "solver": _name(self.solver),
-            "guidances": ", ".join(map(_name, self.guidances)) or "none",
+            "guidances": ", ".join(map(_name, self.guidances or ()))
+            or ("none" if self.solver.conditional else DRAWS),
             "steps": str(len(self.sampler().schedule)),
             "seed": str(self.seed),
             **({"samples per image": str(k)} if (k := self.samples_per_image) > 1 else {}),
         }
 
+    def __repr__(self) -> str:
+        """Return what will be run, a line for each part."""
+        lines = "".join(f"  {name}: {text}\n" for name, text in self.describe().items())
+        return f"{type(self).__name__}(\n{lines})"
+
     def setup(self, stage: str) -> None:
         """Check everything before any sampling, see :meth:`check`, and look up what is done."""
         trainer: Any = self.trainer
-        datamodule = trainer.datamodule
         self.run.close()
-        self.check(trainer, datamodule)
+        self.check(trainer, trainer.datamodule)
         if not any(isinstance(c, _Close) for c in trainer.callbacks):
             trainer.callbacks.append(_Close())
         # The batches are shared out by Run.share: Lightning's sampler would make other batches on
-        # every number of processes, and refuses to have fewer samples than processes.
+        # every number of processes, and refuses to have fewer samples than processes. A Trainer
+        # that was made without use_distributed_sampler=False has no public way to change it.
         trainer._accelerator_connector.use_distributed_sampler = False
-        recorders = _recorders(trainer)
-        fingerprint = self.fingerprint(trainer, datamodule) if recorders else {}
-        self.run, self._rows_that_fit = Run(), None
-        self._fits, self._said = [], set()
-        self.run.open(trainer, recorders, fingerprint, self.overwrite)
+        self.run, self.parts, self.fits = Run(), Parts(), Fits()
+        self._said = set()
+        kept = recorders(trainer)
+        fingerprint = self.fingerprint(trainer, trainer.datamodule) if kept else {}
+        self.run.open(trainer, kept, fingerprint, self.overwrite)
 
     def fingerprint(self, trainer: L.Trainer, datamodule: Any) -> dict[str, str]:
         """Return every option that decides the results, by name, with checksums of weights."""
-        found = dict(options("model", self, weights=False))
-        found.update(options("model.denoiser", self.denoiser))
-        noise = self.measurement_noise
-        found.update({"model.noise": str(getattr(noise, "level", noise))})
-        found.update(options("data", datamodule))
-        found["trainer.precision"] = str(trainer.precision)
-        return {name: value for name, value in found.items() if name not in FREE}
+        return of_run(self, trainer, datamodule)
 
     def check(self, trainer: Any, datamodule: Any) -> None:
-        """Check the trainer's precision and folder, and the images of a datamodule that was set up.
+        """Refuse what cannot work, see :func:`cmi_lightning.predict.checks.check`."""
+        check(self, trainer, datamodule)
 
-        Raises:
-            InputError: for a precision that would round the measurement, if the trainer's folder
-                belongs to other options, or if the datamodule's ``image_shape`` does not suit the
-                network or the operator.
-        """
-        precision = str(trainer.precision)
-        if precision.endswith("-true") and precision not in ("32-true", "64-true"):
-            raise InputError(
-                f"trainer.precision={precision} would round the measurement; use "
-                f"{precision.removesuffix('-true')}-mixed, which lowers the network alone."
-            )
-        shape = getattr(datamodule, "image_shape", None)
-        if shape is not None:
-            self._tile(tuple(shape))  # first: it is one of the options that are compared
-        if trainer.limit_predict_batches == 0:
-            raise InputError("trainer.limit_predict_batches=0 leaves nothing to restore.")
-        if _recorders(trainer):
-            folder = Path(trainer.default_root_dir).expanduser()
-            RunFolder(folder).refuse_overlap(inputs(datamodule), RESULTS)
-            refuse_foreign_logs(trainer, folder)
-            if not self.overwrite and (folder / "run.json").is_file():
-                refuse_other(folder, self.fingerprint(trainer, datamodule))
-        given = getattr(datamodule, "given", None)
-        if given and not getattr(datamodule, "takes_operator", False):
-            self._refuse_operator(f"the data are {given}")
-        if shape is None:
-            return
-        self.denoiser.rehearse(tuple(shape))
-        ids = [f"check/{row}" for row in range(self.operator.images or 1)]
-        self.operator.bind(shape, SampleNoise(self.seed, ids), torch.zeros(1))
-
-    def _tile(self, shape: tuple[int, ...]) -> None:
-        """Tile a network of one size where images (C, H, W) exceed it."""
-        wanted = self.denoiser.image_shape
-        if wanted is None or None in wanted[1:] or wanted == shape:
-            return
-        larger = all(n >= side for side, n in zip(wanted[1:], shape[1:], strict=True))  # type: ignore[operator]
-        if larger and wanted[0] in (None, shape[0]):
-            self.denoiser = Tiled(self.denoiser)
+    def suit(self, shape: tuple[int, ...]) -> None:
+        """Tile the network where images (C, H, W) ask for it."""
+        self.denoiser = suited(self.denoiser, shape)
 
     def on_predict_start(self) -> None:
-        """Let SIGTERM end the run as Ctrl-C does, not after the last batch as Lightning would."""
-        if self.trainer.received_sigterm:
-            raise SystemExit(128 + signal.SIGTERM)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._terminate)  # Lightning puts the old handler back
-
-    def _terminate(self, signum: int, frame: Any) -> None:
-        signal.signal(signum, signal.SIG_IGN)
-        if (launcher := self.trainer.strategy.launcher) is not None:
-            launcher.kill(signum)
-        raise SystemExit(128 + signum)
+        """Let SIGTERM end the run as Ctrl-C does."""
+        end_at_sigterm(self.trainer)
+        if self.guidances is None and not self.solver.conditional:
+            self._say([f"guidances: {DRAWS}, and restore nothing (guidances=[] if that is meant)."])
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Restoration:
         """Measure and restore one batch, or what of it is this process's to do."""
@@ -253,27 +189,39 @@ class PosteriorSampler(L.LightningModule):
             batch = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
             ids = batch["id"]
             rows, trainer = list(range(len(ids))), self._trainer
-            each = [take(batch, [i]) for i in rows]
-            checksums = [digest(*(v[0] for _, v in sorted(b.items()) if _each(v))) for b in each]
+            checks = checksums(batch)
             if trainer is not None:
                 batches = sum(trainer.num_predict_batches)  # type: ignore[attr-defined]
                 rows = self.run.share(ids, trainer.world_size, trainer.global_rank, batches)
-                for name, checksum in zip(ids, checksums, strict=True):
+                for name, checksum in zip(ids, checks, strict=True):
                     self.run.check_input(name, checksum)
-            result = self._restore(take(batch, rows), dtype) if rows else nothing(batch)
+            whole, batch = batch, take(batch, rows)
+            result = nothing(batch)
+            self._done = None if rows else whole
+            if rows:
+                work = lambda part: self._restore(take(batch, part), dtype)  # noqa: E731
+                result = joined(self.parts.of(len(rows), work))
         for i, name, record in zip(rows, result["id"], result["records"], strict=True):
             cost, failed = result["details"].cost, result["failed"].get(name)
             steps = self.samples_per_image * len(self.sampler().schedule)
-            record.update(id=name, input=checksums[i], failed=failed, steps=steps, **vars(cost))
-        self._note_fit(result)
+            record.update(id=name, input=checks[i], failed=failed, steps=steps, **vars(cost))
+        if rows and any(guidance.active for guidance in self.guidances or ()):
+            self.fits.note(result)
         return result
 
     def on_predict_batch_end(  # type: ignore[override]
         self, outputs: Restoration, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Write the samples' records, after all callbacks have written their files."""
+        """Write the samples' records, after all callbacks have written their files.
+
+        Who asks for the predictions gets a batch that was finished before as well.
+        """
         for record in outputs["records"]:
             self.run.finish(record)
+        batch, self._done = self._done, None
+        if batch and self.trainer.predict_loop.return_predictions:
+            with _plain_autograd(self.device.type):
+                outputs.update(self._read_back(batch) or {})  # type: ignore[typeddict-item]
 
     def on_predict_epoch_end(self) -> None:
         """Learn how the other processes' samples went."""
@@ -281,78 +229,51 @@ class PosteriorSampler(L.LightningModule):
 
     def on_predict_end(self) -> None:
         """Say so if the restorations cannot be right."""
-        if self.trainer.is_global_zero and (told := misfit(self._fits, self._given)):
-            print(f"cmi-lightning: {told}", file=sys.stderr)
+        if told := self.fits.sentence():
+            self._say([told])
 
     def teardown(self, stage: str) -> None:
         """Let the next run into the folder."""
         self.run.close(finished=True)
 
-    def _restore(self, batch: dict[str, Any], dtype: torch.dtype | None) -> Restoration:
-        """Restore a batch, in two halves (as all later ones) if memory does not hold the whole."""
-        count = len(batch["id"])
-        while True:
-            size = min(self._rows_that_fit or count, count)
-            parts = [range(i, min(i + size, count)) for i in range(0, count, size)]
-            try:
-                return joined([self._restore_part(take(batch, rows), dtype) for rows in parts])
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                if size == 1 or self._rows_that_fit is not None:
-                    raise InputError(
-                        f"Out of memory with {size} image(s) at a time: set a lower "
-                        "data.batch_size or trainer.precision, or a guidance of fewer derivatives."
-                    ) from error
-            # Outside of the handler: the error holds on to the tensors.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            self._rows_that_fit = -(-size // 2)
-            log.warning(
-                "Out of memory with %d images at a time: going on with %d. The results are the "
-                "same; data.batch_size=%d spares the attempt.",
-                *(size, self._rows_that_fit, self._rows_that_fit),
-            )
-
-    def _restore_part(self, batch: dict[str, Any], dtype: torch.dtype | None) -> Restoration:
+    def _problem(self, batch: dict[str, Any]) -> tuple[Problem, Tensor]:
+        """Return a batch's problem, and a tensor like its images."""
         data = getattr(self._trainer, "datamodule", None)
         data = data if isinstance(data, RestorationData) else LoaderData()
-        problem, like = data.problem(
-            batch, self.operator, self.measurement_noise, SampleNoise(self.seed, batch["id"])
-        )
+        noise = SampleNoise(self.seed, batch["id"])
+        return data.problem(batch, self.operator, self.measurement_noise, noise)
+
+    def _restore(self, batch: dict[str, Any], dtype: torch.dtype | None) -> Restoration:
+        """Restore a batch that fits into memory."""
+        problem, like = self._problem(batch)
         if "x" not in batch and "y" not in batch:
-            self._refuse_operator("the batch holds measurements, which say how they were made")
-        self._tile(tuple(like.shape[1:]))
+            reason = "the batch holds measurements, which say how they were made"
+            refuse_operator(self.operator, reason)
+        self.suit(tuple(like.shape[1:]))
         self.denoiser.check(tuple(like.shape[1:]))
-        return restore(
-            problem,
-            like,
-            batch.get("x"),
-            batch["id"],
-            sampler=lambda: self.sampler(dtype),
-            seed=self.seed,
-            draws=self.samples_per_image,
-            watch=_Watchers(self),
-        )
+        chain, ids = (lambda: self.sampler(dtype)), batch["id"]
+        draws = {"seed": self.seed, "draws": self.samples_per_image}
+        steps = restoring(problem, like, batch.get("x"), ids, sampler=chain, **draws)
+        while True:
+            try:
+                record = next(steps)
+            except StopIteration as end:
+                return end.value
+            tell(self._trainer, self, ids, problem, record)
 
-    def _refuse_operator(self, reason: str) -> None:
-        """Refuse an operator that would not be used."""
-        if not isinstance(self.operator, Identity):
-            raise InputError(
-                f"model.operator={type(self.operator).__name__} would not be used: {reason}. Set "
-                "model.operator=Identity."
-            )
-
-    def _note_fit(self, result: Restoration) -> None:
-        """Note how well a batch's restorations fit, in units of what noise alone leaves."""
-        if result["id"] and any(guidance.active for guidance in self.guidances):
-            self._given = result["truth"] is None
-            fits = (result["residual"] / result["noise_norm"]).tolist()
-            self._fits += [
-                fit
-                for name, fit in zip(result["id"], fits, strict=True)
-                if name not in result["failed"]
-            ]
+    def _read_back(self, batch: dict[str, Any]) -> Restoration | None:
+        """Return a batch that was finished before; None where its images were not kept."""
+        if not set(batch["id"]) <= set(self.run.done):
+            return None  # another process's
+        writer = next((c for c in recorders(self.trainer) if c.key == "images"), None)
+        records = [self.run.record_path(name) for name in batch["id"]]
+        result = read_back(writer, records, self._problem(batch)[0], batch.get("x"))
+        remedy = "overwrite=True restores it again"
+        if result is None:
+            remedy = f"ImageWriter, which keeps images, was not among the callbacks; {remedy}"
+        how = "comes from the files" if result else "is not returned"
+        self._say([f"What was finished before in '{self.run.folder}' {how}; {remedy}."])
+        return result
 
     def _say(self, notes: list[str]) -> None:
         """Print each note once."""
@@ -362,70 +283,11 @@ class PosteriorSampler(L.LightningModule):
             self._said.add(note)
 
 
-def _watchers(trainer: Any) -> list[SamplingCallback]:
-    """Return the callbacks with :class:`SamplingCallback`'s hooks, whatever their class."""
-    hooks = ("on_sampling_start", "on_sampling_step")
-    callbacks = getattr(trainer, "callbacks", ())
-    return [c for c in callbacks if all(hasattr(c, hook) for hook in hooks)]
-
-
-def _recorders(trainer: Any) -> list[SamplingCallback]:
-    """Return the callbacks that keep something of every sample."""
-    return [c for c in _watchers(trainer) if getattr(c, "key", None)]
-
-
-class _Watchers:
-    """The callbacks that watch sampling, and the end of a process whose parent is gone."""
-
-    def __init__(self, module: PosteriorSampler) -> None:
-        self.module: PosteriorSampler = module
-        self.trainer: Any = module._trainer
-        self.callbacks = _watchers(self.trainer)
-
-    def start(self, ids: list[str], problem: Problem) -> None:
-        for callback in self.callbacks:
-            callback.on_sampling_start(self.trainer, self.module, ids, problem)
-
-    def step(self, record: Record) -> None:
-        leave_if_orphaned()
-        for callback in self.callbacks:
-            callback.on_sampling_step(self.trainer, self.module, record)
-
-
 class _Close(L.Callback):
     """Lets the next run into the folder after an error."""
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         pl_module.run.close()
-
-
-def misfit(fits: list[float], given: bool) -> str | None:
-    """Return a sentence if restorations are far from their measurements; None if they fit.
-
-    Args:
-        fits: ‖y − A x̂‖ of each image over σ√m, which noise alone leaves.
-        given: the measurements were given, not simulated.
-
-    >>> misfit([0.9, 1.1], given=True)
-    """
-    finite = sorted(fit for fit in fits if math.isfinite(fit))
-    if not finite or (middle := finite[len(finite) // 2]) <= FAR:
-        return None
-    causes = "too few steps, or a step size (scale) that is too small or too large"
-    if given:
-        causes = (
-            "a kernel of the other convention (data.kernel_convention), a reduction without "
-            f"antialiasing, an inverted mask, a noise level that is too low, {causes}"
-        )
-    return (
-        f"The restorations do not fit the measurements: ‖y − A x̂‖ is {middle:.3g} times what "
-        f"noise alone leaves (median of {len(finite)} images). Usual causes: {causes}."
-    )
-
-
-def _each(value: Any) -> bool:
-    """Whether a value of a one-row batch is the row's."""
-    return isinstance(value, (Tensor, list)) and (not isinstance(value, Tensor) or value.ndim > 0)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -63,17 +63,7 @@ class Restoration(TypedDict):
     details: Details
 
 
-class Watch(Protocol):
-    """Who is told of the steps."""
-
-    def start(self, ids: list[str], problem: Problem) -> None:
-        """Called before the first step of each draw."""
-
-    def step(self, record: Record) -> None:
-        """Called after every step."""
-
-
-def restore(
+def restoring(
     problem: Problem,
     like: Tensor,
     truth: Tensor | None,
@@ -82,9 +72,8 @@ def restore(
     sampler: Callable[[], Sampler],
     seed: int,
     draws: int,
-    watch: Watch,
-) -> Restoration:
-    """Draw from the posterior of a batch.
+) -> Generator[Record | None, None, Restoration]:
+    """Draw from the posterior of a batch; yield None before each draw, and a record of each step.
 
     Args:
         problem: the measurements, and how they were made.
@@ -94,7 +83,6 @@ def restore(
         sampler: makes the sampler of a draw.
         seed: see :class:`cmi_lightning.PosteriorSampler`.
         draws: K; the first is the one of K = 1.
-        watch: who is told.
     """
     found: list[Tensor] = []
     cost = Cost()
@@ -102,11 +90,11 @@ def restore(
     reset_peak_memory(like.device)
     started = time.perf_counter()
     for k in range(draws):
-        watch.start(ids, problem)
+        yield None
         own = SampleNoise(seed, ids if k == 0 else [f"{name}#{k}" for name in ids])
         for record in sampler().iterate(problem, own, like):
             record = replace(record, ids=ids)
-            watch.step(record)
+            yield record
         found.append(record.x)
         cost.forwards += record.forwards
         cost.vjps += record.vjps

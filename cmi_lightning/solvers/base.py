@@ -29,6 +29,7 @@ class Solver(ABC):
     ...         return Transition(mean, step.s.sigma, step.normal("solver"))
 
     Attributes:
+        conditional: the solver brings in the measurement itself, without a guidance.
         needs_variance: the solver reads the network's learned variance.
         needs_linear: the solver needs a linear operator.
         needs_noise: the solver needs measurements with noise.
@@ -38,6 +39,7 @@ class Solver(ABC):
         repeats: how often.
     """
 
+    conditional = False
     needs_variance = False  # without annotation: see Guidance
     needs_linear = False
     needs_noise = False

@@ -58,6 +58,7 @@ class DAPS(Solver):
     langevin_steps: int = 100
     langevin_size: float = 1e-4
     stochastic = True  # type: ignore[misc]
+    conditional = True
     hooks = ("guide_transition", "guide_sample")
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ class DDNMPlus(Solver):
     """
 
     stochastic = True  # type: ignore[misc]
+    conditional = True
     needs_linear = True
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:

@@ -49,6 +49,7 @@ class DDRM(Solver):
     eta: float = 0.85
     eta_b: float = 1.0
     stochastic = True  # type: ignore[misc]
+    conditional = True
     needs_linear = True
 
     def __post_init__(self) -> None:

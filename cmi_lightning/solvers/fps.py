@@ -47,6 +47,7 @@ class FPS(Solver):
     particles: int = 5
     fresh: float = 0.95
     stochastic = True  # type: ignore[misc]
+    conditional = True
     hooks = ()
     needs_noise = True
     needs_linear = True

@@ -47,6 +47,7 @@ class PnPDM(Solver):
     decay: float = 0.9
     inner: int = 100
     stochastic = True  # type: ignore[misc]
+    conditional = True
     hooks = ()
     needs_linear = True
 

@@ -46,6 +46,7 @@ class REDDiff(Solver):
     weight: float = 0.25
     rate: float = 0.1
     stochastic = True  # type: ignore[misc]
+    conditional = True
     hooks = ()
 
     def __post_init__(self) -> None:

@@ -1,0 +1,473 @@
+"""Restore a photograph in one call: no Trainer, no folder, no configuration."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmi_lightning import configs
+from cmi_lightning.data.folder import SHIPPED
+from cmi_lightning.data.pictures import Picture
+from cmi_lightning.denoisers import AsGray, AsRGB, Denoiser, shipped_prior
+from cmi_lightning.denoisers.tiled import suited
+from cmi_lightning.errors import InputError
+from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
+from cmi_lightning.noise import SampleNoise
+from cmi_lightning.operators import Identity, Operator
+from cmi_lightning.predict.restoration import Restoration, restoring
+from cmi_lightning.predict.restored import Restored
+from cmi_lightning.problem import Problem
+from cmi_lightning.sampler import Sampler
+from cmi_lightning.solvers import DDPM, Solver
+from cmi_lightning.step import Record
+
+# The packaged task whose step sizes suit an operator that no task has.
+LIKE = {"Inpaint": "RandomMask", "GivenKernel": "GaussianBlur", "AveragePool": "Downsample"}
+ESTIMATE = "estimate"
+
+
+class StoppedError(Exception):
+    """A restoration was stopped by its ``stop``."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a restoration is: step ``done`` of ``total``, and in the end its ``result``.
+
+    Attributes:
+        done: steps done, of all draws.
+        total: steps of all draws.
+        record: what the sampler says of the step.
+        result: the restoration, after the last step.
+    """
+
+    done: int
+    total: int
+    record: Record
+    picture: Picture
+    result: Restored | None = None
+
+    @property
+    def image(self) -> Any:
+        """x̂₀, what the network takes the image for at this step, in the kind of the input."""
+        return self.picture.back(self.record.x0)
+
+
+class Restorer:
+    """Restores photographs with one prior and one method, which it keeps for many calls.
+
+    A call holds all its state: one restorer may work in several threads at once. Its pixels are
+    those of ``cmi-lightning predict`` for the same options, seed and name of the image.
+
+    >>> import numpy as np
+    >>> from cmi_lightning.operators import Downsample
+    >>> restorer = Restorer(steps=2)
+    >>> restorer(np.full((16, 24, 3), 128, np.uint8), Downsample(2)).image.shape
+    (32, 48, 3)
+
+    Args:
+        prior: a shipped prior, "photos-64" or "fashion-mnist", or a :class:`Denoiser`. A prior of
+            colour images also takes gray ones, and the reverse.
+        method: a packaged guidance, or a packaged solver that needs none, such as "dps", "pigdm",
+            "dps+cmi" or "ddrm" (``cmi-lightning configs`` lists them); or guidances.
+        solver: a packaged solver such as "ddim", or a solver; None takes the method's, else DDPM.
+        steps: see ``num_steps`` of :class:`cmi_lightning.PosteriorSampler`, and "all"; None takes
+            the method's, else 100.
+        step_sizes: of the method by name, {"dps": 4.0}; None takes those of the packaged task with
+            this operator, where it has some.
+        device: where the network runs; None takes a GPU where there is one.
+
+    Raises:
+        InputError: for a name that is unknown, or parts that do not fit together.
+    """
+
+    def __init__(
+        self,
+        prior: str | Denoiser = "photos-64",
+        method: str | Sequence[Guidance] = "dps",
+        *,
+        solver: str | Solver | None = None,
+        steps: int | str | None = None,
+        step_sizes: Mapping[str, float] | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.device = torch.device(device or _best_device())
+        self.prior = (shipped_prior(prior) if isinstance(prior, str) else prior).to(self.device)  # type: ignore[arg-type]
+        self.method, self.solver, self.num_steps = method, solver, steps
+        self.step_sizes = None if step_sizes is None else dict(step_sizes)
+        self._sampler(self.prior, Identity())  # refuses names and parts that do not fit
+
+    def __call__(
+        self,
+        image: Any,
+        operator: Operator | None = None,
+        *,
+        progress: bool | None = None,
+        stop: threading.Event | None = None,
+        **options: Any,
+    ) -> Restored:
+        """Restore an image; the options are those of :meth:`steps`.
+
+        Args:
+            image: see :meth:`steps`.
+            operator: see :meth:`steps`.
+            progress: show a bar on stderr; None does in terminals and notebooks.
+            stop: once it is set, from another thread, the call ends with :class:`StoppedError`.
+            **options: see :meth:`steps`.
+        """
+        from tqdm import tqdm
+
+        shown = _watched() if progress is None else progress
+        with tqdm(desc="restore", unit="step", disable=not shown) as bar:
+            for step in self.steps(image, operator, **options):
+                bar.total = step.total
+                bar.update(step.done - bar.n)
+                if step.result is not None:
+                    bar.refresh()
+                if stop is not None and stop.is_set() and step.result is None:
+                    raise StoppedError(f"Stopped after {step.done} of {step.total} steps.")
+        assert step.result is not None
+        return step.result
+
+    def steps(
+        self,
+        image: Any,
+        operator: Operator | None = None,
+        *,
+        sigma: float | str = 0.025,
+        samples: int = 1,
+        seed: int = 0,
+        name: str | Sequence[str] | None = None,
+        simulate: bool = False,
+        trajectory: int = 0,
+    ) -> Iterator[Progress]:
+        """Restore an image step by step; leave the loop to stop.
+
+        Args:
+            image: the damaged image: a path, a PIL image, an array (H, W, C) or a tensor (C, H, W),
+                uint8 or float in [0, 1]; or a batch of them in one array or tensor.
+            operator: what was done to it: ``Inpaint(mask)``, ``GivenKernel(kernel)``,
+                ``Downsample(factor)`` or another of :mod:`cmi_lightning.operators`; None: noise.
+            sigma: standard deviation of its noise, on [0, 1], or "estimate", by wavelets.
+            samples: draws of each image; the result is their mean.
+            seed: of all random numbers.
+            name: of the image, which its random numbers depend on; default: the file's name.
+            simulate: the image is sound: damage it first.
+            trajectory: how many x̂₀ of the first draw to keep, at equal distances.
+
+        Raises:
+            InputError: for an image of another kind or range, one that the prior or the operator
+                cannot take, or options out of range.
+        """
+        _check_counts(samples=(samples, 1), trajectory=(trajectory, 0))
+        picture = Picture.of(image, _given_channels(self.prior))
+        names = [name] if isinstance(name, str) else list(name or picture.names)
+        if len(names) != len(picture.x):
+            raise InputError(f"There are {len(picture.x)} images and {len(names)} names.")
+        x, noise = picture.x.to(self.device), SampleNoise(seed, names)
+        problem, like = _problem(x, operator or Identity(), sigma, noise, simulate)
+        prior = _for_channels(self.prior, like.shape[1])
+        prior = suited(prior, tuple(like.shape[1:]))
+        prior.rehearse(tuple(like.shape[1:]))
+        sampler = self._sampler(prior, operator or Identity(), problem)
+        drawing = restoring(
+            problem,
+            like,
+            x if simulate else None,
+            names,
+            sampler=lambda: sampler,
+            seed=seed,
+            draws=samples,
+        )
+        count = len(sampler.schedule)
+        kept = {round((i + 1) * count / trajectory) for i in range(trajectory)}
+        return _progress(drawing, picture, samples * count, kept, seed)
+
+    def _sampler(
+        self, prior: Denoiser, operator: Operator, problem: Problem | None = None
+    ) -> Sampler:
+        """Return the sampler of one call."""
+        sizes = step_sizes(operator) if self.step_sizes is None else self.step_sizes
+        method = Method.of(self.method, sizes)
+        solver = self.solver if self.solver is not None else method.solver
+        if isinstance(solver, str):
+            solver = Method.of(f"solver/{solver}", {}).solver
+        steps = method.steps if self.num_steps is None else self.num_steps
+        made = Sampler(prior, solver or DDPM(), method.guidances, None if steps == "all" else steps)
+        parts: tuple[Any, ...] = (made.solver, *made.guidances)
+        refuse_nonlinear(parts, operator)
+        for part in parts:
+            if problem is not None and part.needs_noise and not problem.noisy:
+                raise InputError(f"{type(part).__name__} needs noise: give a sigma above 0.")
+        return made
+
+
+def restore(
+    image: Any,
+    operator: Operator | None = None,
+    prior: str | Denoiser = "photos-64",
+    method: str | Sequence[Guidance] = "dps",
+    *,
+    solver: str | Solver | None = None,
+    steps: int | str | None = None,
+    step_sizes: Mapping[str, float] | None = None,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> Restored:
+    """Restore an image in one call; see :class:`Restorer` and :meth:`Restorer.steps`.
+
+    >>> import numpy as np
+    >>> photograph = np.full((16, 16, 3), 0.5)
+    >>> restore(photograph, steps=2, sigma=0.1, samples=2)
+    Restored(1 image of 16×16 pixels, 2 draws, seed 0)
+
+    Args:
+        image: a path, a PIL image, an array or a tensor; the same kind comes out.
+        operator: what damaged it; None: noise.
+        prior: see :class:`Restorer`.
+        method: see :class:`Restorer`.
+        solver: see :class:`Restorer`.
+        steps: see :class:`Restorer`.
+        step_sizes: see :class:`Restorer`.
+        device: see :class:`Restorer`.
+        **options: sigma, samples, seed, name, simulate, trajectory, progress and stop.
+
+    Raises:
+        InputError: in one sentence, for what does not work.
+    """
+    made = Restorer(prior, method, solver=solver, steps=steps, step_sizes=step_sizes, device=device)
+    return made(image, operator, **options)
+
+
+def _progress(
+    drawing: Generator[Record | None, None, Restoration],
+    picture: Picture,
+    total: int,
+    wanted: set[int],
+    seed: int,
+) -> Iterator[Progress]:
+    """Yield the steps of a restoration, keep some x̂₀, and yield the result."""
+    done = 0
+    kept: list[Any] = []
+    while True:
+        try:
+            record = next(drawing)
+        except StopIteration as end:
+            result = Restored.of(end.value, picture, seed, kept)
+            break
+        if record is not None:
+            last, done = record, done + 1
+            if done in wanted:
+                kept.append(picture.back(record.x0))
+            yield Progress(done, total, record, picture)
+    yield Progress(done, total, last, picture, result)
+
+
+def example(name: str = "beach1") -> Path:
+    """Return the path of a photograph that ships with the package.
+
+    >>> example("beach1").name
+    'beach1.jpg'
+
+    Args:
+        name: of a file of "photos-test", without its suffix.
+
+    Raises:
+        InputError: for another name.
+    """
+    found = examples()
+    if name not in found:
+        raise InputError(f"There is no example '{name}': use {', '.join(found)}.")
+    return found[name]
+
+
+def examples() -> dict[str, Path]:
+    """Return the photographs that ship with the package, by name.
+
+    >>> "beach1" in examples()
+    True
+    """
+    return {path.stem: path for path in sorted(SHIPPED["photos-test"].glob("*.*"))}
+
+
+def step_sizes(operator: Operator) -> dict[str, float]:
+    """Return the step sizes of the packaged task that has this operator; {} where none has.
+
+    >>> from cmi_lightning.operators import ChannelMix
+    >>> step_sizes(Identity()).get("nothing") is None
+    True
+    """
+    kind = type(operator).__name__
+    for name in configs.summaries():
+        if name.startswith("task/"):
+            task = json.loads(configs.find(name) or "{}")
+            path: str = task["model"]["operator"]["class_path"]
+            if path.rpartition(".")[2] == LIKE.get(kind, kind):
+                return dict(task.get("step_sizes", {}))
+    return {}
+
+
+@dataclass
+class Method:
+    """The guidances, solver and number of steps of a method.
+
+    >>> Method.of("dps", {"dps": 4.0}).guidances[0].scale
+    4.0
+    """
+
+    guidances: list[Guidance]
+    solver: Solver | None = None
+    steps: int | str = 100
+
+    @classmethod
+    def of(cls, method: str | Sequence[Guidance], sizes: Mapping[str, float]) -> Method:
+        """Return what ``-c guidance/dps -c add_cmi`` makes of "dps+cmi".
+
+        Args:
+            method: names of packaged configurations with + between them, or guidances.
+            sizes: step sizes, by the names that the configurations read.
+
+        Raises:
+            InputError: for an unknown name.
+        """
+        if not isinstance(method, str):
+            return cls(list(method))
+        made = cls([])
+        for name in method.split("+"):
+            model = _packaged(name, sizes)
+            made.guidances += _made(model.get("guidances", []) + model.get("guidances+", []))
+            made.solver = _made(model["solver"]) if "solver" in model else made.solver
+            made.steps = model.get("num_steps", made.steps)
+        return made
+
+
+def methods() -> list[str]:
+    """Return the names of the methods that ship with the package.
+
+    >>> {"dps", "pigdm", "ddrm"} <= set(methods())
+    True
+    """
+    names = [name for name in configs.summaries() if name.startswith(("guidance/", "solver/"))]
+    alone = [n for n in names if n.startswith("guidance/") or _conditional(n)]
+    return list(dict.fromkeys(n.partition("/")[2] for n in alone if n != "guidance/none"))
+
+
+def _conditional(name: str) -> bool:
+    return bool(_made(_packaged(name, {})["solver"]).conditional)
+
+
+def _packaged(name: str, sizes: Mapping[str, float]) -> dict[str, Any]:
+    """Return the model's options in a packaged configuration, of a short name or a whole one."""
+    from omegaconf import OmegaConf
+
+    places = {"cmi": ["add_cmi"]}.get(name, [name, f"guidance/{name}", f"solver/{name}"])
+    text = next((found for place in places if "/" in place or place == "add_cmi"
+                 if (found := configs.find(place))), None)  # fmt: skip
+    if text is None:
+        kind, _, short = name.rpartition("/")
+        known = methods() if kind != "solver" else [
+            n.partition("/")[2] for n in configs.summaries() if n.startswith("solver/")
+        ]  # fmt: skip
+        raise InputError(
+            f"There is no {kind or 'method'} '{short}': use {', '.join(known)}"
+            f"{', each also with +cmi' if not kind else ''}."
+        )
+    own = OmegaConf.create(text) if text.startswith("{") else OmegaConf.load(text)
+    whole: Any = OmegaConf.merge({"step_sizes": dict(sizes)}, own)
+    model: dict[str, Any] = OmegaConf.to_container(whole, resolve=True)["model"]  # type: ignore[index, call-overload, assignment]
+    return model
+
+
+def _made(spec: Any) -> Any:
+    """Return the objects of a packaged configuration: class_path and init_args, as LightningCLI."""
+    if isinstance(spec, list):
+        return [_made(part) for part in spec]
+    if isinstance(spec, dict) and "class_path" in spec:
+        module, _, name = spec["class_path"].rpartition(".")
+        options = {k: _made(v) for k, v in spec.get("init_args", {}).items()}
+        return getattr(importlib.import_module(module), name)(**options)
+    return spec
+
+
+def _problem(
+    x: Tensor, operator: Operator, sigma: float | str, noise: SampleNoise, simulate: bool
+) -> tuple[Problem, Tensor]:
+    """Return the problem of damaged images x (B, C, h, w), and a tensor like the images sought."""
+    std = _std(x, sigma, operator, noise)
+    if simulate:
+        return Problem.simulate(x, operator, std, noise), x
+    factor = getattr(operator, "factor", 1)
+    like = x.new_zeros(*x.shape[:2], x.shape[2] * factor, x.shape[3] * factor)
+    bound = Problem(x, operator, std).bind(noise, like).operator
+    with torch.no_grad():
+        seen = bound(like)
+    if seen.shape != x.shape:  # it picks pixels of the image
+        if like.shape != x.shape:
+            raise InputError(
+                f"{type(operator).__name__} makes measurements {tuple(seen.shape[1:])}, and the "
+                f"image is {tuple(x.shape[1:])}."
+            )
+        return Problem(bound(x), bound, std), like
+    return Problem(x, bound, std), like
+
+
+def _std(x: Tensor, sigma: float | str, operator: Operator, noise: SampleNoise) -> float | Tensor:
+    """Return the noise level on [−1, 1]: one number, or one for each image."""
+    if sigma == ESTIMATE:
+        from cmi_lightning.data.noise_levels import estimate_sigma
+
+        known = None
+        if hasattr(operator, "mask"):
+            bound: Any = operator.bind(tuple(x.shape[1:]), noise, x)
+            known = bound.pinv(bound(torch.ones_like(x)))[:, 0].cpu() > 0.5
+        try:
+            found = [
+                estimate_sigma(y, None if known is None else known[i])
+                for i, y in enumerate(x.cpu())
+            ]
+        except ValueError as error:
+            raise InputError(f"The noise cannot be estimated ({error}): give sigma.") from error
+        return found[0] if len(found) == 1 else torch.tensor(found).to(x)
+    if isinstance(sigma, str) or not 0 <= sigma < float("inf"):
+        raise InputError(f"sigma must be at least 0, or '{ESTIMATE}'; got {sigma!r}.")
+    return 2.0 * sigma
+
+
+def _given_channels(prior: Denoiser) -> int | None:
+    """Return what files are converted to: gray and colour both work, transparency does not."""
+    channels = (prior.image_shape or (None,))[0]
+    return channels if channels not in (1, 3) else None
+
+
+def _for_channels(prior: Denoiser, channels: int) -> Denoiser:
+    """Return a prior for gray or colour images."""
+    own = (prior.image_shape or (None,))[0]
+    if own == 3 and channels == 1:
+        return AsGray(prior)
+    return AsRGB(prior, channels) if own == 1 and channels > 1 else prior
+
+
+def _check_counts(**options: tuple[int, int]) -> None:
+    for name, (value, least) in options.items():
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}.")
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _watched() -> bool:
+    """Whether somebody sees stderr: a terminal, or a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules

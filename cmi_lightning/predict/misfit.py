@@ -1,0 +1,56 @@
+"""Whether restorations fit their measurements."""
+
+from __future__ import annotations
+
+import math
+
+from cmi_lightning.predict.restoration import Restoration
+
+FAR = 2.0  # residuals, in units of the noise's, that no right restoration has
+
+
+class Fits:
+    """How well the restorations of a run fit, in units of what noise alone leaves.
+
+    >>> Fits().sentence() is None
+    True
+    """
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.given = False  # measurements are given, not simulated
+
+    def note(self, result: Restoration) -> None:
+        """Note a batch's ‖y − A x̂‖ / (σ√m), of the samples that did not fail."""
+        self.given = result["truth"] is None
+        fits = (result["residual"] / result["noise_norm"]).tolist()
+        pairs = zip(result["id"], fits, strict=True)
+        self.values += [fit for name, fit in pairs if name not in result["failed"]]
+
+    def sentence(self) -> str | None:
+        """Return a sentence if restorations are far from their measurements; None if they fit."""
+        return misfit(self.values, self.given)
+
+
+def misfit(fits: list[float], given: bool) -> str | None:
+    """Return a sentence if restorations are far from their measurements; None if they fit.
+
+    Args:
+        fits: ‖y − A x̂‖ of each image over σ√m, which noise alone leaves.
+        given: the measurements were given, not simulated.
+
+    >>> misfit([0.9, 1.1], given=True)
+    """
+    finite = sorted(fit for fit in fits if math.isfinite(fit))
+    if not finite or (middle := finite[len(finite) // 2]) <= FAR:
+        return None
+    causes = "too few steps, or a step size (scale) that is too small or too large"
+    if given:
+        causes = (
+            "a kernel of the other convention (data.kernel_convention), a reduction without "
+            f"antialiasing, an inverted mask, a noise level that is too low, {causes}"
+        )
+    return (
+        f"The restorations do not fit the measurements: ‖y − A x̂‖ is {middle:.3g} times what "
+        f"noise alone leaves (median of {len(finite)} images). Usual causes: {causes}."
+    )

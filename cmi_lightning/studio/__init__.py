@@ -1,0 +1,1 @@
+"""The page on which a photograph is restored; needs the extra ``studio``."""

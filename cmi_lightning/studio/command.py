@@ -1,0 +1,32 @@
+"""``cmi-lightning studio``: the page, on this machine alone unless ``--share`` is given."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+
+from cmi_lightning.errors import InputError
+
+
+def studio(args: list[str]) -> int:
+    """Serve the page until Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        "cmi-lightning studio",
+        description="Restore photographs on a page in your browser.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--port", type=int, default=7860, help="port on this machine")
+    parser.add_argument("--share", action="store_true", help="a public address, for 72 hours")
+    parser.add_argument("--browser", action="store_true", help="open the page in the browser")
+    try:
+        asked = parser.parse_args(args)
+    except (argparse.ArgumentError, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code == 0:
+            raise
+        raise InputError(f"studio: {error}; --help lists the options.") from error
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("The studio needs gradio: pip install 'cmi-lightning[studio]'.")
+    from cmi_lightning.studio.page import serve
+
+    serve(asked.port, asked.share, asked.browser)
+    return 0
