@@ -290,6 +290,7 @@ def test_python(home, page, tmp_path, monkeypatch):
         if block.page == page:
             code = re.sub(r"\blimit=\d+", "limit=2", block.code)
             code = re.sub(r"\bnum_steps=\d+", "num_steps=3", code)
+            code = re.sub(r"(\brestore\(.*simulate=True)\)", r"\1, steps=2)", code)
             code = code.replace("L.Trainer(", 'L.Trainer(accelerator="cpu", ')
             exec(compile(code, page, "exec"), scope)
     for folder in re.findall(r'default_root_dir="(.*?)"', PAGES[page]):

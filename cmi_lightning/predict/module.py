@@ -212,10 +212,7 @@ class PosteriorSampler(L.LightningModule):
     def on_predict_batch_end(  # type: ignore[override]
         self, outputs: Restoration, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Write the samples' records, after all callbacks have written their files.
-
-        Who asks for the predictions gets a batch that was finished before as well.
-        """
+        """Write the records, after all callbacks' files; return what was finished before too."""
         for record in outputs["records"]:
             self.run.finish(record)
         batch, self._done = self._done, None
