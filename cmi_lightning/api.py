@@ -17,7 +17,7 @@ from torch import Tensor
 from cmi_lightning import configs
 from cmi_lightning.data.folder import SHIPPED
 from cmi_lightning.data.pictures import Picture
-from cmi_lightning.denoisers import AsGray, AsRGB, Denoiser, shipped_prior
+from cmi_lightning.denoisers import AsGray, AsRGB, Denoiser
 from cmi_lightning.denoisers.tiled import suited
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
@@ -29,6 +29,7 @@ from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDPM, Solver
 from cmi_lightning.step import Record
+from cmi_lightning.zoo import load_prior
 
 # The packaged task whose step sizes suit an operator that no task has.
 LIKE = {"Inpaint": "RandomMask", "GivenKernel": "GaussianBlur", "AveragePool": "Downsample"}
@@ -75,8 +76,8 @@ class Restorer:
     (32, 48, 3)
 
     Args:
-        prior: a shipped prior, "photos-64" or "fashion-mnist", or a :class:`Denoiser`. A prior of
-            colour images also takes gray ones, and the reverse.
+        prior: by name, such as "photos-64" (``cmi-lightning priors`` lists them), or a
+            :class:`Denoiser`. A prior of colour images also takes gray ones, and the reverse.
         method: a packaged guidance, or a packaged solver that needs none, such as "dps", "pigdm",
             "dps+cmi" or "ddrm" (``cmi-lightning configs`` lists them); or guidances.
         solver: a packaged solver such as "ddim", or a solver; None takes the method's, else DDPM.
@@ -101,7 +102,7 @@ class Restorer:
         device: str | torch.device | None = None,
     ) -> None:
         self.device = torch.device(device or _best_device())
-        self.prior = (shipped_prior(prior) if isinstance(prior, str) else prior).to(self.device)  # type: ignore[arg-type]
+        self.prior = (load_prior(prior) if isinstance(prior, str) else prior).to(self.device)
         self.method, self.solver, self.num_steps = method, solver, steps
         self.step_sizes = None if step_sizes is None else dict(step_sizes)
         self._sampler(self.prior, Identity())  # refuses names and parts that do not fit

@@ -277,7 +277,7 @@ def test_wrong_input_is_one_sentence(restorer, image, options, words):
     [
         ({"method": "dbs"}, "There is no method 'dbs': use "),
         ({"solver": "euler9"}, "There is no solver 'euler9': use "),
-        ({"prior": "faces"}, "no shipped prior 'faces'"),
+        ({"prior": "faces"}, "'faces'"),
         ({"method": "dsg", "solver": "heun"}, "DSG steers the solver's noise"),
     ],
 )
