@@ -91,5 +91,6 @@ def train(
         restored: Tensor = sampler.run(problem, noise, like)
         return float((restored - truth).square().mean())
 
-    before, after = error(model.guidances), error([*model.guidances, training])
+    given = model.guidances or []
+    before, after = error(given), error([*given, training])
     return training.coefficients(), before, after
