@@ -188,7 +188,9 @@ def _search(table: Table, cells: dict[float, Cell], other_than_zero: bool) -> Se
 def read_study(table: Table, setting: Mapping[str, Any] | None = None) -> Study:
     """Return what earlier searches found, with the given setting; empty where there is none."""
     path = table.folder / "tune" / "study.json"
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(
+        FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError
+    ):
         content = json.loads(path.read_text(encoding="utf-8"))
         if (setting or {}).items() <= content.items():
             study: Study = typed(Study, content["study"])
