@@ -10,9 +10,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from PIL import Image
 
-from cmi_lightning.callbacks.loggers import log_options, log_values
+from cmi_lightning.callbacks.drawing import apart, beside, save_png, tile
+from cmi_lightning.callbacks.loggers import log_image, log_options, log_values
 from cmi_lightning.files import claim, remove, write_json
+from cmi_lightning.paths import inside
 from cmi_lightning.predict.callback import SamplingCallback
 from cmi_lightning.predict.module import Restoration
 
@@ -54,8 +57,6 @@ class RecordingCallback(SamplingCallback):
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
 
-    # What a subclass says --------------------------------------------------------------------
-
     def prepare(self) -> None:
         """Refuse what cannot work, before sampling."""
 
@@ -80,8 +81,6 @@ class RecordingCallback(SamplingCallback):
 
     def show(self) -> None:
         """Print the result, after any progress bar has gone."""
-
-    # Hooks -----------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Learn the folder and prepare."""
@@ -142,6 +141,25 @@ class RecordingCallback(SamplingCallback):
             for step, values in self.logged():
                 log_values(trainer, values, step)
             self.show()
+
+    def strip(self, name: str, field: str) -> Path:
+        """Return where a sample's row of pictures is kept, until all are laid out together."""
+        return inside(self.folder / "records", name, f".{field}.png")
+
+    def save_strip(self, name: str, field: str, pictures: Mapping[str, Image.Image]) -> list[str]:
+        """Keep a sample's row of pictures, and return their headings."""
+        save_png(beside(list(pictures.values())), self.strip(name, field))
+        return list(pictures)
+
+    def write_strips(self, records: Sequence[Mapping[str, Any]], field: str) -> None:
+        """Write ``<field>.png`` of the samples whose rows are like the first one's, and log it."""
+        headings: list[str] = next((r[field] for r in records if field in r), [])
+        alike = [self.strip(r["id"], field) for r in records if r.get(field) == headings]
+        rows = [apart(path, len(headings)) for path in alike if path.is_file()]
+        if rows := [row for row in rows if row[0].size == rows[0][0].size]:
+            picture = tile(rows, headings)
+            save_png(picture, self.folder / f"{field}.png")
+            log_image(self.trainer, field, picture)
 
     def _collect(self, wait: bool = True) -> list[dict[str, Any]]:
         return [r for r in self.module.run.collect(self.trainer, wait=wait) if self.key in r]

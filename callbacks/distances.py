@@ -1,12 +1,17 @@
-"""Distances between images, and between sets of images, in the features of a network."""
+"""Distances between images, and sets of images, in a network's features; the features' files."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from cmi_lightning.errors import InputError
+from cmi_lightning.paths import inside
 
 SUBSETS = 100  # of the larger set, where two sets differ in size
 
@@ -89,3 +94,30 @@ def kernel(real: Tensor, fake: Tensor) -> float:
     with torch.random.fork_rng(devices=[]):  # torchmetrics shuffles by the global generator
         torch.manual_seed(0)
         return float(metric.compute()[0])
+
+
+def embedding_path(folder: Path, name: str, embeddings: str = "embeddings") -> Path:
+    """Return where a run's folder keeps a sample's features, by its id.
+
+    The file is an array (2 + 1 + K, D): of the truth, the restoration, A⁺y, and, where there are
+    several, the K draws.
+    """
+    return inside(folder / embeddings, name, ".npy")
+
+
+def read_embeddings(folder: Path, ids: Sequence[str], embeddings: str = "embeddings") -> Tensor:
+    """Return the features (N, 3 + K, D) that ``FeatureMetrics`` wrote for samples, in order.
+
+    Raises:
+        InputError: if a sample has none.
+    """
+    arrays = []
+    for name in ids:
+        path = embedding_path(folder, name, embeddings)
+        try:
+            arrays.append(np.load(path))
+        except (FileNotFoundError, ValueError, EOFError) as error:
+            raise InputError(
+                f"'{path}' is missing or damaged: run the same command again, with FeatureMetrics."
+            ) from error
+    return torch.from_numpy(np.stack(arrays))

@@ -18,9 +18,14 @@ from torch import Tensor, nn
 
 from cmi_lightning.callbacks.base import RecordingCallback, failures, plain
 from cmi_lightning.callbacks.classifier import GarmentClassifier
-from cmi_lightning.callbacks.distances import frechet, kernel, perceptual
+from cmi_lightning.callbacks.distances import (
+    embedding_path,
+    frechet,
+    kernel,
+    perceptual,
+    read_embeddings,
+)
 from cmi_lightning.callbacks.drawing import levels
-from cmi_lightning.callbacks.embeddings import embedding_path, read_embeddings
 from cmi_lightning.callbacks.networks import Published
 from cmi_lightning.callbacks.summary import given_up, means, statistics
 from cmi_lightning.errors import InputError, first_line

@@ -9,20 +9,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from cmi_lightning.callbacks.base import RecordingCallback
-from cmi_lightning.callbacks.drawing import (
-    apart,
-    beside,
-    encode_png,
-    path_of,
-    planes,
-    save_png,
-    tile,
-    to_tile,
-)
-from cmi_lightning.callbacks.loggers import log_image
+from cmi_lightning.callbacks.drawing import encode_png, path_of, planes, to_tile
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import write
-from cmi_lightning.paths import inside
 from cmi_lightning.predict.module import Restoration
 
 WHITE_STD = 0.5  # the standard deviation, on [−1, 1], that a map shows as white
@@ -101,13 +90,10 @@ class ImageWriter(RecordingCallback):
             if self.bits != 8:
                 entry["bits"] = self.bits
             if self.module.run.position(name) < self.grid_rows:
-                save_png(beside([to_tile(x) for x in columns.values()]), self._row(name))
-                entry["grid"] = list(columns)
+                row = {heading: to_tile(x) for heading, x in columns.items()}
+                entry["grid"] = self.save_strip(name, "grid", row)
             entries.append(entry)
         return entries
-
-    def _row(self, name: str) -> Path:
-        return inside(self.folder / "records", name, ".grid.png")
 
     def _save(self, x: Tensor, folder: str, name: str) -> list[str]:
         """Write an image (C, H, W) in [−1, 1], and return its paths in the folder."""
@@ -120,14 +106,4 @@ class ImageWriter(RecordingCallback):
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
         """Write the grid."""
-        headings: list[str] = next((r["grid"] for r in records if "grid" in r), [])
-        rows = [
-            apart(path, len(headings))
-            for record in records[: self.grid_rows]
-            if record.get("grid") == headings and (path := self._row(record["id"])).is_file()
-        ]
-        rows = [row for row in rows if row[0].size == rows[0][0].size]
-        if rows:
-            grid = tile(rows, headings)
-            save_png(grid, self.folder / "grid.png")
-            log_image(self.trainer, "grid", grid)
+        self.write_strips(records[: self.grid_rows], "grid")

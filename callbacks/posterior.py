@@ -6,14 +6,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import rich
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from cmi_lightning.callbacks.base import RecordingCallback, failures, plain
 from cmi_lightning.callbacks.drawing import levels
-from cmi_lightning.callbacks.summary import given_up
+from cmi_lightning.callbacks.summary import given_up, plus_minus, show
 from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.predict.module import Restoration
@@ -162,21 +160,16 @@ class PosteriorQuality(RecordingCallback):
 
     def show(self) -> None:
         """Print the table."""
-        shown = self._estimates()
-        title = f"{self.result['images']} images, {self.result['draws']} draws of each"
-        table = Table(title=f"{title}, ± standard error", title_justify="left")
-        for heading in ("", "draws", "calibrated"):
-            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
         labels = [f"coverage of the central {name} %" for name in self.result["coverage"]]
         labels += ["spread / error of the mean", "‖y − A x‖ / (σ√m)"]
-        for label, value in zip(labels, shown.values(), strict=True):
-            table.add_row(label, _cell(value), f"{value['expected']:g}")
-        console = rich.get_console()
-        if any(value["value"] is not None for value in shown.values()):
-            console.print(table)
-        path = self.folder / self.summary
-        for note in [*self.result["notes"], f"All of this: {path}"]:
-            console.print(f"• {note}", highlight=False, soft_wrap=True, markup=False)
+        rows = [
+            (label, plus_minus(v["value"], v["standard_error"], 3), f"{v['expected']:g}")
+            for label, v in zip(labels, self._estimates().values(), strict=True)
+        ]
+        title = f"{self.result['images']} images, {self.result['draws']} draws of each"
+        there = any(v["value"] is not None for v in self._estimates().values())
+        notes = [*self.result["notes"], f"All of this: {self.folder / self.summary}"]
+        show(f"{title}, ± standard error", ("draws", "calibrated"), rows if there else [], notes)
 
 
 def quality(draws: Tensor, truth: Tensor, generator: torch.Generator) -> dict[str, Any]:
@@ -255,10 +248,3 @@ def _root_ratio(pairs: Sequence[tuple[float, float]]) -> Estimate:
     mean = bottom / len(pairs)
     error = _mean([(a - value**2 * b) / mean for a, b in pairs])["standard_error"]
     return {"value": value, "standard_error": None if error is None else error / (2 * value)}
-
-
-def _cell(value: Estimate) -> str:
-    if value["value"] is None:
-        return "–"
-    error = value["standard_error"]
-    return f"{value['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")

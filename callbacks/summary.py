@@ -26,6 +26,11 @@ ROWS = {  # metric: label, and digits shown
     "kid": ("KID ↓", 4),
     "residual": ("‖y − A x̂‖", 3),
 }
+COSTS = {
+    "forwards": "network forwards",
+    "vjps": "backward passes",
+    "second_order": "  of second order",
+}
 SSIM_WINDOW = 11
 SHOWN = 5  # failures that a note names
 PROTOCOL = {
@@ -52,7 +57,7 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
 def costs(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Return what an image, and a step of it, cost on average in passes through the network."""
     result: dict[str, dict[str, float]] = {}
-    for name in ("forwards", "vjps", "second_order"):
+    for name in COSTS:
         total = math.fsum(record[name] for record in records)
         steps = sum(record["steps"] for record in records)
         if records:
@@ -126,46 +131,55 @@ def means(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return {f"metrics/{k}": v["mean"] for k, v in metrics.items() if v["mean"] is not None}
 
 
-def print_table(result: Mapping[str, Any], took: Mapping[str, Any], folder: Path) -> None:
-    """Print mean ± standard error of measurement and restoration, then the notes.
+def plus_minus(mean: float | None, error: float | None, digits: int) -> str:
+    """Return "18.80 ± 0.29", without what is absent."""
+    if mean is None:
+        return "–"
+    return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
-    Args:
-        result: the content of ``summary.json``.
-        took: the content of ``timing.json``.
-        folder: where the files are.
-    """
+
+def print_table(result: Mapping[str, Any], took: Mapping[str, Any], folder: Path) -> None:
+    """Print ``summary.json`` and ``timing.json`` of a folder: mean ± standard error, and notes."""
     metrics: Mapping[str, Statistics] = result["metrics"]
 
     def cell(name: str, digits: int) -> str:
         if name not in metrics:
             return "–"
-        mean, error = metrics[name]["mean"], metrics[name]["standard_error"]
-        if mean is None:
-            return "see notes"
-        return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+        text = plus_minus(metrics[name]["mean"], metrics[name]["standard_error"], digits)
+        return "see notes" if text == "–" else text
 
-    console = rich.get_console()
-    table = Table(title=f"{result['images']} images, mean ± standard error", title_justify="left")
-    for heading in ("", "measurement A⁺y", "restored"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for name, (label, digits) in ROWS.items():
-        if name in metrics:
-            table.add_row(label, cell(f"{name}_measurement", digits), cell(name, digits))
+    rows = [
+        (label, cell(f"{name}_measurement", digits), cell(name, digits))
+        for name, (label, digits) in ROWS.items()
+        if name in metrics
+    ]
     if "expected_residual" in metrics:
-        table.add_row("  of the noise alone, σ√m", "", cell("expected_residual", 3))
-    labels = {"forwards": "network forwards", "vjps": "backward passes"}
-    labels["second_order"] = "  of second order"
+        rows.append(("  of the noise alone, σ√m", "", cell("expected_residual", 3)))
     if took:
-        table.add_row("seconds per image", "", f"{took['seconds']['per_image']:.4g}")
-    for name, label in labels.items():
-        if name in result["costs"] and (
-            name != "second_order" or result["costs"][name]["per_image"]
-        ):
-            table.add_row(label, "", f"{result['costs'][name]['per_image']:.4g}")
-    if took and took["peak_memory"]["most"]:
-        memory = took["peak_memory"]
-        table.add_row(f"peak memory of the {memory['of']}", "", f"{memory['most'] / 2**30:.3g} GiB")
-    console.print(table)
+        rows.append(("seconds per image", "", f"{took['seconds']['per_image']:.4g}"))
+    for name, label in COSTS.items():
+        cost = result["costs"].get(name)
+        if cost and (cost["per_image"] or name != "second_order"):
+            rows.append((label, "", f"{cost['per_image']:.4g}"))
+    if took and (most := took["peak_memory"]["most"]):
+        of = f"peak memory of the {took['peak_memory']['of']}"
+        rows.append((of, "", f"{most / 2**30:.3g} GiB"))
     files = f"Per image: {folder / 'metrics.csv'}; all of this: {folder / 'summary.json'}"
-    for note in [*result["notes"], files]:
+    title = f"{result['images']} images, mean ± standard error"
+    show(title, ("measurement A⁺y", "restored"), rows, [*result["notes"], files])
+
+
+def show(
+    title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]
+) -> None:
+    """Print a table, if it has rows, and notes below it."""
+    console = rich.get_console()
+    shown = Table(title=title, title_justify="left")
+    for heading in ("", *headings):
+        shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    if rows:
+        console.print(shown)
+    for note in notes:
         console.print(f"• {note}", highlight=False, soft_wrap=True, markup=False)

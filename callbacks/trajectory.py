@@ -15,10 +15,9 @@ import lightning as L
 from PIL import Image
 
 from cmi_lightning.callbacks.base import RecordingCallback, plain
-from cmi_lightning.callbacks.drawing import apart, beside, save_png, tile, to_tile
+from cmi_lightning.callbacks.drawing import save_png, to_tile
 from cmi_lightning.callbacks.loggers import log_image
 from cmi_lightning.files import write
-from cmi_lightning.paths import inside
 from cmi_lightning.predict.module import PosteriorSampler, Restoration
 from cmi_lightning.problem import Problem
 from cmi_lightning.statistics import mean_curves
@@ -69,10 +68,7 @@ class TrajectoryLogger(RecordingCallback):
 
     def files(self, record: Mapping[str, Any]) -> list[Path]:
         """Return the sample's strip, where it has one."""
-        return [self._film(record["id"])] if "film" in record else []
-
-    def _film(self, name: str) -> Path:
-        return inside(self.folder / "records", name, ".film.png")
+        return [self.strip(record["id"], "film")] if "film" in record else []
 
     def on_sampling_start(
         self, trainer: L.Trainer, pl_module: PosteriorSampler, ids: list[str], problem: Problem
@@ -118,8 +114,7 @@ class TrajectoryLogger(RecordingCallback):
             if strip := self.strips.get(name):
                 if outputs["truth"] is not None:
                     strip["truth"] = to_tile(outputs["truth"][i])
-                save_png(beside(list(strip.values())), self._film(name))
-                entry["film"] = list(strip)
+                entry["film"] = self.save_strip(name, "film", strip)
             entries.append(entry)
         self._reset()
         return entries
@@ -143,7 +138,7 @@ class TrajectoryLogger(RecordingCallback):
             if plot is not None:
                 save_png(plot, self.folder / "trajectory.png")
                 log_image(self.trainer, "trajectory", plot)
-        self._write_film(records[: self.max_images])
+        self.write_strips(records[: self.max_images], "film")
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the mean curves."""
@@ -177,20 +172,6 @@ class TrajectoryLogger(RecordingCallback):
                 each = ["" if v is None else _short(v) for v in own] if self.per_sample else []
                 writer.writerow([number, index, *level, *row, *each])
         return file.getvalue()
-
-    def _write_film(self, records: Sequence[dict[str, Any]]) -> None:
-        headings = next((record["film"] for record in records if "film" in record), None)
-        rows = [
-            apart(path, len(record["film"]))
-            for record in records
-            if headings and record.get("film") == headings
-            if (path := self._film(record["id"])).is_file()
-        ]
-        rows = [row for row in rows if row[0].size == rows[0][0].size]
-        if rows and headings:
-            strip = tile(rows, headings)
-            save_png(strip, self.folder / "film.png")
-            log_image(self.trainer, "film", strip)
 
 
 def _short(value: float) -> str:

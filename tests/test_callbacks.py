@@ -34,8 +34,8 @@ from cmi_lightning.callbacks import (
     SamplingProgress,
     TrajectoryLogger,
 )
+from cmi_lightning.callbacks.distances import read_embeddings
 from cmi_lightning.callbacks.drawing import levels, tile, to_images, to_uint8
-from cmi_lightning.callbacks.embeddings import read_embeddings
 from cmi_lightning.callbacks.feature_metrics import STABLE_FID
 from cmi_lightning.callbacks.networks import load_lpips
 from cmi_lightning.callbacks.summary import statistics

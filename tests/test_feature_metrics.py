@@ -19,9 +19,14 @@ from torch.utils.data import DataLoader
 from cmi_lightning import GaussianNoise, PosteriorSampler
 from cmi_lightning.callbacks import FeatureMetrics, SamplingCallback
 from cmi_lightning.callbacks.classifier import WEIGHTS, GarmentClassifier
-from cmi_lightning.callbacks.distances import frechet, kernel, perceptual
+from cmi_lightning.callbacks.distances import (
+    embedding_path,
+    frechet,
+    kernel,
+    perceptual,
+    read_embeddings,
+)
 from cmi_lightning.callbacks.drawing import levels
-from cmi_lightning.callbacks.embeddings import embedding_path, read_embeddings
 from cmi_lightning.data.fashion import DEBIAN_FOLDER, FashionMNIST
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import DPS

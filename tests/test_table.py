@@ -22,8 +22,7 @@ import torch
 import yaml
 
 from cmi_lightning import configs
-from cmi_lightning.callbacks.distances import frechet
-from cmi_lightning.callbacks.embeddings import embedding_path
+from cmi_lightning.callbacks.distances import embedding_path, frechet
 from cmi_lightning.cli import main
 from cmi_lightning.errors import InputError
 from cmi_lightning.report.results import Search, Trial, read_results

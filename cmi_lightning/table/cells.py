@@ -75,7 +75,7 @@ class StartedCell:
 
     def embeddings(self, ids: Sequence[str], of: int = RESTORED) -> tuple[Tensor, Tensor] | None:
         """Return the classifier's features (N, D) of truth and restoration; None without."""
-        from cmi_lightning.callbacks.embeddings import embedding_path, read_embeddings
+        from cmi_lightning.callbacks.distances import embedding_path, read_embeddings
 
         new = [name for name in ids if name not in self._features]
         if not all(embedding_path(self.cell.folder, name).is_file() for name in new):
