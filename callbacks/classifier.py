@@ -11,16 +11,8 @@ from cmi_lightning.zoo.cards import ASSETS
 
 WEIGHTS = ASSETS / "fashion_mnist_classifier.safetensors"
 CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 
 
@@ -41,10 +33,9 @@ class _Unit(nn.Module):
 class GarmentClassifier(nn.Module):
     """A convolutional classifier of Fashion-MNIST, for its features.
 
-    Seven 3×3 convolutions, each with batch normalisation and SiLU, in four stages at 32², 16², 8²
-    and 4² pixels with 16, 48, 96 and 64 channels; the mean over the last stage's pixels are the 64
-    features that a linear layer classifies. In evaluation mode an image's output does not depend on
-    its batch.
+    Seven 3×3 convolutions with batch normalisation and SiLU, in four stages at 32², 16², 8² and 4²
+    pixels with 16, 48, 96 and 64 channels. The mean over the last stage's pixels are the 64
+    features that a linear layer classifies.
 
     Args:
         pretrained: with the weights that ship with the package, in evaluation mode and frozen.
@@ -60,14 +51,9 @@ class GarmentClassifier(nn.Module):
 
     def __init__(self, pretrained: bool = True) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(
-            [
-                nn.Sequential(_Unit(1, 16)),
-                nn.Sequential(_Unit(16, 48, 2), _Unit(48, 48)),
-                nn.Sequential(_Unit(48, 96, 2), _Unit(96, 96)),
-                nn.Sequential(_Unit(96, 96, 2), _Unit(96, 64)),
-            ]
-        )
+        stages = [(_Unit(1, 16),), (_Unit(16, 48, 2), _Unit(48, 48))]
+        stages += [(_Unit(48, 96, 2), _Unit(96, 96)), (_Unit(96, 96, 2), _Unit(96, 64))]
+        self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in stages)
         self.head = nn.Linear(64, len(CLASSES))
         if pretrained:
             load_weights(self, WEIGHTS)

@@ -52,24 +52,21 @@ class FeatureMetrics(RecordingCallback):
 
     Of each image the perceptual distance, LPIPS for ``Alex()`` and ``VGG()``; of all images the
     Fréchet and the kernel distance, FID and KID for ``Inception()``. In other networks' features
-    these have names of their own: they are none of the published metrics and cannot be compared
-    with them, only with each other. Everything is computed on what a saved PNG holds, images
-    clamped to [0, 1] and rounded to 8 bits, of the restoration and of the measurement seen as an
-    image (A⁺y, "…_measurement"). With several draws of an image the restoration is their mean, and
-    "…_draws" are of the draws: the perceptual distance averaged over them, the others of all of
-    them. Samples that were given up are left out. Without ground truth, without the network's
-    weights, or for images that it does not take, all is left out, and a note says so.
+    they have names of their own, as they cannot be compared with the published metrics. All are
+    computed on what a saved PNG holds, of the restoration and of A⁺y ("…_measurement"). With
+    several draws of an image the restoration is their mean, and "…_draws" are of the draws: the
+    perceptual distance averaged over them, the others of all of them. Samples that were given up
+    are left out. Without ground truth, without weights, or for images that the network does not
+    take, all is left out, and a note says so.
 
     Writes the pooled features of every image to ``embeddings/<id>.npy`` (:func:`embedding_path`)
-    and the means to ``features.json``; a second and third of these callbacks add their networks'
-    names to both.
+    and the means to ``features.json``. A second of these callbacks adds its network's name to both.
 
     Args:
         network: :class:`Alex`, :class:`VGG`, :class:`Inception`, :class:`GarmentClassifier` (the
             default), or a module with ``features(x)``, a list of feature maps (B, C, H, W) of
-            images x (B, C, H, W) in [0, 1], and ``embed(x)``, pooled features (B, D); and, if it
-            only takes some images, their ``image_shape`` (C, H, W), with None where any size will
-            do.
+            images x (B, C, H, W) in [0, 1], ``embed(x)``, pooled features (B, D), and, if need be,
+            the ``image_shape`` (C, H, W) that it takes, with None for any size.
         name: what the network is called in the results; default: its ``title``, or its class.
         dirpath: folder to write to; default: the trainer's ``default_root_dir``.
         sets: also compare all restored with all true images.
@@ -131,9 +128,8 @@ class FeatureMetrics(RecordingCallback):
 
     def recorded(self, record: Mapping[str, Any]) -> bool:
         """Whether the sample's distances are there, of this network, and its features."""
-        return record.get(f"{self.key}_network", "") == self.about["sha256"] and super().recorded(
-            record
-        )
+        same = record.get(f"{self.key}_network", "") == self.about["sha256"]
+        return same and super().recorded(record)
 
     def files(self, record: Mapping[str, Any]) -> list[Path]:
         """Return the sample's features, where it has some."""
@@ -177,13 +173,7 @@ class FeatureMetrics(RecordingCallback):
     def numbers(
         self, truth: Tensor, restored: Tensor, measurement: Tensor, draws: Tensor | None
     ) -> tuple[dict[str, float], Tensor | None]:
-        """Return a sample's distances to the truth, and the features (3 + K, D) of all.
-
-        Args:
-            truth: (C, H, W) in [−1, 1], as are the others; beyond it they are clamped.
-            restored: (C, H, W).
-            measurement: A⁺y (C, H, W).
-            draws: (K, C, H, W), or None.
+        """Return the distances of one sample (C, H, W) in [−1, 1], and the features (3 + K, D).
 
         Raises:
             InputError: for images that the network does not take.
@@ -223,11 +213,7 @@ class FeatureMetrics(RecordingCallback):
     def of_sets(
         self, records: Sequence[Mapping[str, Any]]
     ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        """Return Fréchet and kernel distance to the truth, as entries of a summary, and notes.
-
-        Args:
-            records: of samples that were not given up.
-        """
+        """Return Fréchet and kernel distance to the truth, as entries of a summary, and notes."""
         used = [r["id"] for r in records if not r["failed"] and self.sets and self.files(r)]
         if len(used) < 2:
             return {}, []

@@ -48,8 +48,7 @@ def log_options(trainer: L.Trainer, options: Mapping[str, Any]) -> None:
 def log_image(trainer: L.Trainer, name: str, image: Image.Image, step: int = 0) -> None:
     """Send an image to those of the trainer's loggers that take images.
 
-    They are TensorBoard, MLflow, Weights & Biases, Comet, and any logger with a method
-    ``log_image(key, images, step)``.
+    TensorBoard, MLflow, Weights & Biases, Comet, and any with ``log_image(key, images, step)``.
     """
     _each(trainer, f"the image {name}", lambda logger: _send(logger, name, image, step))
 

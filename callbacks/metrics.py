@@ -40,16 +40,14 @@ class RestorationMetrics(RecordingCallback):
 
     All are computed on what a saved PNG holds: images clamped to [0, 1] and rounded to 8 bits, data
     range 1, never stretched. PSNR, SSIM and LPIPS are per image and then averaged. LPIPS, FID and
-    KID are those of :class:`FeatureMetrics` on pretrained networks; where these are not on disk,
-    the summary says which file is missing and how to get it, and the metric is left out. Without
-    ground truth only the residual ‖y − A x̂‖ of the (unclamped) restoration is reported. With
-    several draws of an image, these are of their mean, "…_draws" of the draws, averaged, and FID of
-    all draws. Samples that were given up are left out of the means, and listed.
+    KID are those of :class:`FeatureMetrics`; where a network is not on disk, the summary says how
+    to get it. Without ground truth only the residual ‖y − A x̂‖ of the (unclamped) restoration is
+    reported. With several draws of an image, these are of their mean, "…_draws" of the draws,
+    averaged, and FID of all draws. Samples that were given up are in no mean, and listed.
 
     Writes ``metrics.csv``, a row per image (``sigma``: its noise level on [−1, 1], where images
-    have their own), and ``summary.json``, with what the sampling cost in passes through the
-    network; seconds and memory, which no two runs have alike, are in ``timing.json``. Sends the
-    means to the trainer's loggers and prints a table.
+    have their own), ``summary.json``, with the passes through the network, and ``timing.json``,
+    with seconds and memory. Sends the means to the trainer's loggers and prints a table.
 
     Args:
         dirpath: folder to write to; default: the trainer's ``default_root_dir``.
@@ -129,26 +127,25 @@ class RestorationMetrics(RecordingCallback):
     def measure(self, outputs: Restoration) -> list[dict[str, Any]]:
         """Return the batch's rows, and write what they cost."""
         columns: dict[str, Tensor] = {}
-        entries: list[dict[str, Any]] = [
-            {"metrics": {}, "networks": list(self._at_hand), "notes": [], "features": False}
-            for _ in outputs["id"]
-        ]
-        if outputs["truth"] is None:
-            notes = [NO_TRUTH]
-        else:
-            columns, notes = self._quality(outputs, outputs["truth"])
-        columns["residual"] = outputs["residual"]
-        columns["expected_residual"] = outputs["noise_norm"]
+        notes = [NO_TRUTH]
+        if (truth := outputs["truth"]) is not None:
+            columns, notes = self._quality(outputs, truth)
+        columns |= {"residual": outputs["residual"], "expected_residual": outputs["noise_norm"]}
         values = {name: column.tolist() for name, column in columns.items()}
-        for i, entry in enumerate(entries):
-            entry["metrics"] = {key: plain(column[i]) for key, column in values.items()}
-            entry["notes"] += notes
-        if outputs["truth"] is not None:
-            for network in self._at_hand.values():
-                for entry, found in zip(entries, network.measure(outputs), strict=True):
-                    entry["metrics"] |= found[network.key]
-                    entry["notes"] += found[f"{network.key}_notes"]
-                    entry["features"] |= found[f"{network.key}_features"]
+        entries: list[dict[str, Any]] = [
+            {
+                "metrics": {key: plain(column[i]) for key, column in values.items()},
+                "networks": list(self._at_hand),
+                "notes": list(notes),
+                "features": False,
+            }
+            for i in range(len(outputs["id"]))
+        ]
+        for network in self._at_hand.values() if truth is not None else ():
+            for entry, of_network in zip(entries, network.measure(outputs), strict=True):
+                entry["metrics"] |= of_network[network.key]
+                entry["notes"] += of_network[f"{network.key}_notes"]
+                entry["features"] |= of_network[f"{network.key}_features"]
         took = {
             "seconds": outputs["seconds"],
             "peak_memory": outputs["details"].peak_memory,
@@ -202,10 +199,10 @@ class RestorationMetrics(RecordingCallback):
         notes = [note for n in self.networks for note in n.network.notes]
         notes += [note for record in records for note in record["notes"]]
         for network in self._at_hand.values():
-            found, few = network.of_sets([self._as(network, r) for r in records])
-            if "fid_draws" in found:
-                found["fid"] = found["fid_draws"]
-            metrics |= {k: v for k, v in found.items() if v["mean"] is not None}
+            of_sets, few = network.of_sets([self._as(network, r) for r in records])
+            if "fid_draws" in of_sets:
+                of_sets["fid"] = of_sets["fid_draws"]
+            metrics |= {k: v for k, v in of_sets.items() if v["mean"] is not None}
             protocol |= {k: v for k, v in network.protocol().items() if k != "pixels"}
             notes += few
         return {

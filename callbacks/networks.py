@@ -22,33 +22,23 @@ from cmi_lightning.files import sha256
 class Published(nn.Module):
     """A network with published weights, read when a run starts.
 
-    Attributes:
-        title: what it is called in results.
-        metric: what its published metric is called in notes.
-        keys: names of the distance of two images (or None), and of the Fréchet and the kernel
-            distance of two sets.
-        smallest: pixels per side that leave something after the poolings.
-        about: what computes the metric.
-        file: the weights' path, once they are read.
-        notes: what has to be said about the weights.
-
     Args:
         weights: a copy of the published file; default: torch.hub's cache.
         fetch: bring a missing file into that cache.
     """
 
-    title: str
-    metric: str
-    keys: tuple[str | None, str, str]
+    title: str  # in results
+    metric: str  # what its published metric is called in notes
+    keys: tuple[str | None, str, str]  # distance of images, Fréchet and kernel distance of sets
     source: fetch.MetricNetwork
-    about: str
-    smallest = 1
-    file: Path | None = None
+    about: str  # what computes the metric
+    smallest = 1  # pixels per side that leave something after the poolings
+    file: Path | None = None  # the weights, once they are read
 
     def __init__(self, weights: str | None = None, fetch: bool = False) -> None:
         super().__init__()
         self.weights, self.fetch = weights, fetch
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # what has to be said about the weights
         self.network: Any = None
 
     def load(self, trainer: Any) -> None:
@@ -75,8 +65,8 @@ class Published(nn.Module):
             )
             return
         self.file, digest = path, sha256(path)
-        known = [fetch.hash_start(n) for n in (self.source.file, self.source.converted) if n]
-        if not digest.startswith(tuple(known)):
+        names = [name for name in (self.source.file, self.source.converted) if name]
+        if not digest.startswith(tuple(map(fetch.hash_start, names))):
             self.notes.append(
                 f"{self.source.metric}: '{path}' is not the published {self.source.file} (SHA-256 "
                 f"starts with {digest[:8]}); its numbers cannot be compared with others'."
@@ -160,7 +150,17 @@ class Inception(Published):
     about = "2048 features, restored against truth"
 
     def _read(self, path: Path) -> Any:
-        return load_inception(path)
+        _state(path, self.source)  # torch-fidelity itself would unpickle anything
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        try:
+            return FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+            )
+        except RuntimeError as error:
+            raise InputError(
+                f"'{path}' does not hold Inception; FID needs {self.source.file}."
+            ) from error
 
     def embed(self, x: Tensor) -> Tensor:
         """Return the 2048 features (B, D) of images (B, 1 or 3, H, W) in [0, 1], 8 bits."""
@@ -191,24 +191,6 @@ def load_lpips(net: str, path: Path) -> nn.Module:
             f"'{path}' does not hold the backbone of LPIPS ({net}); it needs {source.file}."
         ) from error
     return metric.requires_grad_(False).eval()
-
-
-def load_inception(path: Path) -> nn.Module:
-    """Return torch-fidelity's Inception with the weights at ``path``.
-
-    Raises:
-        InputError: if the file is not that network.
-    """
-    _state(path, fetch.INCEPTION)  # torch-fidelity itself would unpickle anything
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    try:
-        return FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
-        )
-    except RuntimeError as error:
-        file = fetch.INCEPTION.file
-        raise InputError(f"'{path}' does not hold Inception; FID needs {file}.") from error
 
 
 def _state(path: Path, source: fetch.MetricNetwork) -> dict[str, Tensor]:

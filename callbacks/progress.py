@@ -150,10 +150,6 @@ class SamplingProgress(ProgressBar, SamplingCallback):
         """Give the terminal back."""
         self._close()
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the terminal back, whatever happened."""
-        self._close()
-
     def _close(self) -> None:
         if self.live is not None:
             self.live.stop()
@@ -165,38 +161,22 @@ class SamplingProgress(ProgressBar, SamplingCallback):
         share = (max(self.draw - 1, 0) + self.steps_done / max(self.num_steps, 1)) / self.draws
         return self.done + self.batch_size * share
 
-    def _texts(self) -> tuple[str, str, str, str]:
-        seconds = time.monotonic() - self.started
-        rate = (self.fraction_done - self.before) / max(seconds, 1e-9)
-        left = _clock(max(self.total - self.fraction_done, 0) / rate) if rate else "?"
-        residual = f"residual {self.residual:.4g} (noise alone {self.expected:.4g})"
-        return (
-            f"{self.done}/{self.total}",
-            f"{_hourly(rate)}, {left} left",
-            f"{self.steps_done}/{self.num_steps}"
-            + (f" of draw {self.draw}/{self.draws}" if self.draws > 1 else ""),
-            residual,
-        )
-
     def _show(self) -> None:
         if not self.enabled:
             return
-        images, speed, steps, residual = self._texts()
+        seconds = time.monotonic() - self.started
+        rate = (self.fraction_done - self.before) / max(seconds, 1e-9)
+        left = _clock(max(self.total - self.fraction_done, 0) / rate) if rate else "?"
+        images, speed = f"{self.done}/{self.total}", f"{_hourly(rate)}, {left} left"
+        steps = f"{self.steps_done}/{self.num_steps}"
+        steps += f" of draw {self.draw}/{self.draws}" if self.draws > 1 else ""
+        residual = f"residual {self.residual:.4g} (noise alone {self.expected:.4g})"
         if self.live is not None and self.bars is not None:
-            self.live.update(
-                self.bars[0],
-                completed=self.fraction_done,
-                total=self.total,
-                count=images,
-                detail=speed,
-            )
-            self.live.update(
-                self.bars[1],
-                completed=self.steps_done,
-                total=self.num_steps,
-                count=steps,
-                detail=residual,
-            )
+            for bar, done, total, count, detail in (
+                (self.bars[0], self.fraction_done, self.total, images, speed),
+                (self.bars[1], self.steps_done, self.num_steps, steps, residual),
+            ):
+                self.live.update(bar, completed=done, total=total, count=count, detail=detail)
         elif time.monotonic() - self.last_line >= self.interval:
             self.last_line = time.monotonic()
             self._line(f"images {images}, step {steps}, {residual}, {speed}")
@@ -220,13 +200,9 @@ def _hourly(rate: float) -> str:
 
 def _num_images(trainer: L.Trainer) -> int:
     """Count the images of all processes, 0 where a loader does not know."""
-    loaders = trainer.predict_dataloaders
-    total = 0
-    for loader, batches in zip(
-        loaders if isinstance(loaders, list) else [loaders],
-        trainer.num_predict_batches,
-        strict=False,
-    ):
+    loaders, total = trainer.predict_dataloaders, 0
+    every = loaders if isinstance(loaders, list) else [loaders]
+    for loader, batches in zip(every, trainer.num_predict_batches, strict=False):
         try:
             total += min(len(loader.dataset), int(batches * loader.batch_sampler.batch_size))
         except (AttributeError, TypeError, OverflowError):
