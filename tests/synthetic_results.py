@@ -18,7 +18,6 @@ from cmi_lightning.report.results import (
     Comparison,
     Difference,
     Draws,
-    Example,
     Extremes,
     Metric,
     Results,
@@ -72,7 +71,7 @@ def synthetic_results(
     study = {task: _study(rng, names) for task in keys}
     cells: list[Cell] = []
     comparisons: list[Comparison] = []
-    shown: dict[str, tuple[Example, ...]] = {}
+    shown: dict[str, tuple[str, ...]] = {}
     extremes: list[Extremes] = []
     draws: list[Draws] = []
     for t, task in enumerate(keys):
@@ -144,7 +143,7 @@ def _cell(
         metrics=metrics,
         passes={"base": 200.0, "equal": 620.0}.get(variant, 618.4),
         seconds={"base": 0.61, "equal": 1.94}.get(variant, 2.13),
-        folder=f"cells/{task}/{method}",
+        folder=_folder(task, method, variant),
         curves=_curves(rng, method, variant, steps),
     )
     comparisons = [Comparison(task, method, variant, "base", paired)] if variant != "base" else []
@@ -210,10 +209,9 @@ def _curves(
     return {q: dict(zip(at.tolist(), v.tolist(), strict=True)) for q, (at, v) in curves.items()}
 
 
-def _save(folder: Path, path: str, pixels: np.ndarray) -> str:
+def _save(folder: Path, path: str, pixels: np.ndarray) -> None:
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / path)
-    return path
 
 
 def _garment(i: int) -> np.ndarray:
@@ -227,37 +225,27 @@ def _example(
     methods: Sequence[str],
     variants: Sequence[Variant],
     i: int,
-) -> Example:
+) -> str:
+    """Write an image's files, as the runs of the cells would, and return its id."""
     name, truth = f"{i:05d}", _garment(i)
     small = truth[::4, ::4] if task == "super_resolution" else truth
     measured = small + rng.normal(0, 60, small.shape)
-    restored: dict[str, dict[Variant, str | None]] = {
-        method: {
-            variant: _save(
-                folder,
-                f"cells/{task}/{method}/{variant}/{name}.png",
-                truth + rng.normal(0, noise, truth.shape),
-            )
-            for variant, noise in zip(variants, (25, 18, 14, 10), strict=False)
-        }
-        for method in methods
-    }
-    return Example(
-        name,
-        _save(folder, f"truth/{name}.png", truth),
-        _save(folder, f"measured/{task}/{name}.png", measured),
-        restored,
-    )
+    for method in methods:
+        for variant, noise in zip(variants, (25, 18, 14, 10), strict=False):
+            pixels = truth + rng.normal(0, noise, truth.shape)
+            _save(folder, f"{_folder(task, method, variant)}/restored/{name}.png", pixels)
+    first = _folder(task, methods[0], "base")
+    _save(folder, f"{first}/truth/{name}.png", truth)
+    _save(folder, f"{first}/measurement/{name}.png", measured)
+    return name
 
 
-def _extremes(task: str, method: str, examples: Sequence[Example]) -> Extremes:
-    best = tuple(
-        Change(
-            *(e.id, 1.2 - 0.3 * i, e.truth, e.measurement),
-            *(e.restored[method]["base"], e.restored[method]["cmi"]),
-        )
-        for i, e in enumerate(examples)
-    )
+def _folder(task: str, method: str, variant: str) -> str:
+    return f"cells/{task}/{method}-{variant}"
+
+
+def _extremes(task: str, method: str, examples: Sequence[str]) -> Extremes:
+    best = tuple(Change(name, 1.2 - 0.3 * i) for i, name in enumerate(examples))
     worst = tuple(replace(change, difference=-change.difference) for change in best)
     return Extremes(task, method, "psnr", best, worst)
 

@@ -20,6 +20,7 @@ from PIL import Image
 from synthetic_results import METRICS, TASKS, synthetic_results
 
 from cmi_lightning.errors import InputError
+from cmi_lightning.paths import safe_name
 from cmi_lightning.report.album import Album
 from cmi_lightning.report.page import render, write_report
 from cmi_lightning.report.plots import (
@@ -248,9 +249,11 @@ def test_summary_counts_the_verdicts(results, folder):
 
 def test_what_comes_from_files_is_escaped(results, folder):
     evil = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
-    examples = {t: (replace(e[0], id=evil), *e[1:]) for t, e in results.examples.items()}
-    for of_task in examples.values():
-        of_task[0].restored[evil] = of_task[0].restored["DPS"]
+    examples = {task: (evil, *ids[1:]) for task, ids in results.examples.items()}
+    for cell in results.cells:
+        picture = folder / cell.folder / "restored" / f"{safe_name(evil, '.png')}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_bytes((folder / results.cells[0].folder / "truth/00000.png").read_bytes())
     results = replace(
         results,
         **dict.fromkeys(("title", "config", "command", "created"), evil),
@@ -290,32 +293,37 @@ def test_images_are_embedded_once_in_the_store(results, folder):
     stored = json.loads(data)
     example = results.examples["inpaint_box"][1]
     place = stored["tasks"]["inpaint_box"][1]
-    assert place["id"] == example.id
+    assert place["id"] == example
     uri, width, height = stored["images"][place["restored"]["DPS"]["cmi"]]
-    content = (folder / example.restored["DPS"]["cmi"]).read_bytes()
+    cell = results.cell("inpaint_box", "DPS", "cmi")
+    content = (folder / cell.folder / "restored" / f"{example}.png").read_bytes()
     assert uri == f"data:image/png;base64,{base64.b64encode(content).decode()}"
     assert (width, height) == (32, 32)
     assert len({image[0] for image in stored["images"]}) == len(stored["images"])
 
 
-@pytest.mark.parametrize("path", ["missing.png", "../secret.png", "notes.txt", "", None, "\0"])
+@pytest.mark.parametrize("path", ["missing", "../secret", "text", "notes.txt", "", "\0"])
 def test_images_that_cannot_be_read_are_left_out(results, folder, path):
-    (folder.parent / "secret.png").write_bytes((folder / "truth/00000.png").read_bytes() + b"leak")
-    (folder / "notes.txt").write_text("no image")
-    for task, examples in results.examples.items():
-        results.examples[task] = tuple(replace(example, truth=path) for example in examples)
-        for example in examples:
-            example.restored["DPS"]["base"] = path
-    first = results.extremes[0]
-    broken = replace(first, worst=(replace(first.worst[0], base=path), *first.worst[1:]))
-    results = replace(results, extremes=(broken, *results.extremes[1:]))
+    (folder / "notes.txt").write_text("no folder")
+    picture = (folder / results.cells[0].folder / "truth/00000.png").read_bytes()
+    for name in ("00000.png", "00001.png"):
+        for kind in ("truth", "restored"):
+            for place, content in (
+                (folder.parent / "secret", picture + b"leak"),
+                (folder / "text", b"no image"),
+            ):
+                (place / kind).mkdir(parents=True, exist_ok=True)
+                (place / kind / name).write_bytes(content)
+    lost = {("none", "base"), ("DPS", "base")}  # the first has the truths
+    cells = [replace(c, folder=path) if (c.method, c.variant) in lost else c for c in results.cells]
+    results = replace(results, cells=tuple(cells))
     text = render(results, folder)
     (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
     stored = json.loads(data)
     first = stored["tasks"]["inpaint_random"][0]
     assert first["truth"] is None
     assert set(first["restored"]["DPS"]) == {"cmi", "equal"}
-    secret = base64.b64encode((folder.parent / "secret.png").read_bytes()).decode()
+    secret = base64.b64encode(picture + b"leak").decode()
     assert secret not in text
 
 
@@ -332,8 +340,8 @@ def test_parts_may_be_empty(results, folder, part):
     assert not page.open
     ids = {attrs.get("id") for _, attrs in page.elements}
     assert ("posterior" in ids) == (part != "posterior")
-    assert ("extremes" in ids) == (part != "extremes")
-    assert ("figure" in ids) == (part != "examples")
+    assert ("extremes" in ids) == (part not in ("extremes", "cells"))
+    assert ("figure" in ids) == (part not in ("examples", "cells"))
     assert ("histograms" in ids) == (part not in ("comparisons", "cells"))
     assert ("curves" in ids) == (part != "cells")
     assert ("study" in ids) == (part != "study")
@@ -737,13 +745,13 @@ def test_figure_says_which_images_it_shows(results, folder):
 
 @pytest.mark.parametrize(("size", "shown"), [(96, 2), (97, 1)])
 def test_of_large_images_one_best_and_one_worst_are_embedded(results, tmp_path, size, shown):
-    for i, name in enumerate(("a", "b", "broken")):
-        Image.new("L", (size, size // 2), 40 * i).save(tmp_path / f"{name}.png")
-    (tmp_path / "broken.png").write_bytes(b"")
-
-    images = tuple(
-        Change(name, 1.0, None, None, f"{name}.png", f"{name}.png") for name in ("broken", "a", "b")
-    )
+    for variant in ("base", "cmi"):
+        kept = tmp_path / results.cell("inpaint_box", "DPS", variant).folder / "restored"
+        kept.mkdir(parents=True)
+        for i, name in enumerate(("a", "b", "broken")):
+            Image.new("L", (size, size // 2), 40 * i).save(kept / f"{name}.png")
+        (kept / "broken.png").write_bytes(b"")
+    images = tuple(Change(name, 1.0) for name in ("broken", "a", "b"))
     extremes = Extremes("inpaint_box", "DPS", "psnr", images, images[::-1])
     results = replace(results, extremes=(extremes,), examples={})
     text = render(results, tmp_path)
@@ -757,13 +765,13 @@ def test_maps_beyond_the_examples_have_a_truth_of_their_own(results, folder, tmp
     folder = shutil.copytree(folder, tmp_path / "copy")
     draws = results.posterior[0]
     results.examples[draws.task] = results.examples[draws.task][:1]
-    shown = Album(folder).maps(results, draws)
+    shown = Album(results, folder).maps(draws)
     assert [m["truth"] is not None for m in shown] == [True, False, False][: len(shown)]
     stem = shown[1]["id"]
     truth = folder / draws.folder / "truth" / f"{stem}.png"
     truth.parent.mkdir(parents=True)
     truth.write_bytes((folder / draws.folder / "restored" / f"{stem}.png").read_bytes())
-    shown = Album(folder).maps(results, draws)
+    shown = Album(results, folder).maps(draws)
     assert shown[1]["truth"] == shown[1]["mean"]
 
 

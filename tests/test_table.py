@@ -25,6 +25,7 @@ from cmi_lightning import configs
 from cmi_lightning.callbacks.distances import embedding_path, frechet
 from cmi_lightning.cli import main
 from cmi_lightning.errors import InputError
+from cmi_lightning.report.album import Album
 from cmi_lightning.report.results import Search, Trial, read_results
 from cmi_lightning.report.tables import csv as to_csv
 from cmi_lightning.report.tables import latex, markdown
@@ -664,9 +665,12 @@ def test_report_and_tables_are_there_and_show_examples(smoke):
     folder, _ = smoke
     for name in ("report.html", "table.md", "table.csv", "table.tex"):
         assert (folder / name).stat().st_size > 200
-    example = results_of(folder).examples["super_resolution"][0]
-    assert (folder / example.truth).is_file()
-    assert (folder / example.restored["DPS"]["cmi"]).is_file()
+    results = results_of(folder)
+    example = Album(results, folder).example(
+        "super_resolution", results.examples["super_resolution"][0], ["DPS"]
+    )
+    assert example.truth is not None
+    assert "cmi" in example.restored["DPS"]
     assert results_of(folder).command.startswith("cmi-lightning table -c table/smoke ")
 
 

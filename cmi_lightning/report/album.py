@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cmi_lightning.paths import safe_name
-from cmi_lightning.report.results import (
-    VARIANTS,
-    Change,
-    Draws,
-    Example,
-    Extremes,
-    Results,
-    Task,
-    Variant,
-)
+from cmi_lightning.report.results import VARIANTS, Change, Draws, Extremes, Results, Task, Variant
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = 128  # pixels: images up to this size are enlarged without smoothing
@@ -42,21 +34,32 @@ class Picture:
         return max(self.width, self.height) <= SMALL
 
 
+@dataclass(frozen=True)
+class Example:
+    """An image's pictures that there are, the restorations by method and variant."""
+
+    id: str
+    truth: Picture | None
+    measurement: Picture | None
+    restored: Mapping[str, Mapping[Variant, Picture]]
+
+
 class Album:
-    """The PNG files below a folder, as pictures.
+    """The pictures of a table's results.
 
     Args:
+        results: the table's.
         folder: the report's; no file outside it is read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
+    def __init__(self, results: Results, folder: Path) -> None:
+        self.results, self.folder = results, folder.resolve()
         self.picture = cache(self._read)
 
-    def _read(self, path: str | None) -> Picture | None:
+    def _read(self, path: str) -> Picture | None:
         """Return an image by its path from the folder, or None where there is none to read."""
         try:
-            file = (self.folder / path).resolve() if path else self.folder
+            file = (self.folder / path).resolve()
             data = file.read_bytes() if file.is_relative_to(self.folder) else b""
         except (OSError, ValueError):
             return None
@@ -65,51 +68,62 @@ class Album:
         width, height = struct.unpack(">II", data[16:24])
         return Picture(f"data:image/png;base64,{base64.b64encode(data).decode()}", width, height)
 
-    def pictures(self, example: Example) -> dict[str, dict[str, Picture]]:
-        """Return an example's restorations that there are, by method and variant."""
-        found = {
-            method: {v: picture for v, path in paths.items() if (picture := self.picture(path))}
-            for method, paths in example.restored.items()
-        }
-        return {method: pictures for method, pictures in found.items() if pictures}
+    def example(self, task: str, name: str, methods: Collection[str]) -> Example:
+        """Return an image's pictures by a task's cells; truth and measurement are the first's."""
+        cells = self.results.cells_of(task)
+        path = f"{safe_name(name, '.png')}.png"
+        restored: dict[str, dict[Variant, Picture]] = defaultdict(dict)
+        for cell in (cell for cell in cells if cell.method in methods):
+            if (picture := self.picture(f"{cell.folder}/restored/{path}")) is not None:
+                restored[cell.method][cell.variant] = picture
+        truth, measurement = (
+            self.picture(f"{cells[0].folder}/{kind}/{path}") if cells else None
+            for kind in ("truth", "measurement")
+        )
+        return Example(name, truth, measurement, restored)
 
-    def side(self, changes: tuple[Change, ...]) -> list[Change]:
+    def extremes(
+        self,
+    ) -> dict[Task, list[tuple[Extremes, dict[str, list[tuple[Change, Example]]]]]]:
+        """Return the best and the worst images that there are, by task, row and side."""
+        shown = defaultdict(list)
+        for task in self.results.tasks:
+            for entry in self.results.extremes:
+                if entry.task == task.key:
+                    sides = {"best": entry.best, "worst": entry.worst}
+                    there = {k: self._side(entry, v) for k, v in sides.items()}
+                    if any(there.values()):
+                        shown[task].append((entry, {k: v for k, v in there.items() if v}))
+        return shown
+
+    def _side(self, entry: Extremes, changes: tuple[Change, ...]) -> list[tuple[Change, Example]]:
         """Return the images of one side that are there: of large ones, the first alone."""
-        found = []
+        shown = []
         for change in changes:
-            base, cmi = self.picture(change.base), self.picture(change.cmi)
-            if base and cmi:
-                found.append(change)
-                if max(base.width, base.height, cmi.width, cmi.height) > LARGE:
+            image = self.example(entry.task, change.id, [entry.method])
+            both = image.restored.get(entry.method, {})
+            if "base" in both and "cmi" in both:
+                shown.append((change, image))
+                if max(max(p.width, p.height) for p in both.values()) > LARGE:
                     break
-        return found
+        return shown
 
-    def extremes(self, results: Results) -> dict[Task, list[Extremes]]:
-        """Return the best and the worst images that there are, by task."""
-        found: dict[Task, list[Extremes]] = {}
-        for task in results.tasks:
-            of_task = [e for e in results.extremes if e.task == task.key]
-            shown = [e for e in of_task if self.side(e.best) or self.side(e.worst)]
-            if shown:
-                found[task] = shown
-        return found
-
-    def maps(self, results: Results, draws: Draws) -> list[dict[str, Any]]:
+    def maps(self, draws: Draws) -> list[dict[str, Any]]:
         """Return truth, mean and deviation of a few images: the examples', else the first."""
-        truths = {e.id: e.truth for e in results.examples.get(draws.task, ())}
         root = self.folder / draws.folder / "std"
-        stems = [p.relative_to(root).as_posix() for p in sorted(root.rglob("*.png"))]
-        ids = {f"{safe_name(i, '.png')}.png": i for i in truths}
-        paths = {path: i for path, i in ids.items() if path in stems}
-        paths |= {path: path.removesuffix(".png") for path in stems if path not in ids}
+        paths = [p.relative_to(root).as_posix() for p in sorted(root.rglob("*.png"))]
+        ids = {f"{safe_name(i, '.png')}.png": i for i in self.results.examples.get(draws.task, ())}
+        ordered = [path for path in ids if path in paths] + [p for p in paths if p not in ids]
         maps = []
-        for path, name in list(paths.items())[:MAPS]:
-            std, mean, own = (
+        for path in ordered[:MAPS]:
+            std, mean, truth = (
                 self.picture(f"{draws.folder}/{kind}/{path}")
                 for kind in ("std", "restored", "truth")
             )
+            name = ids.get(path, path.removesuffix(".png"))
+            if std and path in ids:
+                truth = self.example(draws.task, name, ()).truth or truth
             if std:
-                truth = self.picture(truths.get(name)) or own
                 maps.append({"id": name, "truth": truth, "mean": mean, "std": std})
         return maps
 
@@ -138,15 +152,20 @@ class Gallery:
         return max(map(len, self.tasks.values()))
 
 
-def gallery(results: Results, album: Album) -> Gallery | None:
+def gallery(album: Album) -> Gallery | None:
     """Return the example images by task, or None without any restored one."""
-    tasks = {
-        task: [e for e in results.examples.get(task.key, ()) if album.pictures(e)]
+    results = album.results
+    every = {
+        task: [
+            album.example(task.key, n, results.methods) for n in results.examples.get(task.key, ())
+        ]
         for task in results.tasks
     }
-    tasks = {task: examples for task, examples in tasks.items() if examples}
-    shown = [album.pictures(example) for examples in tasks.values() for example in examples]
-    if not shown:
+    tasks = {
+        t: shown for t, examples in every.items() if (shown := [e for e in examples if e.restored])
+    }
+    restorations = [example.restored for examples in tasks.values() for example in examples]
+    if not restorations:
         return None
     numbers: dict[Picture, int] = {}
 
@@ -156,18 +175,13 @@ def gallery(results: Results, album: Album) -> Gallery | None:
     def entry(example: Example) -> dict[str, Any]:
         restored = {
             method: {variant: number(picture) for variant, picture in pictures.items()}
-            for method, pictures in album.pictures(example).items()
+            for method, pictures in example.restored.items()
         }
-        truth, measurement = map(album.picture, (example.truth, example.measurement))
-        return {
-            "id": example.id,
-            "truth": number(truth),
-            "measurement": number(measurement),
-            "restored": restored,
-        }
+        truth, measurement = number(example.truth), number(example.measurement)
+        return {"id": example.id, "truth": truth, "measurement": measurement, "restored": restored}
 
-    methods = [m for m in results.methods if any(m in restored for restored in shown)]
-    both = [m for m in methods if any({"base", "cmi"} <= set(r.get(m, ())) for r in shown)]
+    methods = [m for m in results.methods if any(m in restored for restored in restorations)]
+    both = [m for m in methods if any({"base", "cmi"} <= set(r.get(m, ())) for r in restorations)]
     first = ([m for m in both if m != "none"] or both or methods)[0]
     labelled = [{"key": m, "default": m == first} | results.variant_labels(m) for m in methods]
     entries = {task.key: [entry(e) for e in examples] for task, examples in tasks.items()}
@@ -177,7 +191,9 @@ def gallery(results: Results, album: Album) -> Gallery | None:
         "methods": labelled,
         "small": SMALL,
     }
-    variants = [v for v in VARIANTS if any(v in r for restored in shown for r in restored.values())]
+    variants = [
+        v for v in VARIANTS if any(v in r for restored in restorations for r in restored.values())
+    ]
     names = {"base": "base", "descent": "base with descent", "equal": "base, equal passes"}
     sides = [("measurement", "measurement", True), ("base", "base", False)]
     sides += [(v, names[v], False) for v in ("descent", "equal") if v in variants]

@@ -32,7 +32,7 @@ def write_report(results: Results, folder: Path) -> None:
 
 def render(results: Results, folder: Path) -> str:
     """Return the report's HTML."""
-    environment, album, groups = _environment(), Album(folder), rows(results)
+    environment, album, groups = _environment(), Album(results, folder), rows(results)
     style, script = (
         Markup(f"\n{environment.get_template(name).render()}\n")
         for name in ("report.css.j2", "report.js.j2")
@@ -54,10 +54,10 @@ def render(results: Results, folder: Path) -> str:
         ),
         against_equal=any(("cmi", "equal") in outcome.counts for outcome in outcomes),
         descends=any(cell.variant == "descent" for cell in results.cells),
-        gallery=gallery(results, album),
+        gallery=gallery(album),
         histograms=panels.histograms(results),
         curves_by_task=panels.curves(results),
-        extremes=album.extremes(results),
+        extremes=album.extremes(),
         study={t: results.study[t.key] for t in results.tasks if results.study.get(t.key)},
         style=style,
         script=script,

@@ -13,7 +13,7 @@ from cmi_lightning.errors import InputError
 from cmi_lightning.files import write_json
 from cmi_lightning.statistics import Estimate
 
-SCHEMA = 1
+SCHEMA = 2
 Variant = Literal["base", "cmi", "descent", "equal"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 CMI = "CMI"  # the added guidance, in labels and in `step_sizes`: "CMI+DPS"
@@ -149,25 +149,11 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Example:
-    """Paths of an image's files from the table's folder; ``restored`` by method and variant."""
-
-    id: str
-    truth: str | None
-    measurement: str | None
-    restored: dict[str, dict[str, str | None]]
-
-
-@dataclass(frozen=True)
 class Change:
-    """An image that CMI changed by ``difference``: paths of its files without and with CMI."""
+    """An image that CMI changed by ``difference``."""
 
     id: str
     difference: float
-    truth: str | None
-    measurement: str | None
-    base: str | None
-    cmi: str | None
 
 
 @dataclass(frozen=True)
@@ -183,7 +169,10 @@ class Extremes:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that the report and the tables show."""
+    """Everything that the report and the tables show; ``examples`` are images' ids by task.
+
+    The images themselves are in the cells' folders: ``truth``, ``measurement`` and ``restored``.
+    """
 
     title: str
     command: str
@@ -204,7 +193,7 @@ class Results:
     measured: dict[str, dict[str, Estimate]]
     comparisons: tuple[Comparison, ...]
     posterior: tuple[Draws, ...]
-    examples: dict[str, tuple[Example, ...]]
+    examples: dict[str, tuple[str, ...]]
     extremes: tuple[Extremes, ...]
 
     @cached_property

@@ -15,17 +15,25 @@ from typing import Any
 import torch
 
 from cmi_lightning.report import results as reported
-from cmi_lightning.report.results import ADDED, Comparison, Draws, Metric, Results
+from cmi_lightning.report.results import (
+    ADDED,
+    Change,
+    Comparison,
+    Draws,
+    Extremes,
+    Metric,
+    Results,
+)
 from cmi_lightning.statistics import Estimate
 from cmi_lightning.table.cells import MEASURED, METRICS, Key, StartedCell, started_cells
 from cmi_lightning.table.comparisons import compare
-from cmi_lightning.table.examples import examples, extremes
 from cmi_lightning.table.records import passes, read_json
 from cmi_lightning.table.resampling import LEVEL
 from cmi_lightning.table.spec import Cell, Table
 from cmi_lightning.table.tune import Study, read_study
 
 Cells = Mapping[Key, StartedCell]
+EXTREMES = 3  # best and worst images shown of a cell
 
 
 def aggregate(table: Table, config: str = "", command: str = "") -> Results:
@@ -65,8 +73,8 @@ def aggregate(table: Table, config: str = "", command: str = "") -> Results:
         measured=_measured(cells, metrics),
         comparisons=comparisons,
         posterior=tuple(_draws(table, cell, summary) for cell, summary in posterior),
-        examples=examples(table, cells),
-        extremes=extremes(table, cells, comparisons, metrics),
+        examples=_examples(table, cells),
+        extremes=tuple(_extremes(cells, comparisons, metrics)),
     )
 
 
@@ -124,6 +132,34 @@ def _draws(table: Table, cell: Cell, summary: Mapping[str, Any]) -> Draws:
         white=WHITE_STD,
         folder=cell.folder.relative_to(table.folder).as_posix(),
     )
+
+
+def _examples(table: Table, cells: Cells) -> dict[str, tuple[str, ...]]:
+    """Return the first images that all cells of a task have."""
+    shown = {}
+    for task in dict.fromkeys(key[0] for key in cells):
+        first, *others = (started.records for key, started in cells.items() if key[0] == task)
+        common = [name for name in first if all(name in records for records in others)]
+        shown[task] = tuple(common[: table.examples])
+    return shown
+
+
+def _extremes(
+    cells: Cells, comparisons: Sequence[Comparison], metrics: Sequence[Metric]
+) -> Iterator[Extremes]:
+    """Yield the images that CMI changed most, for better and worse, in every row."""
+    for c in comparisons:
+        metric = next((m for m in metrics if m.per_image and m.key in c.metrics), None)
+        if (c.variant, c.against) != ("cmi", "base") or metric is None:
+            continue
+        mine, theirs = (cells[c.task, c.method, v].values(metric.key) for v in ("cmi", "base"))
+        changes = {name: mine[name] - theirs[name] for name in mine if name in theirs}
+        order = sorted(changes, key=lambda name: -metric.sign * changes[name])
+        best, worst = (
+            tuple(Change(name, changes[name]) for name in names)
+            for names in (order[:EXTREMES], order[: -EXTREMES - 1 : -1])
+        )
+        yield Extremes(c.task, c.method, metric.key, best, worst)
 
 
 def _notes_on_draws(posterior: Sequence[tuple[Cell, Mapping[str, Any]]]) -> Iterator[str]:
