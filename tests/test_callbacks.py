@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import socket
 import urllib.request
 from pathlib import Path
@@ -17,6 +16,7 @@ import rich
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
+from predicting import items, restore, strict_json, trainer
 from rich.console import Console
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
@@ -115,21 +115,10 @@ def predict(
         module = PosteriorSampler(
             prior, operator, guidances=[DPS(0.5)], num_steps=STEPS, noise=GaussianNoise(sigma)
         )
-    ids = ids or [f"set/{i}" for i in range(len(x))]
-    key = "y_image" if given else "x"
-    items = [{key: image, "id": name} for image, name in zip(x, ids, strict=True)]
     keep = next((c for c in callbacks if isinstance(c, Keep)), Keep())
-    trainer = L.Trainer(
-        accelerator="cpu",
-        inference_mode=False,
-        logger=logger,
-        default_root_dir=folder,
-        enable_progress_bar=any(isinstance(c, SamplingProgress) for c in callbacks),
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[*(c for c in callbacks if c is not keep), keep],
-    )
-    trainer.predict(module, DataLoader(items, batch_size=batch_size), return_predictions=False)
+    others = [c for c in callbacks if c is not keep]
+    options = {"batch_size": batch_size, "logger": logger, "inference_mode": False}
+    restore(folder, module, items(x, given, ids), *others, keep, **options)
     return keep
 
 
@@ -143,13 +132,6 @@ def png(path: Path, mode: str | None = None) -> np.ndarray:
     with Image.open(path) as image:
         assert image.mode == (mode or "RGB")
         return np.asarray(image)
-
-
-def strict_json(path: Path) -> dict:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
 def unit(x: Tensor) -> np.ndarray:
@@ -385,16 +367,8 @@ def test_noise_levels_of_their_own_have_a_column(tmp_path, how):
     data = MeasurementFolderData(
         str(folder), "denoise", sigmas=sigmas, sigma_range="unit", batch_size=2
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[RestorationMetrics()],
-    )
     prior = GaussianMixture(torch.zeros(1, 1, 32, 32), 0.2)
-    trainer.predict(PosteriorSampler(prior, num_steps=2), datamodule=data, return_predictions=False)
+    restore(tmp_path, PosteriorSampler(prior, num_steps=2), data, RestorationMetrics())
     rows = {row["id"]: row for row in rows_of(tmp_path / "metrics.csv")}
     assert set(rows) == set(levels)
     for name, level in levels.items():
@@ -504,15 +478,15 @@ def test_inputs_are_written_where_they_are_wanted(tmp_path, given):
     x, folder = garments(2, 1, 16), tmp_path / "run"
     module = PosteriorSampler(GaussianMixture(torch.zeros(1, 1, 16, 16)), num_steps=STEPS)
 
-    def restore(*writers: L.Callback) -> Keep:
+    def write(*writers: L.Callback) -> Keep:
         options = dict(x=x, ids=["a/b/0", "../../up"], given=given, module=module)
         return predict(folder, *writers, **options)
 
     kinds = ["measurement", "restored"] + ["truth"] * (not given)
-    restore(ImageWriter())
+    write(ImageWriter())
     assert not (folder / "measurement").exists()
-    assert len(restore(ImageWriter()).records) == 0
-    keep = restore(ImageWriter(inputs=True))  # what is missing is seen, in the same folder
+    assert len(write(ImageWriter()).records) == 0
+    keep = write(ImageWriter(inputs=True))  # what is missing is seen, in the same folder
     assert len(keep.records) == STEPS
     names = [p.relative_to(folder).as_posix() for p in (folder / "records").rglob("*.json")]
     for record in map(strict_json, (folder / name for name in names)):
@@ -526,9 +500,9 @@ def test_inputs_are_written_where_they_are_wanted(tmp_path, given):
     assert len(names) == 2
     assert all(p.is_relative_to(folder) for p in tmp_path.rglob("*.*"))
     (folder / "measurement/a/b/0.png").unlink()
-    assert len(restore(ImageWriter(inputs=True)).records) == STEPS
+    assert len(write(ImageWriter(inputs=True)).records) == STEPS
     assert (folder / "measurement/a/b/0.png").is_file()
-    assert len(restore(ImageWriter(inputs=True)).records) == 0
+    assert len(write(ImageWriter(inputs=True)).records) == 0
 
 
 def test_an_id_cannot_leave_the_folder(tmp_path):
@@ -670,17 +644,7 @@ def test_sample_grid_leaves_training_alone(tmp_path):
     def fit(folder: Path, *callbacks: L.Callback) -> ScoreTraining:
         L.seed_everything(0, verbose=False)
         module = ScoreTraining(TinyNetwork())
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_epochs=4,
-            logger=False,
-            default_root_dir=folder,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            callbacks=list(callbacks),
-        )
-        trainer.fit(module, datamodule=Data())
+        trainer(folder, *callbacks, max_epochs=4).fit(module, datamodule=Data())
         return module
 
     grid = SampleGrid(every_n_validations=2, num_samples=5, num_steps=3)

@@ -8,13 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from predicting import items, restore
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from cmi_lightning import GaussianNoise, PosteriorSampler
 from cmi_lightning.callbacks import FeatureMetrics, SamplingCallback
@@ -90,19 +89,8 @@ def run(
         samples_per_image=draws,
     )
     keep = Keep(fail_at)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        inference_mode=False,
-        logger=False,
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[metrics or FeatureMetrics(), keep],
-    )
-    key = "y_image" if given else "x"
-    items = [{key: image, "id": f"set/{i}"} for i, image in enumerate(x)]
-    trainer.predict(module, DataLoader(items, batch_size=batch_size), return_predictions=False)
+    callbacks, options = [metrics or FeatureMetrics(), keep], {"inference_mode": False}
+    restore(folder, module, items(x, given), *callbacks, batch_size=batch_size, **options)
     path = folder / "features.json"
     return keep.outputs, json.loads(path.read_text("utf-8")) if path.is_file() else None
 

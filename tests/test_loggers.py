@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
-from torch.utils.data import DataLoader
+from predicting import items, restore
 
 from cmi_lightning import InputError, PosteriorSampler
 from cmi_lightning.callbacks import (
@@ -76,19 +76,12 @@ class Broken(Recording):
 
 def predict(folder: Path, *loggers: Logger, callbacks: list[L.Callback] | None = None) -> None:
     """Restore two images."""
-    x = torch.zeros(2, 1, 16, 16)
-    items = [{"x": image, "id": str(i)} for i, image in enumerate(x)]
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=list(loggers),
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=callbacks
-        or [RestorationMetrics(lpips=None, fid=False), ImageWriter(), TrajectoryLogger()],
-    )
+    callbacks = callbacks or [
+        *(RestorationMetrics(lpips=None, fid=False), ImageWriter(), TrajectoryLogger())
+    ]
     module = PosteriorSampler(GaussianMixture(torch.zeros(1, 1, 16, 16)), num_steps=2)
-    trainer.predict(module, DataLoader(items, batch_size=2), return_predictions=False)
+    data, ids = torch.zeros(2, 1, 16, 16), ["0", "1"]
+    restore(folder, module, items(data, ids=ids), *callbacks, logger=list(loggers))
 
 
 def test_every_logger_gets_values_options_and_images(tmp_path):

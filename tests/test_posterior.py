@@ -14,8 +14,8 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from predicting import items, restore, strict_json
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
 from cmi_lightning.callbacks import ImageWriter, PosteriorQuality
@@ -95,24 +95,8 @@ def predict(
     """Restore draws from the module's own prior; return what was written of them."""
     module = module or sampler()
     x = module.denoiser.sample(count, torch.Generator().manual_seed(7))
-    items = [{"y_image" if given else "x": image, "id": f"set/{i}"} for i, image in enumerate(x)]
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=logger,
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=list(callbacks),
-    )
-    trainer.predict(module, DataLoader(items, batch_size), return_predictions=False)
-    return json.loads(
-        (folder / "posterior.json").read_text(encoding="utf-8"), parse_constant=refuse
-    )
-
-
-def refuse(constant: str) -> None:
-    raise AssertionError(f"{constant} is not JSON")
+    restore(folder, module, items(x, given), *callbacks, batch_size=batch_size, logger=logger)
+    return strict_json(folder / "posterior.json")
 
 
 def close(estimate: dict[str, float], expected: float) -> bool:

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from predicting import items, restore
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
 from cmi_lightning.callbacks import ImageWriter, RestorationMetrics, SamplingProgress
@@ -59,20 +59,10 @@ def predict(
     order: list[int] | None = None,
     **kwargs: Any,
 ) -> list[Any]:
-    items = [{"x": x, "id": f"set/{i}"} for i, x in enumerate(images)]
-    items = [items[i] for i in order] if order is not None else items
+    data = items(images)
+    data = [data[i] for i in order] if order is not None else data
     writers = [RestorationMetrics(lpips=None, fid=False), ImageWriter(), Trajectory()]
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        default_root_dir=folder,
-        enable_progress_bar=any(isinstance(c, SamplingProgress) for c in callbacks),
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[*writers, *callbacks],
-        **kwargs,
-    )
-    return trainer.predict(module, DataLoader(items, batch_size))
+    return restore(folder, module, data, *writers, *callbacks, batch_size=batch_size, **kwargs)
 
 
 def files(folder: Path) -> dict[str, bytes]:

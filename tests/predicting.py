@@ -1,0 +1,55 @@
+"""Quiet predictions through Lightning, for the tests of what callbacks make of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cmi_lightning.callbacks import SamplingProgress
+
+
+def items(x: Iterable[Tensor], given: bool = False, ids: Sequence[str] | None = None) -> list[dict]:
+    """Images as a data set's items, with ids of a folder; ``given``: as measurements."""
+    key = "y_image" if given else "x"
+    return [{key: v, "id": ids[i] if ids else f"set/{i}"} for i, v in enumerate(x)]
+
+
+def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    """A trainer on the CPU that shows nothing but what a callback shows."""
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "default_root_dir": folder,
+        "enable_progress_bar": any(isinstance(c, SamplingProgress) for c in callbacks),
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    return L.Trainer(**(quiet | options), callbacks=list(callbacks))
+
+
+def restore(
+    folder: Path,
+    module: Any,
+    data: list[dict] | L.LightningDataModule,
+    *callbacks: L.Callback,
+    batch_size: int = 3,
+    **options: Any,
+) -> list[Any]:
+    """Restore a data set's items, or what a data module has."""
+    loader = DataLoader(data, batch_size) if isinstance(data, list) else data
+    return trainer(folder, *callbacks, **options).predict(module, loader)
+
+
+def strict_json(path: Path) -> dict[str, Any]:
+    """Read a file that must be strict JSON: no NaN, no Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
