@@ -26,7 +26,7 @@ from cmi_lightning.callbacks.distances import embedding_path, frechet
 from cmi_lightning.cli import main
 from cmi_lightning.errors import InputError
 from cmi_lightning.report.album import Album
-from cmi_lightning.report.results import Search, Trial, read_results
+from cmi_lightning.report.results import VARIANTS, Search, Trial, read_results
 from cmi_lightning.report.tables import csv as to_csv
 from cmi_lightning.report.tables import latex, markdown
 from cmi_lightning.statistics import Estimate, mean_and_error
@@ -465,6 +465,40 @@ def test_time_left_is_of_the_images_that_are_left(tmp_path, capsys, monkeypatch)
     left = [int(m) for m in re.findall(r"(\d+) min left", capsys.readouterr().out)]
     # After one image of each variant is known, it is right: 10 images each, of 3, 1 and 3 minutes.
     assert left[-5:] == [70, 70, 40, 30, 0]
+
+
+def test_descent_has_rows_of_its_own_beside_those_of_cmi(tmp_path):
+    sizes = {"box": {"DPS": 2.0, "CMI+DPS": 0.1, "descent+DPS": -0.3}}
+    descent = Method(["table/cmi"], "cmi", [0.0, -0.3])
+    table = small(output=str(tmp_path), images=8, descent=descent, step_sizes=sizes)
+    assert table.variants("DPS") == VARIANTS
+    assert table.variants("none") == VARIANTS[:3]
+    assert "descent" not in small().variants("DPS")
+    cells = {variant: table.cell("box", "DPS", variant) for variant in VARIANTS}
+    assert len({cell.folder for cell in cells.values()}) == 4
+    assert cells["descent"].label == "descent+DPS"
+    assert cells["descent"].step_sizes == {"dps": 2.0, "cmi": -0.3}
+    assert cells["equal"].step_sizes == {"dps": 2.0}
+    arguments = table.arguments(cells["descent"], 1)
+    assert arguments[arguments.index("--step_sizes.cmi") + 1] == "-0.3"
+    assert ("-c", "table/cmi") in itertools.pairwise(arguments)
+    psnr = {"base": 20.0, "cmi": 19.5, "descent": 20.25, "equal": 21.0}
+    for variant, cell in cells.items():
+        write_records(cell, [psnr[variant]] * (6 if variant == "descent" else 8))
+    results = aggregate(table)
+    assert [(c.variant, c.images) for c in results.cells] == [(v, 6) for v in VARIANTS]
+    gains = {(c.variant, c.against): c.metrics["psnr"].difference for c in results.comparisons}
+    assert gains == {
+        ("cmi", "base"): -0.5, ("descent", "base"): 0.25, ("equal", "base"): 1.0,
+        ("cmi", "equal"): -1.5, ("descent", "equal"): -0.75,
+    }  # fmt: skip
+    tried = trial(table, "box", "DPS", 2.0, -0.3, "descent")
+    assert tried.folder.name == "descent@-0.3+DPS@2"
+    assert tried.step_sizes == cells["descent"].step_sizes
+    with pytest.raises(InputError, match=r"descent\.space: give 0"):
+        check_tuning(replace(table, validation=["v"], descent=replace(descent, space=[-0.1, -1.0])))
+    with pytest.raises(InputError, match="there is no 'descent+MCG'".replace("+", r"\+")):
+        small(step_sizes={"box": {"descent+MCG": -1.0}})
 
 
 def test_fid_is_that_of_the_images_shown(tmp_path):
