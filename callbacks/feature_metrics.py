@@ -220,7 +220,7 @@ class FeatureMetrics(RecordingCallback):
         embeddings = read_embeddings(self.folder, used, self.embeddings)
         count, dimension = len(used), embeddings.shape[2]
         self.about["features"] = dimension
-        found: dict[str, dict[str, Any]] = {}
+        entries: dict[str, dict[str, Any]] = {}
         truth = embeddings[:, 0]
         for i, kind in enumerate(KINDS, start=1):
             fake = embeddings[:, i] if i < 3 else embeddings[:, 3:].flatten(0, 1)
@@ -229,16 +229,16 @@ class FeatureMetrics(RecordingCallback):
             for name, distance in zip(self.keys[1:], (frechet, kernel), strict=True):
                 value = distance(truth, fake)
                 mean = plain(value) if math.isfinite(value) else None
-                found[f"{name}{kind}"] = {"mean": mean, "standard_error": None, "count": count}
+                entries[f"{name}{kind}"] = {"mean": mean, "standard_error": None, "count": count}
         if self.keys[1] == "fid" and count < STABLE_FID:
             use = f"use {STABLE_FID} or more."
-            return found, [f"FID of {count} images is biased and unstable; {use}"]
+            return entries, [f"FID of {count} images is biased and unstable; {use}"]
         if self.keys[1] != "fid" and count < FEW * dimension:
-            return found, [
+            return entries, [
                 f"The Fréchet distance of {count} images in {dimension} features is too large, "
                 "the more so the fewer images: compare it between equal numbers of images only."
             ]
-        return found, []
+        return entries, []
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the means over all samples."""

@@ -233,8 +233,8 @@ def summary(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _mean(values: Sequence[float]) -> Estimate:
     """Return a mean and its standard error."""
-    found = mean_and_error(values)
-    return {"value": found.mean, "standard_error": found.se}
+    estimate = mean_and_error(values)
+    return {"value": estimate.mean, "standard_error": estimate.se}
 
 
 def _root_ratio(pairs: Sequence[tuple[float, float]]) -> Estimate:

@@ -119,8 +119,8 @@ def statistics(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Statistics]
                 f"{name} is {kind} for {len(odd)} of {len(values)} images, so it has no mean; see "
                 "metrics.csv."
             )
-        found = mean_and_error([] if odd else values)
-        result[name] = {"mean": found.mean, "standard_error": found.se, "count": len(values)}
+        mean = mean_and_error([] if odd else values)
+        result[name] = {"mean": mean.mean, "standard_error": mean.se, "count": len(values)}
     if len(rows) == 1:
         notes.append("One image has no standard error.")
     return result, notes

@@ -82,7 +82,7 @@ def _render(name: str, results: Results) -> str:
 
 @cache
 def _environment() -> Environment:
-    found = Environment(  # braces are LaTeX's
+    environment = Environment(  # braces are LaTeX's
         *("<%", "%>", "<<", ">>", "<#", "#>"),
         loader=PackageLoader("cmi_lightning.report"),
         undefined=StrictUndefined,
@@ -90,13 +90,15 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    found.filters["line"] = lambda text: " ".join(text.split())
-    found.filters["md"] = lambda text: MARKDOWN.sub(r"\\\1", " ".join(text.split()))
-    found.filters["tex"] = lambda text: "".join(LATEX.get(c, c) for c in " ".join(text.split()))
-    found.filters["math"] = lambda text: (
+    environment.filters["line"] = lambda text: " ".join(text.split())
+    environment.filters["md"] = lambda text: MARKDOWN.sub(r"\\\1", " ".join(text.split()))
+    environment.filters["tex"] = lambda text: "".join(
+        LATEX.get(c, c) for c in " ".join(text.split())
+    )
+    environment.filters["math"] = lambda text: (
         "--" if text == "–" else f"${''.join(SYMBOLS.get(c, c) for c in text)}$"
     )
-    return found
+    return environment
 
 
 def csv(results: Results) -> str:
@@ -118,7 +120,7 @@ def _lines(row: Row) -> list[dict[str, object]]:
     cell = row.cell
     first = {"task": row.task.key, "method": cell.method if cell else "", "variant": row.variant}
     first |= {"label": row.label}
-    found = []
+    lines = []
     for entry in row.entries:
         if entry.estimate is not None:
             line: dict[str, object] = {**first, "metric": entry.metric.key}
@@ -129,8 +131,8 @@ def _lines(row: Row) -> list[dict[str, object]]:
                 for name in DIFFERENCE:
                     line[f"{name}_{against}"] = getattr(verdict.paired, name)
                 line[f"significant_{against}"] = str(verdict.paired.significant).lower()
-            found.append({name: _harmless(value) for name, value in line.items()})
-    return found
+            lines.append({name: _harmless(value) for name, value in line.items()})
+    return lines
 
 
 def _harmless(value: object) -> object:
