@@ -23,9 +23,8 @@ from cmi_lightning.predict.module import Restoration
 class RecordingCallback(SamplingCallback):
     """Measures every sample, and makes something of all of them.
 
-    A subclass says what to measure and to write; when, for which samples, after which errors and
-    to which loggers is said here, once. What it makes of all samples, it makes of their records,
-    which hold those of earlier runs and of other processes too.
+    A subclass says what to measure and to write. When, for which samples and to which loggers is
+    said here, once. The records of all samples hold those of earlier runs and other processes too.
 
     Attributes:
         key: the field of a sample's record by which it is known to be measured.

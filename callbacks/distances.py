@@ -71,8 +71,7 @@ def kernel(real: Tensor, fake: Tensor) -> float:
 
     The kernel is (x·y/D + 1)³; by torchmetrics, on all images at once. Where the sets differ in
     size, the mean of 100 subsets as large as the smaller one, the same in every call. It may be
-    negative: the estimate of a small distance, or images that go in pairs, as restorations and
-    their truths do.
+    negative: of images that go in pairs, as restorations and truths do, or by its own error.
 
     Args:
         real: features (N, D), N ≥ 2.

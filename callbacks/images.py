@@ -20,16 +20,14 @@ WHITE_STD = 0.5  # the standard deviation, on [−1, 1], that a map shows as whi
 class ImageWriter(RecordingCallback):
     """Writes ``restored/<id>.png`` for every image, and ``grid.png``.
 
-    Pixels are round(255·clamp((x + 1)/2, 0, 1)), or 65535 for 255: clamped, never stretched to the
-    full range. One channel gives a gray PNG, three RGB and four RGBA; of any other number, each
-    channel becomes a gray ``<id>_c0.png``, ``<id>_c1.png``, …. With several draws of each image,
-    ``restored/`` has their mean, ``draws/<id>/0.png`` and so on the draws, and ``std/<id>.png``
-    their standard deviation, black for 0 and white for 0.5 on [−1, 1] or more. With ``inputs``,
-    ``truth/<id>.png`` (where known) and ``measurement/<id>.png``, A⁺y, are written too, by the same
-    rules.
+    Pixels are round(255·clamp((x + 1)/2, 0, 1)), or 65535 for 255: clamped, never stretched. One
+    channel gives a gray PNG, three RGB and four RGBA; of any other number, each becomes a gray
+    ``<id>_c0.png``, ``<id>_c1.png``, …. With several draws of each image, ``restored/`` has their
+    mean, ``draws/<id>/0.png`` and so on the draws, and ``std/<id>.png`` their standard deviation,
+    black for 0 and white for 0.5 on [−1, 1] or more. With ``inputs``, ``truth/<id>.png`` (if there
+    is one) and ``measurement/<id>.png``, A⁺y, are written too.
 
-    The grid shows truth (where known), measurement A⁺y and restoration of the first images, also in
-    the loggers, and also after an error.
+    The grid shows truth, measurement A⁺y and restoration of the first images, in the loggers too.
 
     Args:
         dirpath: folder to write to; default: the trainer's ``default_root_dir``.

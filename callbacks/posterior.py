@@ -63,9 +63,8 @@ def coverage(counts: Sequence[int], interval: float) -> float:
     """Return the share of truths in a central interval of their K draws.
 
     Rank r stands for the piece [r, r + 1]/(K + 1) of the unit interval, and counts with the part
-    of the piece that lies in [(1 − p)/2, (1 + p)/2]: pieces that the ends cut are interpolated
-    linearly. Equal counts give p exactly, for every K. As the outermost ranks are never left out
-    where (1 − p)/2·(K + 1) < 1, the result is then at least :func:`least_coverage`.
+    of it that lies in [(1 − p)/2, (1 + p)/2]. Equal counts give p exactly, for every K. Where
+    (1 − p)/2·(K + 1) < 1, the outermost ranks always count: see :func:`least_coverage`.
 
     Args:
         counts: truths of rank 0, …, K.
@@ -86,16 +85,14 @@ class PosteriorQuality(RecordingCallback):
     """Whether several draws of each image are spread as a posterior should be.
 
     Where the truth is distributed as the draws are, its rank among the K draws of a pixel is
-    uniform. So it lies in the central 50 % and 90 % of the draws as often as that. The draws'
+    uniform: it lies in the central 50 % and 90 % of the draws as often as that. The draws'
     variance, times (K + 1)/K, equals the squared error of their mean. Every draw leaves a residual
-    ‖y − A x‖ of σ√m in the root mean square. All are computed on what a saved PNG holds,
-    in [−1, 1], but for the residual, which is of the unclamped draws. Calibration is over the
-    images: it tests the prior with the sampler, and draws from the prior alone pass all but the
-    residual. Samples that were given up are left out, and listed.
+    ‖y − A x‖ of σ√m in the root mean square. The residual is of the unclamped draws, all else of
+    what a saved PNG holds. Calibration is over the images: draws from the prior alone pass all but
+    the residual. Samples that were given up are left out, and listed.
 
     Writes ``posterior.json``: the values, their standard errors over images, what a calibrated
-    sampler has, the histogram of ranks, notes and definitions. Sends the values to the trainer's
-    loggers and prints them.
+    sampler has, ranks, notes and definitions. Sends the values to the loggers and prints them.
 
     Args:
         dirpath: folder to write to; default: the trainer's ``default_root_dir``.

@@ -22,12 +22,11 @@ class SamplingProgress(ProgressBar, SamplingCallback):
     """Shows images and steps done, the mean residual ‖y − A x̂₀‖, images per hour, time left.
 
     The images are those of all processes, and of an earlier run that this one goes on from. It
-    starts with a table of the run (``pl_module.describe()``) and takes the place of Lightning's
-    own bar, which counts batches only. Where the output is not a terminal (a log file, CI) it
-    prints a plain line at most every ``interval`` seconds, and one at the end.
+    starts with a table of the run. Where the output is not a terminal (a log file, CI) it prints a
+    plain line at most every ``interval`` seconds, and one at the end.
 
-    Lightning refuses ``Trainer(enable_progress_bar=False)`` beside any progress bar in the list of
-    callbacks; ``enabled: false`` is the way to silence this one.
+    Lightning refuses ``Trainer(enable_progress_bar=False)`` beside a progress bar among the
+    callbacks: silence this one by ``enabled: false``.
 
     Args:
         interval: seconds between lines where the output is not a terminal, ≥ 0.

@@ -32,9 +32,8 @@ class SampleGrid(L.Callback):
     """Draws images from the prior that ``ScoreTraining`` fits, as ``samples/<step>.png``.
 
     The same noise every time, so that the pictures show the training; deterministic DDIM. The
-    network is copied: its mode and its gradients are left alone. List this callback before
-    a weight-averaging one to draw with the average: that one puts the average in place for
-    validation and takes it out again in its own ``on_validation_epoch_end``.
+    network is copied: its mode and its gradients are left alone. To draw with averaged weights,
+    list this callback before the averaging one, which takes the average out again at the same hook.
 
     Args:
         every_n_validations: draw after every n-th validation, ≥ 1.

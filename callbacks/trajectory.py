@@ -31,11 +31,10 @@ Curves = dict[str, dict[int, float]]  # by quantity and the number of the step, 
 class TrajectoryLogger(RecordingCallback):
     """Logs every quantity that a step reports: residual ‖y − A x̂₀‖, step norms, CMI values….
 
-    Every sample's own curves go to its record (the mean of its draws, where it has several), and
-    their mean over all samples that have a number there to ``trajectory.csv`` (columns step, index,
-    time, alpha, sigma, name, mean, count), to the trainer's loggers (x axis: the number of the
-    step, from 1) and to ``trajectory.png``, one panel per quantity. ``film.png`` shows x̂₀ of the
-    first samples at some steps.
+    Every sample's own curves (the mean of its draws) go to its record. Their mean over all samples
+    that have a number there goes to ``trajectory.csv`` (columns step, index, time, alpha, sigma,
+    name, mean, count), to the loggers by the number of the step, from 1, and to ``trajectory.png``.
+    ``film.png`` shows x̂₀ of the first samples at some steps.
 
     Args:
         dirpath: folder to write to; default: the trainer's ``default_root_dir``.
