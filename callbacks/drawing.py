@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cmi_lightning.files import write
-from cmi_lightning.paths import inside
 
 MARGIN, HEADER, SMALLEST = 6, 22, 112  # pixels: gaps, heading, least longer side in a grid
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -76,18 +75,7 @@ def to_tile(x: Tensor) -> Image.Image:
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG that is either whole or absent, making its folders."""
-    data = io.BytesIO()
-    image.save(data, format="PNG")
-    write(path, data.getvalue())
-
-
-def path_of(folder: Path, name: str) -> Path:
-    """Return ``folder/name.png`` for a sample id; see :func:`cmi_lightning.paths.inside`.
-
-    Raises:
-        InputError: if a link in the folder leads out of it.
-    """
-    return inside(folder, name, ".png")
+    write(path, encode_png(np.asarray(image)))
 
 
 def beside(images: Sequence[Image.Image]) -> Image.Image:

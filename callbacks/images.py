@@ -9,9 +9,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from cmi_lightning.callbacks.base import RecordingCallback
-from cmi_lightning.callbacks.drawing import encode_png, path_of, planes, to_tile
+from cmi_lightning.callbacks.drawing import encode_png, planes, to_tile
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import write
+from cmi_lightning.paths import inside
 from cmi_lightning.predict.module import Restoration
 
 WHITE_STD = 0.5  # the standard deviation, on [−1, 1], that a map shows as white
@@ -97,7 +98,7 @@ class ImageWriter(RecordingCallback):
         """Write an image (C, H, W) in [−1, 1], and return its paths in the folder."""
         arrays = planes(x, self.bits)
         suffixes = [f"_c{i}" for i in range(len(arrays))] if len(arrays) > 1 else [""]
-        paths = [path_of(self.folder / folder, name + suffix) for suffix in suffixes]
+        paths = [inside(self.folder / folder, name + suffix, ".png") for suffix in suffixes]
         for path, pixels in zip(paths, arrays, strict=True):
             write(path, encode_png(pixels))
         return [path.relative_to(self.folder).as_posix() for path in paths]

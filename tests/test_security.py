@@ -20,7 +20,7 @@ from image_files import black_png
 from PIL import Image, ImageFile
 
 from cmi_lightning.callbacks import ImageWriter, RestorationMetrics, SamplingProgress
-from cmi_lightning.callbacks.drawing import path_of, save_png
+from cmi_lightning.callbacks.drawing import save_png
 from cmi_lightning.cli import main
 from cmi_lightning.data import FashionMNIST, ImageFolderData, MeasurementFolderData
 from cmi_lightning.data.extras import read_kernel
@@ -43,7 +43,7 @@ IDS += ["e\u0301"]  # é of two characters
 @pytest.mark.parametrize("name", IDS)
 def test_no_id_leaves_the_folder(tmp_path, name):
     folder = tmp_path / "deep" / "out"
-    path = path_of(folder, name)
+    path = inside(folder, name, ".png")
     assert path.resolve().is_relative_to(folder.resolve())
     save_png(Image.new("L", (2, 2)), path)  # the file system takes it
     written = [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -61,12 +61,12 @@ def test_ids_that_look_alike_keep_files_of_their_own():
 
 @pytest.mark.parametrize("name", ["00001", "a/b c/ü", "日本語", "été.v2", "a~b", ".x", "😀"])
 def test_usual_ids_are_kept(tmp_path, name):
-    assert path_of(tmp_path, name) == tmp_path / f"{name}.png"
+    assert inside(tmp_path, name, ".png") == tmp_path / f"{name}.png"
 
 
 def test_a_folder_is_no_file_of_another_id(tmp_path):
     for name in ("a", "a.png/b", "a.PNG/c"):
-        save_png(Image.new("L", (2, 2)), path_of(tmp_path, name))
+        save_png(Image.new("L", (2, 2)), inside(tmp_path, name, ".png"))
     assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 3
 
 
@@ -76,14 +76,14 @@ def test_links_in_the_output_folder_are_not_followed(tmp_path):
     other.mkdir()
     (out / "sub").symlink_to(other)
     with pytest.raises(InputError, match=r"'.*out/sub' leads out of the folder '.*out' by a link"):
-        path_of(out, "sub/x")
+        inside(out, "sub/x", ".png")
     (other / "kept.png").write_bytes(b"kept")
     (out / "x.png").symlink_to(other / "kept.png")
-    save_png(Image.new("L", (2, 2)), path_of(out, "x"))
+    save_png(Image.new("L", (2, 2)), inside(out, "x", ".png"))
     assert (other / "kept.png").read_bytes() == b"kept"  # the link was replaced, not followed
     assert not (out / "x.png").is_symlink()
     (tmp_path / "alias").symlink_to(out)  # the output folder itself may be one
-    save_png(Image.new("L", (2, 2)), path_of(tmp_path / "alias", "y"))
+    save_png(Image.new("L", (2, 2)), inside(tmp_path / "alias", "y", ".png"))
     assert (out / "y.png").is_file()
 
 
