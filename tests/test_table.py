@@ -248,12 +248,15 @@ def test_bad_tables_are_refused_in_a_sentence(options, words):
 
 
 @pytest.mark.parametrize(
-    "name", ["fashion", "fashion descent", "fashion thousand", "ffhq", "imagenet", "smoke"]
+    "name",
+    ["fashion", "fashion descent", "fashion thousand", "ffhq", "imagenet", "photos", "smoke"],
 )
 def test_packaged_tables_make_cells_that_predict_understands(name):
     overlays = [part for overlay in name.split() for part in ("-c", f"table/{overlay}")]
     table, text = parse(overlays, "table")
     assert yaml.safe_load(text)["title"] == table.title
+    if table.validation:
+        check_tuning(table)
     for task, method in table.rows():
         for variant in table.variants(method):
             arguments = table.arguments(table.cell(task, method, variant), 1)
