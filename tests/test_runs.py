@@ -608,14 +608,10 @@ def test_a_second_predict_returns_the_finished_images(tmp_path, capsys, draws):
         num_steps=2,
         samples_per_image=draws,
     )
-    items = [{"x": torch.full((1, 8, 8), i / 4), "id": str(i)} for i in range(3)]
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    data = [{"x": torch.full((1, 8, 8), i / 4), "id": str(i)} for i in range(3)]
 
     def predict(*callbacks: L.Callback) -> list:
-        trainer = L.Trainer(
-            accelerator="cpu", default_root_dir=tmp_path, callbacks=[*callbacks], **quiet
-        )
-        return trainer.predict(module, DataLoader(items, 2))
+        return restore(tmp_path, module, data, *callbacks, batch_size=2)
 
     first = predict(ImageWriter(bits=16))
     assert "finished before" not in capsys.readouterr().err
