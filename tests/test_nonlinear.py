@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import io
+
+import numpy as np
 import pytest
 import torch
 from conftest import SHAPE, make_step
+from jsonargparse import ArgumentParser
+from omegaconf import OmegaConf
+from PIL import Image
 from torch import Tensor
 
-from cmi_lightning import InputError, PosteriorSampler, Problem, Sampler
+from cmi_lightning import GaussianNoise, InputError, PosteriorSampler, Problem, Sampler, configs
 from cmi_lightning.exact import GaussianMixture, GaussianPrior
 from cmi_lightning.guidance import CMI, DPS, DSG, MCG, MomentMatching, PiGDM, residual_gradient
 from cmi_lightning.information import Lanczos, TraceLimit
+from cmi_lightning.measurement_noise import MeasurementNoise
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import Dense, Identity, LinearOperator, Operator, RandomMask
+from cmi_lightning.operators import (
+    HDR,
+    JPEG,
+    Dense,
+    Gamma,
+    Identity,
+    LinearOperator,
+    NonlinearBlur,
+    Operator,
+    PhaseRetrieval,
+    Quantize,
+    RandomMask,
+)
 from cmi_lightning.solvers import DDPM
+from cmi_lightning.step import Step
 
 
 class Cubed(Operator):
@@ -133,7 +153,7 @@ DERIVED = ("autograd", "difference")
 def test_information_is_that_of_the_linearised_operator(mixture: GaussianMixture) -> None:
     """Exact with every Krylov dimension, and equal to the dense value of A' = ∂A/∂x at x̂₀."""
     step = make_step(mixture, Cubed())
-    estimate = Lanczos(probes=400, krylov=3)(step)
+    estimate = Lanczos(probes=100, krylov=3)(step)
     for row in range(2):
         J = torch.autograd.functional.jacobian(
             lambda z: mixture(z[None], step.t).x0.flatten(), step.x[row].detach()
@@ -143,7 +163,7 @@ def test_information_is_that_of_the_linearised_operator(mixture: GaussianMixture
         ).reshape(3, 6)
         S = torch.eye(3) + A @ (step.covariance_factor * J) @ A.mT / 0.01
         exact = 0.5 * torch.logdet(S)
-        assert float(estimate.value[row]) == pytest.approx(float(exact), rel=0.05)
+        assert float(estimate.value[row]) == pytest.approx(float(exact), rel=0.1)
 
 
 # What is refused.
@@ -202,3 +222,216 @@ def test_operators_are_bound_where_they_meet_images(mixture: GaussianMixture) ->
     problem = Problem.simulate(x, RandomMask(0.5), 0.1, noise)
     unbound = Problem(problem.y, RandomMask(0.5), 0.1)
     assert torch.equal(sampler.run(unbound, noise, x), sampler.run(problem, noise, x))
+
+
+# The operators that ship.
+
+SMOOTH: dict[str, Operator] = {
+    "hdr": HDR(),  # but where it clips
+    "gamma": Gamma(2.2),
+    "gamma-bright": Gamma(0.45),
+    "phase": PhaseRetrieval(),
+    "phase-signed": PhaseRetrieval(4.0, "signed"),
+    "nonlinear-blur": NonlinearBlur(sd=1.0),
+    "nonlinear-motion": NonlinearBlur(sd=None, padding="circular"),
+}
+ROUNDED: dict[str, Operator] = {
+    "quantize": Quantize(3),
+    "jpeg": JPEG(30),
+    "jpeg-full": JPEG(95, False),
+}
+SHIPPED = {**SMOOTH, **ROUNDED}
+SHAPES = [(1, 9, 6), (3, 8, 8), (4, 5, 7)]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_contract(name: str, shape: tuple[int, int, int]) -> None:
+    """Derivatives against finite differences, dtype, shape of the guess, and samples apart."""
+    x = 0.9 * torch.tanh(draw(2, *shape))
+    noise = SampleNoise(0, ["a", "b"])
+    A = SHIPPED[name].bind(shape, noise, x)
+    y, linear, u = A(x), A.linearize(x), draw(2, *shape, seed=1)
+    v = draw(*y.shape, seed=2)
+    left, right = (linear(u) * v).sum(), (linear.adjoint(v) * u).sum()
+    torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-8)
+    if name in SMOOTH:
+        h = 1e-6
+        slope = (A(x + h * u) - A(x - h * u)) / (2 * h)
+        torch.testing.assert_close(linear(u), slope, rtol=1e-5, atol=1e-5)
+    else:  # straight through: rounding has the gradient of what is rounded
+        assert float(linear(u).norm()) > 0
+    guess = A.guess(y)
+    assert guess.shape == x.shape
+    assert bool(guess.isfinite().all())
+    for row, sample in enumerate(noise.ids):
+        alone = SHIPPED[name].bind(shape, SampleNoise(0, [sample]), x)(x[row : row + 1])
+        torch.testing.assert_close(alone[0], y[row], rtol=1e-9, atol=1e-9)
+    single = SHIPPED[name].bind(shape, noise, x.float())(x.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(
+        single.double(), y, rtol=1e-3, atol=2e-2 if name in ROUNDED else 1e-3
+    )
+
+
+TASKS = [name for name in configs.summaries() if name.startswith("task/")]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_runs_with_dps_dsg_and_cmi(task: str) -> None:
+    """Every section of task.yaml, made as the command line makes it, on an exact prior."""
+    text = (configs.FOLDER / "task.yaml").read_text(encoding="utf-8")
+    model = OmegaConf.to_container(OmegaConf.create(text)[task.removeprefix("task/")].model)
+    assert isinstance(model, dict)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--operator", type=Operator)
+    parser.add_argument("--noise", type=MeasurementNoise, default=GaussianNoise())
+    make = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its old name
+    made = make(parser.parse_object(model))
+    for channels in (1, 3):
+        g = torch.Generator().manual_seed(0)
+        prior = GaussianMixture(0.4 * torch.randn(2, channels, 8, 16, generator=g), 0.1)
+        x, noise = prior.sample(2, g), SampleNoise(0, ["a", "b"])
+        problem = Problem.simulate(x, made.operator, made.noise, noise)
+        everywhere = CMI(min_signal=0.0, max_signal=1.0, estimator=Lanczos(krylov=2))
+        for guidances in ([DPS()], [DSG()], [everywhere, DPS()]):
+            restored = Sampler(prior, DDPM(), guidances, 3).run(problem, noise, x)
+            assert restored.shape == x.shape
+            assert bool(restored.isfinite().all())
+
+
+def test_definitions() -> None:
+    x = 0.9 * torch.tanh(draw(1, 1, 8, 8))
+    u = (x + 1) / 2
+    assert torch.equal(HDR(2.0)(x), (2 * x).clamp(-1, 1))
+    inside = x.abs() < 0.5
+    assert torch.equal(HDR(2.0).guess(HDR(2.0)(x))[inside], x[inside])
+    torch.testing.assert_close(Gamma(2.2)(x), 2 * u**2.2 - 1)
+    for exponent in (0.45, 2.2):
+        wide = torch.linspace(-1.2, 1.2, 97, dtype=torch.float64)[None]
+        torch.testing.assert_close(Gamma(exponent).guess(Gamma(exponent)(wide)), wide)
+    y = Quantize(2)(x)
+    assert set(((y + 1) * 1.5).round(decimals=9).unique().tolist()) <= {0, 1, 2, 3}
+    assert float((y - x).abs().max()) <= 1 / 3 + 1e-9
+    torch.testing.assert_close(Quantize(2).vjp(x, x), x)
+    amplitudes = PhaseRetrieval()(x)
+    assert amplitudes.shape == (1, 1, 12, 12)
+    torch.testing.assert_close(amplitudes.norm(), u.norm())
+    torch.testing.assert_close(PhaseRetrieval()(x.rot90(2, (2, 3))), amplitudes)
+    padded = torch.nn.functional.pad(u, (2, 2, 2, 2))
+    expected = torch.fft.fftshift(torch.fft.fft2(padded).abs() / 12, dim=(2, 3))
+    torch.testing.assert_close(amplitudes, expected)
+
+
+@pytest.mark.parametrize("quality", [10, 50, 90])
+def test_jpeg_is_pillows(quality: int) -> None:
+    """Gray images within a level of libjpeg's, colours within its other filter for chroma."""
+    place = torch.linspace(0, 3, 24, dtype=torch.float64)
+    smooth = (place[:, None].sin() * place.cos() * 0.8)[None, None]
+    colours = torch.cat([smooth, smooth.flip(2), smooth.flip(3)], 1)
+    for x, mode, thin, bar in (
+        (smooth, "L", False, 0.6),
+        (colours, "RGB", False, 1.5),
+        (colours, "RGB", True, 5.0),  # libjpeg interpolates chroma, and we repeat it
+    ):
+        pixels = ((x[0] + 1) * 127.5).round()
+        image = Image.fromarray(pixels.byte().permute(1, 2, 0).squeeze(2).numpy())
+        assert image.mode == mode
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality, subsampling=2 if thin else 0)
+        theirs = torch.from_numpy(np.array(Image.open(file), dtype=np.float64))
+        theirs = theirs.reshape(24, 24, -1).permute(2, 0, 1)
+        ours = (JPEG(quality, thin)(pixels[None] / 127.5 - 1)[0] + 1) * 127.5
+        assert float((ours - theirs).abs().mean()) < bar
+        # A coefficient at a tie may be rounded the other way, which moves its block.
+        assert thin or float((ours - theirs).abs().quantile(0.9)) <= 3.01
+
+
+def test_jpeg_leaves_its_own_images_and_fine_quality_alone() -> None:
+    x = 0.5 * torch.tanh(draw(1, 3, 16, 16))
+    assert float((JPEG(100, False)(x) - x).abs().max()) < 3 / 127.5
+    once = JPEG(50)(0 * x + x.mean())
+    assert torch.equal(JPEG(50)(once), once)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: HDR(0.0), "HDR.gain must be above 0"),
+        (lambda: Gamma(-1.0), "Gamma.exponent"),
+        (lambda: Quantize(0), "Quantize.bits"),
+        (lambda: JPEG(0), "JPEG.quality"),
+        (lambda: PhaseRetrieval(-1.0), "oversample"),
+        (lambda: PhaseRetrieval(range="both"), "unit or signed"),  # type: ignore[arg-type]
+        (lambda: NonlinearBlur(sd=0.0), "NonlinearBlur.sd"),
+        (lambda: JPEG()(torch.zeros(1, 2, 8, 8)), "1, 3 or 4 channels, not 2"),
+    ],
+)
+def test_bad_options(make: object, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        make()  # type: ignore[operator]
+
+
+class Sum(Operator):
+    """One curved measurement of an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 0.3 * x**3).flatten(1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("derivative", DERIVED)
+def test_cmi_takes_the_change_of_the_derivative_in(
+    mixture: GaussianMixture, derivative: str
+) -> None:
+    """∇I is autograd's of the dense I, where one probe is exact: one measurement."""
+    step = make_step(mixture, Sum(), 300, batch=4, sigma=0.3)
+    found = Lanczos(krylov=1, derivative=derivative)(step)  # type: ignore[arg-type]
+    for row in range(4):
+        value, whole, held = _dense(step, row)
+        assert float(found.value[row]) == pytest.approx(value)
+        error = (found.gradient[row].flatten() - whole).norm() / whole.norm()
+        assert float(error) < (1e-8 if derivative == "autograd" else 1e-2)
+        assert float((whole - held).norm() / whole.norm()) > 0.1
+
+
+def test_what_estimators_in_image_space_drop() -> None:
+    """They hold ∂A/∂x fixed: nothing for a linear A or one of linear pieces (docs/method.md)."""
+    g = torch.Generator().manual_seed(3)
+    prior = GaussianMixture(
+        torch.randn(3, *SHAPE, generator=g, dtype=torch.float64),
+        0.05 + 0.3 * torch.rand(3, *SHAPE, generator=g, dtype=torch.float64),
+    )
+
+    def dropped(operator: Operator) -> float:
+        step = make_step(prior, operator, 500, batch=4, sigma=0.3)
+        parts = [_dense(step, row)[1:] for row in range(4)]
+        return float(np.median([(a - b).norm() / a.norm() for a, b in parts]))
+
+    assert dropped(Identity()) < 1e-9
+    assert dropped(HDR()) < 1e-9
+    assert 0.5 < dropped(Cubed()) < 2
+    step = make_step(prior, HDR(), 300, sigma=0.3)
+    assert bool(TraceLimit()(step).gradient.isfinite().all())
+
+
+def _dense(step: Step, row: int) -> tuple[float, Tensor, Tensor]:
+    """Return I, ∇I, and ∇I with ∂A/∂x at x̂₀ held fixed, by dense matrices (σ = 0.3)."""
+    operator = step.problem.operator
+
+    def information(x: Tensor, held: Tensor | None) -> Tensor:
+        def mean(z: Tensor) -> Tensor:
+            return step.denoiser(z.reshape(1, *SHAPE), step.t).x0.flatten()
+
+        def measure(z: Tensor) -> Tensor:
+            return operator(z.reshape(1, *SHAPE)).flatten()
+
+        J = torch.autograd.functional.jacobian(mean, x, create_graph=True)
+        at = mean(x) if held is None else held
+        A = torch.autograd.functional.jacobian(measure, at, create_graph=held is None)
+        S = step.covariance_factor * A @ J @ A.mT / 0.09
+        return 0.5 * torch.logdet(torch.eye(len(S), dtype=x.dtype) + S)
+
+    x = step.x[row].detach().flatten().requires_grad_()
+    value = information(x, None)
+    held = information(x, step.x0[row].detach().flatten())
+    return float(value.detach()), *(torch.autograd.grad(i, x)[0] for i in (value, held))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cmi_lightning.errors import InputError, warn_once
 from cmi_lightning.linalg import dot, norm, per_sample
+from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.step import Step
 
 # Length of the central difference's step, see contraction(). Its truncation grows with the square,
@@ -49,6 +50,9 @@ class Estimator(ABC):
     With x₀ | x_t taken as Gaussian of covariance Σ = (σ_t²/α_t) ∂x̂₀/∂x_t (Tweedie's formula),
 
         I = ½ log det S,  S = 1 + Σ_n^{-1/2} A Σ Aᵀ Σ_n^{-1/2},  ∇I = ½ tr(S⁻¹ ∇S).
+
+    For a nonlinear A, A stands for A' = ∂A/∂x at x̂₀ in I. The estimators with probes in measurement
+    space then take the change of A' into ∇I, and those in image space hold it fixed.
 
     This is the paper's ½ log det Σ − ½ log det (Σ⁻¹ + Aᵀ Σ_n⁻¹ A)⁻¹, and its gradient the paper's
     ½ [tr(Σ⁻¹ ∇Σ) − tr(Σ_y⁻¹ ∇Σ_y)], by Woodbury's identity: Σ is never inverted.
@@ -197,6 +201,33 @@ def contraction(
     h = size / torch.where(length_p > 0, length_p, 1.0)  # nothing measured: p = 0, and no gradient
     ahead, behind = (step.at(x + per_sample(s * h, x) * p, step.t).vjp(u) for s in (1, -1))
     return step.covariance_factor * (ahead - behind) / per_sample(2 * h, x)
+
+
+def curvature(step: Step, w: Tensor, v: Tensor, u: Tensor, p: Tensor) -> Tensor | None:
+    """Return ∇_{x_t} ⟨w, A' Σ A'ᵀ v⟩ (B, *) by what A' = ∂A/∂x at x̂₀ changes, Σ held fixed.
+
+    None for a linear A. It is Jᵀ ∇_{x̂₀} (⟨A'ᵀ w, Σ p⟩ + ⟨A'ᵀ v, Σ u⟩): three vector-Jacobian
+    products of the network, and second derivatives of A. :func:`contraction` has the other part.
+
+    Args:
+        step: where.
+        w: (B, *m), and v: (B, *m), held fixed.
+        v: see w.
+        u: A'ᵀ w (B, *).
+        p: A'ᵀ v (B, *).
+    """
+    if isinstance(step.problem.operator, LinearOperator):
+        return None
+    right, left = (step.covariance_factor * step.vjp(direction) for direction in (p, u))
+    with torch.enable_grad():
+        x0 = step.x0.detach().requires_grad_()
+        y = step.problem.operator(x0)
+        pulled = [torch.autograd.grad(y, x0, z, create_graph=True)[0] for z in (w, v)]
+        products = dot(pulled[0], right) + dot(pulled[1], left)
+        if not products.requires_grad:
+            return torch.zeros_like(u)  # A is made of linear pieces
+        (change,) = torch.autograd.grad(products.sum(), x0, allow_unused=True)
+    return torch.zeros_like(u) if change is None else step.vjp(change)
 
 
 def clipped_inverse(values: Tensor) -> Tensor:

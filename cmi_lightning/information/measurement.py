@@ -12,6 +12,7 @@ from cmi_lightning.information.base import (
     ProbeEstimator,
     clipped_inverse,
     clipped_log,
+    curvature,
     whitened,
 )
 from cmi_lightning.linalg import dot, krylov
@@ -75,7 +76,10 @@ class Lanczos(ProbeEstimator):
         w, residual = space.apply(clipped_inverse)
         value = 0.5 * space.quadratic(clipped_log)
         u, p = A.adjoint(w / std), A.adjoint(v / std)
-        return Information(value, 0.5 * self.contraction(step, u, p), residual)
+        gradient = self.contraction(step, u, p)
+        if (change := curvature(step, w / std, v / std, u, p)) is not None:
+            gradient = gradient + change
+        return Information(value, 0.5 * gradient, residual)
 
 
 def _ridge_std(step: Step, delta: float) -> Tensor:
@@ -146,8 +150,11 @@ class TraceLimit(ProbeEstimator):
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
         """Return the estimate from one sign vector."""
         A, std = step.linearized, _ridge_std(step, self.delta)
-        p = A.adjoint(A.sample_noise(draw, step.problem.y) / std)
+        v = A.sample_noise(draw, step.problem.y) / std
+        p = A.adjoint(v)
         graph = self.derivative == "autograd"
         quadratic = step.covariance_factor * dot(step.vjp(p, create_graph=graph), p)
         gradient = step.grad(quadratic) if graph else self.contraction(step, p, p)
+        if (change := curvature(step, v, v, p, p)) is not None:
+            gradient = gradient + change
         return Information(0.5 * quadratic.detach(), 0.5 * gradient)

@@ -11,6 +11,7 @@ from torch import Tensor
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import (
+    HDR,
     BoxMask,
     Convolution,
     Downsample,
@@ -18,6 +19,7 @@ from cmi_lightning.operators import (
     Identity,
     LinearOperator,
     MotionBlur,
+    PhaseRetrieval,
     PixelMask,
     RandomMask,
 )
@@ -63,6 +65,8 @@ def make(name: str, shape: tuple[int, int, int], batch: int = BATCH) -> LinearOp
         "convolution-reflect": lambda: Convolution(kernels(batch, 3, 5)),
         "convolution-circular": lambda: Convolution(kernels(1, 4, 3), "circular"),
         "downsample": lambda: Downsample(factor),
+        "hdr": lambda: HDR(),
+        "phase-retrieval": lambda: PhaseRetrieval(),
     }[name]()
 
 

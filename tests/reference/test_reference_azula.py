@@ -140,7 +140,9 @@ def test_unguided_trajectory(monkeypatch, schedule, solver, theirs):
         assert per_row(a, b) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["identity", "box", "gaussian-reflect", "downsample"])
+@pytest.mark.parametrize(
+    "name", ["identity", "box", "gaussian-reflect", "downsample", "hdr", "phase-retrieval"]
+)
 @pytest.mark.parametrize("schedule", ["linear", "edm"])
 def test_dps_trajectory_of_one_image(monkeypatch, name, schedule):
     """Every x of a run of DDPM with ζ ∇‖y − A x̂₀‖ subtracted, for a batch of one."""
