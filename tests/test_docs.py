@@ -229,7 +229,7 @@ def test_commands_for_many_devices(home, capsys):
 
 
 def test_few_blocks_are_not_run():
-    assert sum(bool(block.reason) for block in BLOCKS) == 5
+    assert sum(bool(block.reason) for block in BLOCKS) == 6
     assert {block.language for block in BLOCKS} == {"bash", "python", "yaml"}
     assert {b.page for b in of("python") if b.code not in FILES.values()} == set(PYTHON)
 
