@@ -117,7 +117,7 @@ def test_resample_fits_the_measurement_and_draws_the_product_of_two_gaussians():
     lifted, _ = PRIOR.state(y.bind(NOISE, y.y.new_zeros(2, *IMAGES)), y.y.new_zeros(2, *IMAGES))
     t, s = LATENT.schedule[400], LATENT.schedule[390]
     step = Step(10, randn(2, *LATENTS, seed=9), t, s, lifted, LATENT, NOISE, num_steps=40)
-    method = ReSample(iterations=3000, rate=0.01)
+    method = ReSample(iterations=1500, rate=0.02)
     z = method.consistent(step)
     limit = lifted.noise_norm
     residual = (lifted.y - lifted.operator(z)).flatten(1).norm(dim=1)
@@ -134,8 +134,8 @@ def test_resample_fits_the_measurement_and_draws_the_product_of_two_gaussians():
         other = Step(index, step.x, t, s, lifted, LATENT, NOISE, num_steps=num_steps)
         assert method.guide_sample(other, x) is x
     runs = [
-        Sampler(PRIOR, DDIM(), guidances, num_steps=20).run(y, NOISE, y.y.new_zeros(2, *IMAGES))
-        for guidances in ([], [ReSample(1, 1.0, iterations=300, rate=0.02)])
+        Sampler(PRIOR, DDIM(), guidances, num_steps=6).run(y, NOISE, y.y.new_zeros(2, *IMAGES))
+        for guidances in ([], [ReSample(1, 1.0, iterations=200, rate=0.03)])
     ]
     errors = [(y.y - y.operator(run)).flatten(1).norm(dim=1) for run in runs]
     assert bool((errors[1] < errors[0] / 5).all())

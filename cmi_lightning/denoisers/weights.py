@@ -105,9 +105,10 @@ def hub_folder(model: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        wanted = ["*.json", "*.safetensors"]
+        folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=UNUSED))
         if not any(folder.rglob("*.safetensors")):
-            snapshot_download(name, allow_patterns=["*.bin"])
+            snapshot_download(name, allow_patterns=["*.bin"], ignore_patterns=UNUSED)
     except Exception as error:
         reason, size = first_line(error), f" ({known.size})" if known else ""
         raise InputError(
@@ -137,6 +138,8 @@ def _absent(source: str, name: str) -> str:
     )
 
 
+# Parts of a pipeline that no prior needs, and that may be larger than what one needs.
+UNUSED = ["text_encoder*", "tokenizer*", "safety_checker*", "feature_extractor*", "image_encoder*"]
 AUTOENCODERS = ("vae", "vqvae", "movq", "vqmodel")
 
 
