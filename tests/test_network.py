@@ -113,6 +113,8 @@ def test_the_prior_of_photographs_denoises_colour_of_any_size():
             assert float(error) < most
     with pytest.raises(InputError, match="multiples of 8"):
         prior(x0[..., :60, :60], prior.schedule[500])
+    with pytest.raises(InputError, match="crop or enlarge them to 56×8, or set data.size"):
+        prior.check((3, 60, 5))
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])

@@ -130,7 +130,7 @@ class Denoiser(nn.Module, ABC):
             fit = size_text(tuple(n - n % multiple or multiple for n in shape[1:]))
             raise InputError(
                 f"The images are {given} (channels×height×width) and the network needs sides that "
-                f"are multiples of {multiple}; crop them to {fit}, or set data.size for images "
+                f"are multiples of {multiple}; crop or enlarge them to {fit}, or set data.size for images "
                 "that are measured here."
             )
 

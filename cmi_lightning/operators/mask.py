@@ -94,9 +94,9 @@ class PixelMask(LinearOperator):
         mask = mask[:, None] if mask.ndim == 3 else mask
         fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, channels)
         if not fits or mask.shape[2:] != like.shape[2:]:
+            need = " or ".join(str((n, height, width)) for n in sorted({1, batch}, reverse=True))
             raise InputError(
-                f"The mask is of shape {shape} and the images need ({batch}, {height}, {width}) or "
-                f"(1, {height}, {width}); resize the mask."
+                f"The mask is of shape {shape} and the images need {need}; resize the mask."
             )
         known = mask.to(like.device).expand(batch, -1, -1, -1).flatten(2) > 0.5
         counts = known.sum(2, keepdim=True)
