@@ -113,7 +113,7 @@ def test_the_prior_of_photographs_denoises_colour_of_any_size():
             assert float(error) < most
     with pytest.raises(InputError, match="multiples of 8"):
         prior(x0[..., :60, :60], prior.schedule[500])
-    with pytest.raises(InputError, match="crop or enlarge them to 56×8, or set data.size"):
+    with pytest.raises(InputError, match="crop or enlarge them to 56×8, or set"):
         prior.check((3, 60, 5))
 
 

@@ -130,8 +130,8 @@ class Denoiser(nn.Module, ABC):
             fit = size_text(tuple(n - n % multiple or multiple for n in shape[1:]))
             raise InputError(
                 f"The images are {given} (channels×height×width) and the network needs sides that "
-                f"are multiples of {multiple}; crop or enlarge them to {fit}, or set data.size for images "
-                "that are measured here."
+                f"are multiples of {multiple}; crop or enlarge them to {fit}, or set data.size for "
+                "images that are measured here."
             )
 
     def rehearse(self, shape: tuple[int, ...]) -> None:
