@@ -16,17 +16,10 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from cmi_lightning import configs
-from cmi_lightning.predict.options import prediction_cli, resolved
+from cmi_lightning.predict.options import prediction_cli
 
 FOLDER = Path(__file__).parents[1] / "docs" / "methods"
-SKIPPED = (
-    "guidance/none",
-    "solver/ddpm",
-    "solver/ddim",
-    "solver/heun",
-    "solver/euler",
-    "solver/dpm",
-)
+PLAIN = ("none", "ddpm", "ddim", "heun", "euler", "dpm", "dpm_sde")  # draws of the prior
 STEPS = 50
 
 
@@ -39,7 +32,7 @@ def save(image: Tensor, name: str) -> None:
 def restore(name: str) -> None:
     """Restore the photograph by a section, and write its picture."""
     given = ["-c", "task/inpaint_box", "-c", name, "--data.limit=1", f"--model.num_steps={STEPS}"]
-    cli = prediction_cli(resolved(given))
+    cli = prediction_cli(given)
     cli.datamodule.setup("predict")
     batch = next(iter(cli.datamodule.predict_dataloader()))
     result = cli.model.predict_step(batch)
@@ -50,7 +43,7 @@ def restore(name: str) -> None:
 
 def main() -> None:
     sections = [n for n in configs.summaries() if n.startswith(("guidance/", "solver/"))]
-    for name in sys.argv[1:] or (n for n in sections if n not in SKIPPED):
+    for name in sys.argv[1:] or [n for n in sections if n.split("/")[1] not in PLAIN]:
         restore(name)
         print(name, flush=True)
 

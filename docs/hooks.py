@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import griffe
+import yaml
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 PACKAGE = Path(__file__).parents[1] / "cmi_lightning"
+FOLDER = Path(__file__).parent / "methods"
 CONTRACTS = {"Guidance", "Solver", "LLETraining", "residual_gradient"}
 
 
@@ -26,6 +28,20 @@ def methods() -> dict[str, str]:
     return dict(sorted(kept.items(), key=lambda item: item[0].lower()))
 
 
+def pictures(name: str) -> str:
+    """Return a line of the pictures of a class's sections; see benchmarks/method_pictures.py."""
+    shown = []
+    for collection in ("guidance", "solver"):
+        sections = (PACKAGE.parent / "configs" / f"{collection}.yaml").read_text("utf-8")
+        for section, options in yaml.safe_load(sections).items():
+            picture = f"{collection}-{section}.png"
+            if f".{name}'" in str(options) and (FOLDER / picture).is_file():
+                shown += [f"![{collection}/{section}]({picture})"]
+    if not shown:
+        return ""
+    return " ".join(["![truth](truth.png) ![measurement](measurement.png)", *shown]) + "\n\n"
+
+
 def on_config(config: Any) -> Any:
     """List a page for every method."""
     (chapter,) = (entry["Methods"] for entry in config.nav if "Methods" in entry)
@@ -36,7 +52,7 @@ def on_config(config: Any) -> Any:
 def on_files(files: Any, config: Any) -> Any:
     """Make every method's page from its docstring."""
     for name, package in methods().items():
-        text = f"# {name}\n\n::: cmi_lightning.{package}.{name}\n"
+        text = f"# {name}\n\n{pictures(name)}::: cmi_lightning.{package}.{name}\n"
         files.append(File.generated(config, f"methods/{name}.md", content=text))
     return files
 

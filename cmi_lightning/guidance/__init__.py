@@ -12,7 +12,8 @@ from cmi_lightning.guidance.dmps import DMPS
 from cmi_lightning.guidance.dps import DPS
 from cmi_lightning.guidance.dsg import DSG
 from cmi_lightning.guidance.lamp import LAMP
-from cmi_lightning.guidance.lle import LLE, LLETraining
+from cmi_lightning.guidance.lle import LLE
+from cmi_lightning.guidance.lle_training import LLETraining
 from cmi_lightning.guidance.mcg import MCG
 from cmi_lightning.guidance.moment_matching import MomentMatching
 from cmi_lightning.guidance.pigdm import PiGDM

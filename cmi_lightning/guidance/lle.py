@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,8 +12,6 @@ from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.step import Step
-
-RIDGE = 1e-4  # towards the method itself, as a share of the mean square of its x̂₀
 
 
 @dataclass(frozen=True)
@@ -61,48 +59,7 @@ class LLE(Guidance):
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
         """Combine x̂₀ with those of the steps before."""
         k = step.num_steps - 1 - step.index
-        return _combined(step, history(step, x0), self.seen[k], self.unseen[k])
-
-
-@dataclass(frozen=True)
-class LLETraining(Guidance):
-    """Finds LLE's coefficients step by step, as the chain goes on; its batch is the training set.
-
-    aₖ and bₖ minimise ‖P(x̃ₖ − x₀)‖² and ‖(1 − P)(x̃ₖ − x₀)‖² over the batch, plus a small ridge
-    towards the method itself: two least-squares problems with closed solutions.
-
-    Differs from the code: there, 100 epochs of AdamW on MSE + 0.1 LPIPS.
-
-    >>> LLETraining(torch.zeros(1, 2)).coefficients()
-    LLE(seen=[], unseen=[])
-
-    Args:
-        truth: x₀ (B, *).
-        seen: a of the steps done.
-        unseen: b of the steps done.
-
-    Source: arXiv 2503.10103, with another loss.
-    """
-
-    truth: Tensor
-    seen: list[list[float]] = field(default_factory=list)
-    unseen: list[list[float]] = field(default_factory=list)
-    differentiable = False
-
-    def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
-        """Fit this step's coefficients, and use them."""
-        past = history(step, x0)
-        seen = torch.stack([_projected(step, x) for x in past], 0)
-        truth = _projected(step, self.truth)
-        a = _fit(seen, truth)
-        b = _fit(torch.stack(past, 0) - seen, self.truth - truth)
-        self.seen.append(a)
-        self.unseen.append(b)
-        return _combined(step, past, a, b)
-
-    def coefficients(self) -> LLE:
-        """Return the guidance that was found."""
-        return LLE([*self.seen], [*self.unseen])
+        return combined(step, history(step, x0), self.seen[k], self.unseen[k])
 
 
 def history(step: Step, x0: Tensor) -> list[Tensor]:
@@ -111,28 +68,17 @@ def history(step: Step, x0: Tensor) -> list[Tensor]:
     return [*(step.memory[name] for name in names), x0.detach()]
 
 
-def _projected(step: Step, x: Tensor) -> Tensor:
+def projected(step: Step, x: Tensor) -> Tensor:
     """Return P x (B, *)."""
     A = step.problem.operator
     return A.pinv(A(x)) if isinstance(A, LinearOperator) else x
 
 
-def _combined(step: Step, past: list[Tensor], a: Sequence[float], b: Sequence[float]) -> Tensor:
+def combined(step: Step, past: list[Tensor], a: Sequence[float], b: Sequence[float]) -> Tensor:
     """Return x̃, and keep it in the step's memory."""
     seen, unseen = (
         torch.stack([c * x for c, x in zip(w, past, strict=True)]).sum(0) for w in (a, b)
     )
-    x = unseen + _projected(step, seen - unseen)
+    x = unseen + projected(step, seen - unseen)
     step.memory[f"lle/{len(past) - 1}"] = x
     return x
-
-
-def _fit(parts: Tensor, truth: Tensor) -> list[float]:
-    """Return the weights (k,) of the parts (k, B, *) whose sum is nearest to the truth (B, *)."""
-    X, y = parts.flatten(1).cpu().double(), truth.flatten().cpu().double()
-    gram = X @ X.mT
-    own = torch.eye(len(X), dtype=X.dtype)[-1]  # the method itself
-    ridge = RIDGE * gram[-1, -1].clamp_min(torch.finfo(X.dtype).tiny)
-    normal = gram + ridge * torch.eye(len(X), dtype=X.dtype)
-    weights: list[float] = (own + torch.linalg.solve(normal, X @ (y - X[-1]))).tolist()
-    return weights

@@ -25,13 +25,11 @@ class DAPS(Solver):
     one solve; else it takes Langevin steps x₀ ← x₀ + h g + √(2h) z with
     g = A'ᵀ(y − A(x₀))/σ_y² + (x̂ − x₀)/ϱ² and h falling to a hundredth over the chain.
 
-    The flow's end is itself a draw of x₀ | x_t, and the noise ϱ² is added to it: where y tells
-    nothing, the variance becomes twice the truth in many steps of many ODE steps; with x̂₀ it comes
-    out right. So ``ode_steps=0`` is the better sampler at a fifth of the cost, and 5 the paper's.
-    Cost of a step: max(1, ode_steps) evaluations and one for the log, no gradient.
+    The flow's end is itself a draw of x₀ | x_t, and ϱ² is added to it: where y tells nothing, the
+    variance nears twice the truth; with x̂₀ it comes out right, at a fifth of the cost. The paper
+    has 5 steps. Cost of a step: ``ode_steps`` evaluations, at least 1.
 
-    Differs from the code: the likelihood is p(y | x₀) (there, without ½ and with σ_y = 0.01
-    whatever the noise); each sample is its own (there, one that is not a number zeroes the batch).
+    Differs from the code: the likelihood is p(y | x₀) (there, without ½, and σ_y = 0.01 always).
 
     >>> from cmi_lightning import Sampler
     >>> from cmi_lightning.denoisers import shipped_prior
@@ -101,7 +99,6 @@ class DAPS(Solver):
         problem, x = step.problem, centre
         if not problem.noisy:
             raise InputError("DAPS needs measurement noise: noise.sigma must be above 0.")
-        # h falls linearly to a hundredth, with the noise level on the annealing's own grid.
         done = 1 - (spread / self.high) ** (1 / 7)
         size = self.langevin_size * (1 - 0.99 * min(max(done, 0.0), 1.0))
         for k in range(self.langevin_steps):

@@ -24,12 +24,11 @@ class DDRM(Solver):
     - s σ_s ≥ α_s σ_y: Λ = η_b, d₁ = √(σ_s² − η_b² α_s² σ_y²/s²), d₂ = 0;
     - s σ_s < α_s σ_y: Λ = √(1 − η²) s σ_s/(α_s σ_y), d₁ = η σ_s, d₂ = 0.
 
-    With η_b = 1 this is DDNM+ step for step; that method's noiseless form is a guidance, and
-    :class:`DDNMPlus` serves operators without singular values. One evaluation a step, no gradient.
+    With η_b = 1 this is DDNM+ step for step; :class:`DDNMPlus` serves operators without singular
+    values. One evaluation a step, no gradient.
 
-    Differs from the original code: nothing is truncated (there, singular values below 0.03 count as
-    0 and their measurement enters as noise); σ_y = 0 keeps y to the last step. From deepinv: the
-    noise is not divided by √2.
+    Differs from the code: nothing is truncated (there, singular values below 0.03 count as 0 and
+    their measurement enters as noise); σ_y = 0 keeps y to the last step.
 
     >>> from cmi_lightning import Sampler
     >>> from cmi_lightning.denoisers import shipped_prior
@@ -40,8 +39,8 @@ class DDRM(Solver):
         eta_b: η_b, the weight of y where it tells more than x_t.
 
     Raises:
-        InputError: for options outside [0, 1], an operator without singular values in closed form,
-            or noise that differs between the measurements of one image.
+        InputError: for options outside [0, 1], an operator without singular values, or noise that
+            differs between the measurements of one image.
 
     Source: Kawar et al. (2022), Eq. 7 and 8.
     """
@@ -64,12 +63,12 @@ class DDRM(Solver):
         A, z = problem.operator.linearize(like), noise.normal("start", 0, like)
 
         def known(s: Tensor) -> Tensor:
-            return (s * ratio > std).to(like)
+            return (s * ratio > std) / _safe(s) ** 2
 
         def missing(s: Tensor) -> Tensor:
-            return (ratio**2 - known(s) * (std / _safe(s)) ** 2).clamp_min(0).sqrt()
+            return (ratio**2 - known(s) * std**2).clamp_min(0).sqrt()
 
-        x = A.spectral(A.adjoint(problem.y), lambda s: known(s) / _safe(s) ** 2)
+        x = A.spectral(A.adjoint(problem.y), known)
         return level.alpha * (x + A.spectral(z, missing))
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:

@@ -27,8 +27,8 @@ class FPS(Solver):
     before they move. Every sample has particles of its own, and ends as one of them, drawn by the
     likelihood. Cost of a step: ``particles`` evaluations and as many solves, no gradient.
 
-    With one particle it is :class:`cmi_lightning.guidance.CDPS`. Differs from other codes: x and
-    y_s are of one level and one scale.
+    With one particle it is :class:`cmi_lightning.guidance.CDPS`. Every y_s counts anew, so that
+    particles are surer than y is. Differs from other codes: x and y_s are of one level.
 
     >>> from cmi_lightning import Sampler
     >>> from cmi_lightning.denoisers import shipped_prior
@@ -101,7 +101,5 @@ def _log_weight(problem: Problem, mean: Tensor, variance: float) -> Tensor:
 def _systematic(logits: Tensor, u: Tensor, count: int) -> Tensor:
     """Return indices (B, count) by systematic resampling, from one uniform u (B,) a sample."""
     total = torch.softmax(logits, 1).cumsum(1)
-    places = (torch.arange(count, device=u.device) + u[:, None]) / count
-    return torch.searchsorted(total, places.to(total).clamp_max(1 - 1e-6)).clamp_max(
-        logits.shape[1] - 1
-    )
+    places = ((torch.arange(count, device=u.device) + u[:, None]) / count).to(total)
+    return torch.searchsorted(total, places).clamp_max(logits.shape[1] - 1)
