@@ -89,6 +89,8 @@ PYTHON = [
     "README.md",
     "docs/index.md",
     "docs/guides/python.md",
+    "docs/guides/mri.md",
+    "docs/guides/operator.md",
 ]  # pages with code that is not a file of the user's
 
 MY_NETWORKS = '''
