@@ -32,7 +32,7 @@ from cmi_lightning.report.tables import latex, markdown
 from cmi_lightning.statistics import Estimate, mean_and_error
 from cmi_lightning.table.aggregate import aggregate
 from cmi_lightning.table.cells import SET_RESAMPLES, StartedCell
-from cmi_lightning.table.command import parse, rounds
+from cmi_lightning.table.command import check, parse, rounds
 from cmi_lightning.table.progress import ProgressPrinter
 from cmi_lightning.table.records import at_equal_cost, passes, records
 from cmi_lightning.table.resampling import bootstrap_interval, interval_and_p, resamples_of
@@ -500,6 +500,13 @@ def test_descent_has_rows_of_its_own_beside_those_of_cmi(tmp_path):
     assert tried.step_sizes == cells["descent"].step_sizes
     with pytest.raises(InputError, match=r"descent\.space: give 0"):
         check_tuning(replace(table, validation=["v"], descent=replace(descent, space=[-0.1, -1.0])))
+    with pytest.raises(InputError, match=r"descent\.space: give 0 and values below"):
+        check_tuning(replace(table, validation=["v"], descent=replace(descent, space=[0.0, 0.1])))
+    check(table, [cells["descent"]])
+    for size in ({}, {"descent+DPS": 0.1}):  # a row of descent ascends by no default
+        other = replace(table, step_sizes={"box": size})
+        with pytest.raises(InputError, match=r"step_sizes\.box: give 'descent\+DPS' a value below"):
+            check(other, [other.cell("box", "DPS", "descent")])
     with pytest.raises(InputError, match="there is no 'descent+MCG'".replace("+", r"\+")):
         small(step_sizes={"box": {"descent+MCG": -1.0}})
 

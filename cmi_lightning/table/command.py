@@ -20,7 +20,7 @@ from cmi_lightning.files import make_folder
 from cmi_lightning.predict.messages import explain
 from cmi_lightning.predict.options import resolved
 from cmi_lightning.report.page import write_report
-from cmi_lightning.report.results import read_results, write_results
+from cmi_lightning.report.results import ADDED, read_results, write_results
 from cmi_lightning.report.tables import write_tables
 from cmi_lightning.table.aggregate import aggregate
 from cmi_lightning.table.progress import ProgressPrinter, first_process
@@ -91,6 +91,12 @@ def check(table: Table, cells: Sequence[Cell]) -> None:
         InputError: naming the configuration or the option.
     """
     for cell in cells:
+        option = table.descent.option if table.descent and cell.variant == "descent" else None
+        if option and not cell.validation and cell.step_sizes.get(option, 0.0) >= 0:
+            raise InputError(
+                f"step_sizes.{cell.task}: give '{ADDED['descent']}+{cell.method}' a value below "
+                "zero; `cmi-lightning tune` finds one."
+            )
         arguments = resolved(table.arguments(cell, 1))
         configs = [value for flag, value in itertools.pairwise(arguments) if flag == "-c"]
         text = "".join(c if c[0] == "{" else Path(c).read_text(encoding="utf-8") for c in configs)

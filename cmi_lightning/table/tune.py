@@ -94,6 +94,8 @@ def check(table: Table) -> None:
             raise InputError(
                 f"{variant}.space: give 0, which is no CMI, and at least one other value."
             )
+        if variant == "descent" and max(guidance.space) > 0:
+            raise InputError("descent.space: give 0 and values below it; those above are CMI's.")
         spaces[ADDED[variant]] = guidance.space
     for name, space in spaces.items():
         if len({f"{v:g}" for v in space}) < len(space) or len(space) != len(table.cmi.space):
