@@ -42,6 +42,8 @@ def on_disk(card: Card) -> bool:
 
         names = (card.file.name, *card.file.other_names)
         return cached(card.file.url).is_file() or any(Path(name).is_file() for name in names)
-    from huggingface_hub import try_to_load_from_cache
-
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:  # of the extra diffusers, which would have brought it here
+        return False
     return isinstance(try_to_load_from_cache(str(card.repo), "model_index.json"), str)
