@@ -23,7 +23,7 @@ from cmi_lightning.data.files import (
 )
 from cmi_lightning.data.folder import FolderData
 from cmi_lightning.data.images import Channels, Decoding, read_image
-from cmi_lightning.data.noise_levels import Range, estimate_of, read_sigmas, report_estimates
+from cmi_lightning.data.noise_levels import Range, estimate_of, report_estimates, sigmas_of
 from cmi_lightning.data.own import OwnMeasurements
 from cmi_lightning.errors import InputError, printable
 from cmi_lightning.noise import SampleNoise
@@ -121,19 +121,7 @@ class MeasurementFolder(Dataset):
             return {}, []
         if data.sigmas != ESTIMATE:
             path = local_path(data.sigmas, "data.sigmas")
-            if not path.is_file():
-                raise InputError(
-                    f"data.sigmas: there is no file '{printable(path)}'; give a CSV file with the "
-                    f"columns id,sigma, or the word {ESTIMATE}."
-                )
-            table = read_sigmas(path, found, data.sigma_range)
-            missing = [name for name in names if name not in table]
-            if missing:
-                raise InputError(
-                    f"data.sigmas: '{printable(path)}' has no sigma for {len(missing)} of "
-                    f"{len(names)} measurements, such as '{missing[0]}'; add them."
-                )
-            return {name: table[name] for name in names}, []
+            return sigmas_of(path, names, found, data.sigma_range), []
         sigmas: dict[str, float] = {}
         clipped = []
         for name, file in self.files:

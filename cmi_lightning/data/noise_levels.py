@@ -83,6 +83,28 @@ def read_sigmas(path: Path, known: Collection[str], unit: Range) -> dict[str, fl
     return sigmas
 
 
+def sigmas_of(
+    path: Path, names: Collection[str], known: Collection[str], unit: Range
+) -> dict[str, float]:
+    """Return {id: standard deviation on [−1, 1]} of all measurements; see :func:`read_sigmas`.
+
+    Raises:
+        InputError: if there is no such file, or it lacks one of the names.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"data.sigmas: there is no file '{printable(path)}'; give a CSV file with the "
+            "columns id,sigma, or the word estimate."
+        )
+    table = read_sigmas(path, known, unit)
+    if missing := [name for name in names if name not in table]:
+        raise InputError(
+            f"data.sigmas: '{printable(path)}' has no sigma for {len(missing)} of "
+            f"{len(names)} measurements, such as '{missing[0]}'; add them."
+        )
+    return {name: table[name] for name in names}
+
+
 def estimate_sigma(y: Tensor, known: Tensor | None = None) -> float:
     """Return σ̂ = median|d| / 0.6745 of white noise in one image, averaged over its channels.
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from cmi_lightning.data.extras import companions
 from cmi_lightning.data.files import by_id, local_path, natural, read_all
 from cmi_lightning.data.images import SUFFIXES, Decoding, UnreadableError, read_image
-from cmi_lightning.data.noise_levels import read_sigmas
+from cmi_lightning.data.noise_levels import sigmas_of
 from cmi_lightning.errors import InputError, first_line, printable
 
 if TYPE_CHECKING:
@@ -108,11 +108,8 @@ class OwnMeasurements(Dataset):
         if apart is not None:
             self.maps = companions(self.survey.read, folder, apart, "data.sigmas")
         elif levels is not None:
-            table = read_sigmas(levels, found, data.sigma_range)
-            missing = [name for name, _ in self.files if name not in table]
-            if missing:
-                raise InputError(f"data.sigmas has no sigma for '{missing[0]}'; add it.")
-            self.sigmas = table
+            names = [name for name, _ in self.files]
+            self.sigmas = sigmas_of(levels, names, found, data.sigma_range)
         self.scale = 2.0 if data.sigma_range == "unit" else 1.0
 
     def _shape(self, name: str, file: Path, note: Callable[[str], object]) -> tuple[int, ...]:
