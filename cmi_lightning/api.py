@@ -78,8 +78,9 @@ class Restorer:
     Args:
         prior: by name, such as "photos-64" (``cmi-lightning priors`` lists them), or a
             :class:`Denoiser`. A prior of colour images also takes gray ones, and the reverse.
-        method: a packaged guidance, or a packaged solver that needs none, such as "dps", "pigdm",
-            "dps+cmi" or "ddrm" (``cmi-lightning configs`` lists them); or guidances.
+        method: a packaged guidance, or a packaged solver that needs none, such as "pigdm", which
+            has no step size, "dps+cmi" or "ddrm" (``cmi-lightning configs`` lists them); or
+            guidances.
         solver: a packaged solver such as "ddim", or a solver; None takes the method's, else DDPM.
         steps: see ``num_steps`` of :class:`cmi_lightning.PosteriorSampler`, and "all"; None takes
             the method's, else 100.
@@ -94,7 +95,7 @@ class Restorer:
     def __init__(
         self,
         prior: str | Denoiser = "photos-64",
-        method: str | Sequence[Guidance] = "dps",
+        method: str | Sequence[Guidance] = "pigdm",
         *,
         solver: str | Solver | None = None,
         steps: int | str | None = None,
@@ -216,7 +217,7 @@ def restore(
     image: Any,
     operator: Operator | None = None,
     prior: str | Denoiser = "photos-64",
-    method: str | Sequence[Guidance] = "dps",
+    method: str | Sequence[Guidance] = "pigdm",
     *,
     solver: str | Solver | None = None,
     steps: int | str | None = None,

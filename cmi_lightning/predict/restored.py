@@ -63,7 +63,7 @@ class Restored:
         level = torch.as_tensor(found["details"].problem.noise_std).flatten() / 2
         fits = (found["residual"] / found["noise_norm"]).tolist()
         notes = [f"'{name}' was given up: {why}" for name, why in found["failed"].items()]
-        if told := misfit([] if notes else fits, given=True):
+        if told := misfit([] if notes else fits, given=found["truth"] is None):
             notes.append(told)
         pixels = {"before": found["measurement"], "after": found["restored"]}
         if std is not None:

@@ -7,6 +7,8 @@ import html
 import logging
 import os
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +62,7 @@ def build() -> gr.Blocks:
                     show_label=False,
                     type="pil",
                     image_mode="RGBA",
+                    format="png",  # what is restored is what was dropped
                     sources=("upload", "clipboard"),
                     transforms=(),
                     layers=False,
@@ -115,7 +118,7 @@ def build() -> gr.Blocks:
                         True, label="The photograph is sound: damage it first, then compare"
                     )
                 with gr.Accordion("Method", open=False, elem_id="method"):
-                    method = gr.Dropdown(list(work.methods()), value="dps", label="Method")
+                    method = gr.Dropdown(list(work.methods()), value="pigdm", label="Method")
                     steps = gr.Slider(1, 1000, 100, step=1, label="Steps", elem_id="steps")
                     samples = gr.Slider(1, 16, 1, step=1, label="Draws", elem_id="draws")
                     side = gr.Dropdown(
@@ -132,10 +135,15 @@ def build() -> gr.Blocks:
                     elem_id="live",
                 )  # fmt: skip
                 compare = gr.ImageSlider(
-                    label="Before | after", interactive=False, height=380, elem_id="compare"
+                    label="Before | after",
+                    format="png",
+                    interactive=False,
+                    height=380,
+                    elem_id="compare",
                 )
                 spread = gr.Image(
                     label="Uncertainty: where the draws differ (bright)",
+                    format="png",
                     visible=False,
                     interactive=False,
                     buttons=["download"],
@@ -248,6 +256,7 @@ def serve(port: int, share: bool = False, browser: bool = False, wait: bool = Tr
         ) from error
     print(f"The studio is at {shared or address} (Ctrl-C ends it).", flush=True)
     if wait:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # tidily
         page.block_thread()
     return page
 

@@ -60,7 +60,7 @@ class Choice:
     estimate: bool = False
     sound: bool = True  # the photograph is damaged first
     side: int = 128
-    method: str = "dps"
+    method: str = "pigdm"
     steps: int = 100
     samples: int = 1
     seed: int = 0
