@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -14,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmi_lightning import configs
 from cmi_lightning.data.folder import SHIPPED
 from cmi_lightning.data.pictures import Picture
 from cmi_lightning.denoisers import AsGray, AsRGB, Denoiser
 from cmi_lightning.denoisers.tiled import suited
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
+from cmi_lightning.methods import Method, step_sizes
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
 from cmi_lightning.predict.restoration import Restoration, restoring
@@ -31,8 +29,6 @@ from cmi_lightning.solvers import DDPM, Solver
 from cmi_lightning.step import Record
 from cmi_lightning.zoo import load_prior
 
-# The packaged task whose step sizes suit an operator that no task has.
-LIKE = {"Inpaint": "RandomMask", "GivenKernel": "GaussianBlur", "AveragePool": "Downsample"}
 ESTIMATE = "estimate"
 
 
@@ -299,105 +295,6 @@ def examples() -> dict[str, Path]:
     True
     """
     return {path.stem: path for path in sorted(SHIPPED["photos-test"].glob("*.*"))}
-
-
-def step_sizes(operator: Operator) -> dict[str, float]:
-    """Return the step sizes of the packaged task that has this operator; {} where none has.
-
-    >>> from cmi_lightning.operators import ChannelMix
-    >>> step_sizes(Identity()).get("nothing") is None
-    True
-    """
-    kind = type(operator).__name__
-    for name in configs.summaries():
-        if name.startswith("task/"):
-            task = json.loads(configs.find(name) or "{}")
-            path: str = task["model"]["operator"]["class_path"]
-            if path.rpartition(".")[2] == LIKE.get(kind, kind):
-                return dict(task.get("step_sizes", {}))
-    return {}
-
-
-@dataclass
-class Method:
-    """The guidances, solver and number of steps of a method.
-
-    >>> Method.of("dps", {"dps": 4.0}).guidances[0].scale
-    4.0
-    """
-
-    guidances: list[Guidance]
-    solver: Solver | None = None
-    steps: int | str = 100
-
-    @classmethod
-    def of(cls, method: str | Sequence[Guidance], sizes: Mapping[str, float]) -> Method:
-        """Return what ``-c guidance/dps -c add_cmi`` makes of "dps+cmi".
-
-        Args:
-            method: names of packaged configurations with + between them, or guidances.
-            sizes: step sizes, by the names that the configurations read.
-
-        Raises:
-            InputError: for an unknown name.
-        """
-        if not isinstance(method, str):
-            return cls(list(method))
-        made = cls([])
-        for name in method.split("+"):
-            model = _packaged(name, sizes)
-            made.guidances += _made(model.get("guidances", []) + model.get("guidances+", []))
-            made.solver = _made(model["solver"]) if "solver" in model else made.solver
-            made.steps = model.get("num_steps", made.steps)
-        return made
-
-
-def methods() -> list[str]:
-    """Return the names of the methods that ship with the package.
-
-    >>> {"dps", "pigdm", "ddrm"} <= set(methods())
-    True
-    """
-    names = [name for name in configs.summaries() if name.startswith(("guidance/", "solver/"))]
-    alone = [n for n in names if n.startswith("guidance/") or _conditional(n)]
-    return list(dict.fromkeys(n.partition("/")[2] for n in alone if n != "guidance/none"))
-
-
-def _conditional(name: str) -> bool:
-    return bool(_made(_packaged(name, {})["solver"]).conditional)
-
-
-def _packaged(name: str, sizes: Mapping[str, float]) -> dict[str, Any]:
-    """Return the model's options in a packaged configuration, of a short name or a whole one."""
-    from omegaconf import OmegaConf
-
-    places = {"cmi": ["add_cmi"]}.get(name, [name, f"guidance/{name}", f"solver/{name}"])
-    text = next((found for place in places if "/" in place or place == "add_cmi"
-                 if (found := configs.find(place))), None)  # fmt: skip
-    if text is None:
-        kind, _, short = name.rpartition("/")
-        known = methods() if kind != "solver" else [
-            n.partition("/")[2] for n in configs.summaries() if n.startswith("solver/")
-        ]  # fmt: skip
-        raise InputError(
-            f"There is no {kind or 'method'} '{short}': use {', '.join(known)}"
-            f"{', each also with +cmi' if not kind else ''}."
-        )
-    own = OmegaConf.create(text) if text.startswith("{") else OmegaConf.load(text)
-    whole: Any = OmegaConf.merge({"step_sizes": dict(sizes)}, own)
-    model: dict[str, Any] = OmegaConf.to_container(whole, resolve=True)["model"]  # type: ignore[index, call-overload, assignment]
-    return model
-
-
-def _made(spec: Any) -> Any:
-    """Return the objects of a packaged configuration: class_path and init_args, as LightningCLI."""
-    if isinstance(spec, list):
-        return [_made(part) for part in spec]
-    if isinstance(spec, dict) and "class_path" in spec:
-        module, _, name = spec["class_path"].rpartition(".")
-        options = {k: _made(v) for k, v in spec.get("init_args", {}).items()}
-        return getattr(importlib.import_module(module), name)(**options)
-    return spec
 
 
 def _problem(

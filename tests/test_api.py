@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from cmi_lightning import InputError, Restorer, restore
-from cmi_lightning.api import Method, StoppedError, methods, step_sizes
+from cmi_lightning.api import StoppedError
 from cmi_lightning.cli import main
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import CMI, DPS
+from cmi_lightning.methods import Method, methods, step_sizes
 from cmi_lightning.operators import BoxMask, Downsample, GivenKernel, Identity, Inpaint
 
 RNG = np.random.default_rng(0)

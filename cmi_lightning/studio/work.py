@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cmi_lightning import api, configs
-from cmi_lightning.api import ESTIMATE, Progress, Restorer, step_sizes
+from cmi_lightning import configs
+from cmi_lightning import methods as packaged
+from cmi_lightning.api import ESTIMATE, Progress, Restorer
 from cmi_lightning.data.pictures import png
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import write
+from cmi_lightning.methods import step_sizes
 from cmi_lightning.operators import (
     Downsample,
     GaussianBlur,
@@ -265,7 +267,7 @@ def methods() -> tuple[str, ...]:
     """
     bases = ("dps", "pigdm", "mcg", "dsg")
     return (*(f"{name}{more}" for name in bases for more in ("", "+cmi")),
-            *(name for name in api.methods() if name not in bases))  # fmt: skip
+            *(name for name in packaged.methods() if name not in bases))  # fmt: skip
 
 
 def restore(
