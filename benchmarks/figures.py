@@ -1,7 +1,7 @@
 """The README's pictures.
 
-python benchmarks/figures.py demo       docs/demo.png, from cells of `table -c table/fashion`
-python benchmarks/figures.py samples    docs/samples.png: the prior alone, DDIM with 100 steps
+python benchmarks/figures.py demo       docs/demo.png: photographs, damaged and restored (minutes)
+python benchmarks/figures.py samples    docs/samples.png: the garments' prior alone, DDIM, 100 steps
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from cmi_lightning.callbacks.drawing import save_png, tile, to_tile
+from cmi_lightning.cli import main
 from cmi_lightning.denoisers import shipped_prior
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity
@@ -21,8 +22,7 @@ from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDIM
 
 DOCS = Path(__file__).parent.parent / "docs"
-CELLS = Path("runs/table/fashion/cells")
-SHOWN = {"inpaint_box": "box", "super_resolution": "quarter size", "inpaint_random": "90 % missing"}
+SHOWN = {"inpaint_random": "90 % missing", "inpaint_box": "box", "super_resolution": "quarter size"}
 
 
 def labelled(picture: Image.Image, labels: list[str], width: int = 200) -> Image.Image:
@@ -37,15 +37,17 @@ def labelled(picture: Image.Image, labels: list[str], width: int = 200) -> Image
 
 
 def demo(count: int = 8) -> None:
-    """The table's first images: truth, then measurement and CMI+DPS of each task."""
-
-    def row(task: str, kind: str) -> list[Image.Image]:
-        paths = sorted((CELLS / task / "DPS-cmi" / kind).glob("*.png"))[:count]
-        return [Image.open(path).convert("L") for path in paths]
-
-    rows = [row(next(iter(SHOWN)), "truth")]
-    rows += [row(task, kind) for task in SHOWN for kind in ("measurement", "restored")]
-    labels = ["truth", *(label for shown in SHOWN.values() for label in (shown, "restored"))]
+    """The demo's photographs: truth, then measurement and CMI+DPS of each task."""
+    rows, labels = [], ["truth"]
+    for task, label in SHOWN.items():
+        folder = Path("runs/figures") / task
+        command = ["predict", "-c", "demo", "-c", f"task/{task}", "-c", "table/cells"]
+        if main([*command, f"--trainer.default_root_dir={folder}"]):
+            raise SystemExit(f"{task} failed")
+        for kind in ("truth", "measurement", "restored")[bool(rows) :]:
+            paths = sorted((folder / kind).glob("*.png"))[:count]
+            rows.append([Image.open(path).convert("RGB") for path in paths])
+        labels += [label, "restored"]
     save_png(labelled(tile(rows), labels), DOCS / "demo.png")
 
 
