@@ -138,7 +138,8 @@ def test_the_share_that_is_missing_is_said(tmp_path, capsys):
     )
     one = str(tmp_path / "m/0.png")
     assert set_up(y, kind="inpaint", masks=one).given.endswith("0.png (25 % missing)")
-    args = ["-c", "prior/fashion_mnist", "--model.num_steps=1", "--data=MeasurementFolderData"]
+    args = ["-c", "prior/fashion_mnist", "-c", "guidance/none", "--model.num_steps=1"]
+    args += ["--data=MeasurementFolderData"]
     args += ["--data.kind=inpaint", f"--data.masks={one}", "--data.channels=1"]
     args += [f"--data.measurements={y}", f"--trainer.default_root_dir={tmp_path / 'o'}"]
     assert main(["predict", *args]) == 0
