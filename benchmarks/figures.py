@@ -22,7 +22,11 @@ from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDIM
 
 DOCS = Path(__file__).parent.parent / "docs"
-SHOWN = {"inpaint_random": "90 % missing", "gaussian_blur": "blurred", "super_resolution": "quarter size"}
+SHOWN = {
+    "inpaint_random": "90 % missing",
+    "gaussian_blur": "blurred",
+    "super_resolution": "quarter size",
+}
 
 
 def labelled(picture: Image.Image, labels: list[str], width: int = 200) -> Image.Image:
