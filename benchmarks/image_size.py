@@ -4,10 +4,11 @@
     python benchmarks/image_size.py FOLDER --sides 64 128 --images 2
 
 FOLDER holds the package's photographs (docs/photos.md); squares of the validation photographs are
-scaled to each side. Each case runs in a process of its own: DPS, 100 steps, 90 % of the pixels
-missing, σ = 0.05, one image at a time. "whole" gives the convolutional network the whole image;
-"tiled" gives it windows of 64 pixels that overlap by 16. Memory is the growth of the largest
-resident set over the process with its network; seconds are of CPU, on one thread.
+scaled to each side. Each case runs in a process of its own: DPS of scale side/16, 100 steps,
+90 % of the pixels missing, σ = 0.05, one image at a time. "whole" gives the convolutional network
+the whole image; "tiled" gives it windows of 64 pixels that overlap by 16. Memory is the
+growth of the largest resident set over the process with its network; seconds are of CPU, on one
+thread.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def measure(folder: Path, side: int, tiled: bool, count: int) -> dict[str, float
     prior: Denoiser = shipped_prior("photos-64")
     if tiled:
         prior = Tiled(prior, size=64, overlap=16)
-    sampler = Sampler(prior, DDPM(), [DPS(4.0)], num_steps=100)
+    sampler = Sampler(prior, DDPM(), [DPS(side / 16)], num_steps=100)
     lpips = load_lpips("alex", Alex.source.locate(None, fetch=True))
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is what is resident now
     before, rows = peak("cpu"), []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent
 BASE = FOLDER / "base.yaml"
@@ -46,7 +47,17 @@ def find(name: str) -> str | None:
     collection, _, section = name.rpartition("/")
     if collection not in COLLECTIONS:
         return str(FOLDER / f"{name}.yaml")
+    return json.dumps(sections(collection)[section], ensure_ascii=False)
+
+
+def sections(collection: str) -> dict[str, Any]:
+    """Return {section: its options} of a file of sections, in the file's order.
+
+    >>> next(iter(sections("guidance")))
+    'none'
+    """
     import yaml
 
-    sections = yaml.safe_load((FOLDER / f"{collection}.yaml").read_text(encoding="utf-8"))
-    return json.dumps(sections[section], ensure_ascii=False)
+    text = (FOLDER / f"{collection}.yaml").read_text(encoding="utf-8")
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found

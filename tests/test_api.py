@@ -129,7 +129,6 @@ def test_simulated_damage_is_that_of_the_command_line(tmp_path):
     (tmp_path / "x").mkdir()
     Image.fromarray(RNG.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "x/a.png")
     options = ["-c", "task/super_resolution", "-c", "guidance/pigdm", "-c", "solver/ddim"]
-    options += ["--step_sizes.pigdm=1"]  # that of the class; the task has another
     written = _predict(tmp_path / "out", *options, f"--data.folder={tmp_path / 'x'}")
     made = Restorer(method="pigdm", solver="ddim", steps=3, device="cpu")
     result = made(tmp_path / "x/a.png", Downsample(4), simulate=True)
