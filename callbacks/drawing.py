@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from collections.abc import Sequence
@@ -13,21 +12,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from cmi_lightning.data.pictures import levels, png
 from cmi_lightning.files import write
 
 MARGIN, HEADER, SMALLEST = 6, 22, 112  # pixels: gaps, heading, least longer side in a grid
 PNG = b"\x89PNG\r\n\x1a\n"
 NATIVE = (1, 3, 4)  # channel counts that a PNG holds: gray, RGB, RGBA
-
-
-def levels(x: Tensor, most: int = 255) -> Tensor:
-    """Return round(255·clamp((x + 1)/2, 0, 1)) in float32 for x in [−1, 1]; NaN stays NaN."""
-    return ((x.detach().float() + 1) / 2).clamp(0, 1).mul(most).round()
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Return :func:`levels` as bytes; what is not a number becomes 0."""
-    return levels(x).nan_to_num(0.0).to(torch.uint8)
 
 
 def planes(x: Tensor, bits: int = 8) -> list[np.ndarray]:
@@ -50,9 +40,7 @@ def to_images(x: Tensor) -> list[Image.Image]:
 def encode_png(pixels: np.ndarray) -> bytes:
     """Return whole numbers (H, W) or (H, W, 3 or 4) of 8 or 16 bits as a PNG file."""
     if pixels.dtype == np.uint8:
-        data = io.BytesIO()
-        Image.fromarray(pixels).save(data, format="PNG")
-        return data.getvalue()
+        return png(Image.fromarray(pixels))
     # Pillow writes 16 bits of gray only.
     height, width, *channels = pixels.shape
     colour = {(): 0, (3,): 2, (4,): 6}[tuple(channels)]

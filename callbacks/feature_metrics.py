@@ -25,9 +25,9 @@ from cmi_lightning.callbacks.distances import (
     perceptual,
     read_embeddings,
 )
-from cmi_lightning.callbacks.drawing import levels
 from cmi_lightning.callbacks.networks import Published
 from cmi_lightning.callbacks.summary import given_up, means, statistics
+from cmi_lightning.data.pictures import levels
 from cmi_lightning.errors import InputError, first_line
 from cmi_lightning.files import sha256, write
 from cmi_lightning.paths import safe_name

@@ -13,7 +13,6 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from cmi_lightning.callbacks.base import RecordingCallback, failures, plain
-from cmi_lightning.callbacks.drawing import levels
 from cmi_lightning.callbacks.feature_metrics import FeatureMetrics
 from cmi_lightning.callbacks.networks import VGG, Alex, Inception
 from cmi_lightning.callbacks.summary import (
@@ -27,6 +26,7 @@ from cmi_lightning.callbacks.summary import (
     table,
     timing,
 )
+from cmi_lightning.data.pictures import levels
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import write, write_json
 from cmi_lightning.paths import inside

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.callbacks.base import RecordingCallback, failures, plain
-from cmi_lightning.callbacks.drawing import levels
 from cmi_lightning.callbacks.summary import given_up, plus_minus, show
+from cmi_lightning.data.pictures import levels
 from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.predict.module import Restoration

@@ -35,13 +35,14 @@ from cmi_lightning.callbacks import (
     TrajectoryLogger,
 )
 from cmi_lightning.callbacks.distances import read_embeddings
-from cmi_lightning.callbacks.drawing import levels, tile, to_images, to_uint8
+from cmi_lightning.callbacks.drawing import tile, to_images
 from cmi_lightning.callbacks.feature_metrics import STABLE_FID
 from cmi_lightning.callbacks.networks import load_lpips
 from cmi_lightning.callbacks.summary import statistics
 from cmi_lightning.callbacks.trajectory import plot_curves
 from cmi_lightning.data import MeasurementFolderData
 from cmi_lightning.data.images import read_image
+from cmi_lightning.data.pictures import levels, to_uint8
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.fetch import ALEX, INCEPTION
 from cmi_lightning.guidance import DPS

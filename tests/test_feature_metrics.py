@@ -25,8 +25,8 @@ from cmi_lightning.callbacks.distances import (
     perceptual,
     read_embeddings,
 )
-from cmi_lightning.callbacks.drawing import levels
 from cmi_lightning.data.fashion import DEBIAN_FOLDER, FashionMNIST
+from cmi_lightning.data.pictures import levels
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import DPS
 from cmi_lightning.operators import BoxMask

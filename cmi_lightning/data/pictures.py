@@ -90,7 +90,7 @@ class Picture:
             return x if image.ndim == 4 else x[0] if image.ndim == 3 else x[0, 0]
 
         def back(x: Tensor) -> Tensor:
-            return shaped(_bytes(x) if byte else _unit(x).to(image.dtype))
+            return shaped(to_uint8(x) if byte else _unit(x).to(image.dtype))
 
         return cls(_channels(x, image, 1), back, shaped, _numbered(len(x)))
 
@@ -106,7 +106,7 @@ class Picture:
             return array if image.ndim == 4 else array[0] if image.ndim == 3 else array[0, ..., 0]
 
         def back(x: Tensor) -> np.ndarray:
-            return shaped(_bytes(x)) if image.dtype == np.uint8 else shaped(_unit(x))
+            return shaped(to_uint8(x)) if image.dtype == np.uint8 else shaped(_unit(x))
 
         return cls(_channels(x, image, image.ndim - 1), back, shaped, _numbered(len(x)))
 
@@ -148,8 +148,22 @@ def _unit(x: Tensor) -> Tensor:
     return ((x.detach().float() + 1) / 2).clamp(0, 1)
 
 
-def _bytes(x: Tensor) -> Tensor:
-    return (_unit(x) * 255).round().to(torch.uint8)
+def levels(x: Tensor, most: int = 255) -> Tensor:
+    """Return round(most·clamp((x + 1)/2, 0, 1)) in float32 for x in [−1, 1]; NaN stays NaN.
+
+    >>> levels(torch.tensor([-1.0, 0.0, 9.0]))
+    tensor([  0., 128., 255.])
+    """
+    return _unit(x).mul(most).round()
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Return :func:`levels` as bytes; what is not a number becomes 0.
+
+    >>> to_uint8(torch.tensor([0.0, float("nan")]))
+    tensor([128,   0], dtype=torch.uint8)
+    """
+    return levels(x).nan_to_num(0.0).to(torch.uint8)
 
 
 def _last(x: Tensor) -> np.ndarray:
@@ -163,7 +177,7 @@ def as_images(x: Tensor) -> list[Image.Image]:
     >>> as_images(torch.zeros(1, 1, 2, 3))[0].getpixel((0, 0))
     128
     """
-    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in _last(_bytes(x))]
+    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in _last(to_uint8(x))]
 
 
 def png(image: Image.Image) -> bytes:
