@@ -44,7 +44,7 @@ usage: cmi-lightning COMMAND [-c CONFIG] ... [--option VALUE] ...
   cmi-lightning predict --help                                     all options
   cmi-lightning verify                                             the mathematics, in seconds
   cmi-lightning verify -c mine.yaml                                the network of a configuration
-  cmi-lightning table -c table/smoke                               a small table in two minutes
+  cmi-lightning table -c table/smoke                               a small table in a minute
 
 Configurations that ship with the package: """
 

@@ -5,6 +5,7 @@ A name is a file, ``prior/ffhq``, or a section of one: ``guidance/dps`` is ``dps
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -33,6 +34,7 @@ def summaries() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+@functools.cache
 def find(name: str) -> str | None:
     """Return a packaged configuration as ``-c`` takes it: a file's path, or a section's text.
 

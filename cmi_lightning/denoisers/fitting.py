@@ -41,8 +41,9 @@ def fitted(network: nn.Module, state: Any, path: Path, part: str | None) -> dict
     parts = dict(_parts(state))
     if not parts:
         raise InputError(f"'{path}' is not a state dict (a mapping of names to tensors).")
-    names = {WRAPPERS.sub("", name): name for name in network.state_dict()}
-    own = {name: network.state_dict()[theirs] for name, theirs in names.items()}
+    whole = network.state_dict()
+    names = {WRAPPERS.sub("", name): name for name in whole}
+    own = {name: whole[theirs] for name, theirs in names.items()}
     for tensors in parts.values():
         if found := next(filter(None, map(AUTOENCODER.search, tensors.keys() - own.keys())), None):
             raise InputError(

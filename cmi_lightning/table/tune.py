@@ -70,8 +70,9 @@ def best(table: Table, means: Mapping[float, float | None]) -> float | None:
 
 
 def added_guidances(table: Table) -> dict[Variant, Method]:
-    """Return what the table adds to its bases, by variant."""
-    return {variant: m for variant in ADDED if (m := table.added(variant)) is not None}
+    """Return what is searched on top of the bases, by variant; a descent without option is not."""
+    there = {variant: table.added(variant) for variant in ADDED}
+    return {v: m for v, m in there.items() if m is not None and (m.option or v == "cmi")}
 
 
 def check(table: Table) -> None:
