@@ -1,16 +1,25 @@
-"""MkDocs hooks: formulas become MathML, and docstrings Markdown, when the site is built."""
+"""MkDocs hooks: formulas become MathML and docstrings Markdown, and notebooks are run.
+
+With QUICK=1 in the environment, notebooks run on the small settings that they name.
+"""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import griffe
+import nbformat
 import yaml
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
+from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
 
 PACKAGE = Path(__file__).parents[1] / "cmi_lightning"
 FOLDER = Path(__file__).parent / "methods"
@@ -54,7 +63,37 @@ def on_files(files: Any, config: Any) -> Any:
     for name, package in methods().items():
         text = f"# {name}\n\n{pictures(name)}::: cmi_lightning.{package}.{name}\n"
         files.append(File.generated(config, f"methods/{name}.md", content=text))
+    for name, (text, shown) in tutorials(bool(os.environ.get("QUICK"))).items():
+        files.append(File.generated(config, f"tutorials/{name}.md", content=text))
+        for picture, content in shown.items():
+            files.append(File.generated(config, f"tutorials/{picture}", content=content))
     return files
+
+
+@cache
+def tutorials(quick: bool) -> dict[str, tuple[str, dict[str, bytes]]]:
+    """Run the notebooks, one after the other; return each as Markdown, with what it shows."""
+    paths = sorted(FOLDER.with_name("tutorials").glob("*.ipynb"))
+    notebooks = {path.stem: nbformat.read(path, 4) for path in paths}
+    whole = nbformat.v4.new_notebook()  # one process, because imports take most of the time
+    for notebook in notebooks.values():
+        whole.cells += [*notebook.cells, nbformat.v4.new_code_cell("%reset -f")]
+    for cell in whole.cells:
+        if quick and "quick" in cell.metadata:
+            cell.source = cell.metadata["quick"]
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(whole, resources={"metadata": {"path": folder}}).execute()
+    for cell in whole.cells:  # progress bars say nothing on a page
+        if "outputs" in cell:
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    made = {}
+    for name, notebook in notebooks.items():
+        where = {"output_files_dir": name, "unique_key": "shown"}
+        page, resources = MarkdownExporter().from_notebook_node(notebook, where)
+        title, _, rest = page.partition("\n\n")
+        link = f"[Download this notebook]({name}.ipynb)"
+        made[name] = f"{title}\n\n{link}\n\n{rest}", resources["outputs"]
+    return made
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

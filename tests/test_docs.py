@@ -6,6 +6,8 @@ A block that cannot run here follows a comment <!-- not run: the reason -->.
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -25,6 +27,7 @@ from cmi_lightning.noise import SampleNoise
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOLDERS = (ROOT, DOCS, DOCS / "guides", DOCS / "results")
 PAGES = {str(p.relative_to(ROOT)): p.read_text("utf-8") for f in FOLDERS for p in f.glob("*.md")}
@@ -299,6 +302,14 @@ def test_python(home, page, tmp_path, monkeypatch):
         assert (tmp_path / folder / "metrics.csv").is_file()
 
 
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_notebooks_hold_no_outputs(path):
+    """They are run when the site is built; `test_the_site` runs them on small settings."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+    assert sum("quick" in cell["metadata"] for cell in cells) == 1
+
+
 def test_the_guidance_is_short():
     lines = [line for line in FILES["my_terms.py"].splitlines() if line.strip()]
     assert len([line for line in lines if not line.startswith("#")]) <= 15
@@ -347,7 +358,10 @@ def test_the_site(tmp_path):
     """A broken link or an unknown name stops the build; the pages are whole and fetch nothing."""
     pytest.importorskip("mkdocstrings_handlers.python", reason="the extra docs is not installed")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    quick = {**os.environ, "QUICK": "1"}  # the notebooks are run
+    built = subprocess.run(
+        command, cwd=ROOT, env=quick, capture_output=True, text=True, check=False
+    )
     assert built.returncode == 0, built.stdout + built.stderr
     site = {str(p.relative_to(tmp_path)): p.read_text("utf-8") for p in tmp_path.rglob("*.html")}
     for page in PAGES:
@@ -357,6 +371,13 @@ def test_the_site(tmp_path):
         for tag in re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", html):
             assert not re.search(r'(?:src|href)="(?:https?:)?//', tag), (page, tag)
         assert "unpkg.com" not in html, page
+    for path in TUTORIALS:
+        page = site[f"tutorials/{path.stem}.html"]
+        assert page.count("Download this notebook") == 1
+        pictures = re.findall(r'<img alt="[^"]*" src="([^"]+)"', page)
+        assert any(
+            src.startswith("data:") or (tmp_path / "tutorials" / src).is_file() for src in pictures
+        )
     assert site["method.html"].count("<math") == PAGES["docs/method.md"].count("$$") // 2
     reference = "".join(html for page, html in site.items() if page.startswith("reference/"))
     shown = set(re.findall(r'id="(cmi_lightning[^"]*)"', reference))
