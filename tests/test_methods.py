@@ -274,15 +274,15 @@ FAR = {
     "line search": (DDPM(), [MomentMatching(1)], 0.42),
     "PiGDM": (DDPM(), [PiGDM(float(C.trace()) / N, "posterior")], 0.353),
     "TMPD": (DDPM(), [TMPD()], 0.193),
-    "CADPS": (DDPM(), [CADPS()], 0.44),
+    "CADPS": (DDPM(), [CADPS(shrink=0.0)], 0.44),
     "AnnealedDPS": (DDPM(), [AnnealedDPS()], 1.03),
     "DMPS": (DDPM(), [DMPS()], 0.646),
     "DiffPIR": (Renoise(0.3), [DiffPIR()], 0.408),
     "CDPS": (DDPM(), [CDPS()], 0.463),
     "DDRM": (DDRM(), [], 0.333),
     "DDNM+": (DDNMPlus(), [], 0.451),
-    "DAPS, x̂₀": (DAPS(0), [], 0.097),
-    "DAPS, flow": (DAPS(3), [], 0.282),
+    "DAPS, x̂₀": (DAPS(0, spread=1.0), [], 0.097),
+    "DAPS, flow": (DAPS(3, spread=1.0), [], 0.282),
 }
 
 
@@ -295,7 +295,7 @@ def test_distance_to_the_posterior(name):
 
 @pytest.mark.parametrize(
     ("solver", "guidances"),
-    [(DDPM(), [DiffPIR(prior_variance=0.4)]), (DAPS(0, low=0.011), [])],
+    [(DDPM(), [DiffPIR(prior_variance=0.4)]), (DAPS(0, low=0.011, spread=1.0), [])],
     ids=["exact mean", "DAPS, x̂₀"],
 )
 def test_the_posterior_in_a_thousand_levels(solver, guidances):
@@ -330,8 +330,8 @@ def test_daps_widens_by_its_flow():
     prior = GaussianPrior(torch.zeros(1, dtype=torch.float64), 0.7, Schedule.edm(200, 1e-3, 100.0))
     blind = Problem(torch.zeros(1, 1).double(), Dense(torch.zeros(1, 1).double()), 0.1)
     found = []
-    for ode_steps in (0, 1, 4):
-        solver = DAPS(ode_steps, ode_end=1e-3, low=0.01)
+    for ode_steps, spread in ((0, 1.0), (1, 1.0), (4, 1.0), (4, 0.3)):
+        solver = DAPS(ode_steps, ode_end=1e-3, low=0.01, spread=spread)
         sampler = Sampler(prior, solver, clamp=False, num_steps=100)
         _, covariance = sampler_law(sampler, blind, LIKE[:, :1])
         found.append(float(covariance) / 0.7)
@@ -346,11 +346,12 @@ def test_daps_widens_by_its_flow():
             ]
             for u, w in pairwise(ramp):
                 factor *= 1 + (w - u) / u * (1 - 0.7 / (0.7 + u**2))
-            variance = factor**2 * variance + rho**2 + below**2
+            variance = factor**2 * variance + (spread * rho) ** 2 + below**2
         assert float(covariance) == pytest.approx(variance, rel=1e-6)
     assert found[0] == pytest.approx(1, abs=0.1)
     assert found[0] < found[1] < found[2]
     assert found[2] > 1.3
+    assert found[3] < found[2]
 
 
 def test_pnpdm_ends_in_the_law_of_its_last_level():
@@ -419,7 +420,10 @@ def test_diagonal_methods_are_exact_where_all_is_diagonal():
     exact, *others = runs(
         prior,
         problem,
-        *((DDPM(), [g]) for g in (MomentMatching(M), TMPD(), CADPS(), CADPS(probes=3))),
+        *(
+            (DDPM(), [g])
+            for g in (MomentMatching(M), TMPD(), CADPS(shrink=0.0), CADPS(probes=3, shrink=0.0))
+        ),
     )
     for other in others:
         torch.testing.assert_close(other, exact, rtol=1e-5, atol=1e-6)
@@ -779,6 +783,7 @@ def test_cmi_is_refused_where_there_is_nothing_to_move(mixture, solver):
         lambda: DDRM(eta=1.5),
         lambda: DAPS(ode_steps=-1),
         lambda: DAPS(low=2.0, high=1.0),
+        lambda: DAPS(spread=0.0),
         lambda: PnPDM(decay=1.0),
         lambda: REDDiff(rate=0.0),
         lambda: DPMSolver("third"),
@@ -786,6 +791,7 @@ def test_cmi_is_refused_where_there_is_nothing_to_move(mixture, solver):
         lambda: FPS(0),
         lambda: DiffPIR(weight=0.0),
         lambda: CADPS("neither"),
+        lambda: CADPS(shrink=2.0),
         lambda: CDPS(2.0),
         lambda: SITCOM(iterations=0),
         lambda: Discrepancy(DPS(), 0.0),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance, residual_gradient
-from cmi_lightning.linalg import conjugate_gradient
+from cmi_lightning.linalg import conjugate_gradient, per_sample
 from cmi_lightning.schedule import Level
 from cmi_lightning.step import Step, Transition
 
@@ -21,7 +21,9 @@ class CADPS(Guidance):
 
     - "paper": x̂₀ ← x̂₀ + Σ Aᵀ(A P Aᵀ + Σ_n)⁻¹(y − A x̂₀), P the diagonal of Σ = (σ_t²/α_t) J, solved
       by conjugate gradients; no step size. How the paper differentiates, and what it clips, could
-      not be read: here P comes from ``probes`` sign vectors, Σ v ⊙ Jᵀv/k, floored at 0.
+      not be read: here P comes from ``probes`` sign vectors, Σ v ⊙ Jᵀv/k, floored at 0. On a network
+      the vectors' noise is many times the diagonal and leaves lattices; so P is drawn towards its
+      mean by ``shrink``, a choice of ours. 0 leaves it as it is, exact for a diagonal Σ.
     - "code": x_s ← x_s − ζ(1 + δ) ⊙ ∇‖y − A x̂₀‖ with δ = ε̂(x_t, t) − ε̂(x_t, t₋), t₋ the prior's
       next level. This is no covariance: δ is a few thousandths, so it is DPS to half a per cent at
       one more evaluation. At the first level there is no t₋, and δ is ε̂ itself, as in the code.
@@ -36,7 +38,8 @@ class CADPS(Guidance):
     Args:
         reading: "paper" or "code".
         probes: sign vectors of "paper".
-        scale: ζ of "code".
+        shrink: share of P's mean over the image in P, of "paper", in [0, 1].
+        scale: ζ of "code". The published 0.3 is far too short here, as for DPS.
         iterations: the most conjugate gradients; they cost no network pass.
 
     Raises:
@@ -47,6 +50,7 @@ class CADPS(Guidance):
 
     reading: Literal["paper", "code"] = "paper"
     probes: int = 1
+    shrink: float = 0.5
     scale: float = 0.3
     iterations: int = 50
 
@@ -55,6 +59,8 @@ class CADPS(Guidance):
             raise InputError(
                 f"{self}: reading must be paper or code, probes and iterations at least 1."
             )
+        if not 0 <= self.shrink <= 1:
+            raise InputError(f"CADPS.shrink must be between 0 and 1, got {self.shrink}.")
 
     @property
     def needs_noise(self) -> bool:  # type: ignore[override]
@@ -68,6 +74,7 @@ class CADPS(Guidance):
         A, r, c = step.linearized, step.residual.detach(), step.covariance_factor
         signs = (step.noise.signs(f"cadps/{k}", step.index, step.x) for k in range(self.probes))
         P = c * torch.stack([v * step.vjp(v) for v in signs]).mean(0).clamp_min(0)
+        P = P + self.shrink * (per_sample(P.flatten(1).mean(1), P) - P)
         variance = step.problem.std**2
         u, residual = conjugate_gradient(
             lambda v: A(P * A.adjoint(v)) + variance * v, r, self.iterations, 1e-6
