@@ -83,7 +83,7 @@ METHODS: dict[str, tuple[Solver, list[Guidance]]] = {
     "DDNM+": (DDNMPlus(), []),
     "DAPS, x̂₀": (DAPS(0, spread=1.0), []),
     "DAPS": (DAPS(5, spread=1.0), []),
-    "PnP-DM": (PnPDM(inner=40), []),
+    "PnP-DM": (PnPDM(low=0.3, inner=40), []),
     "ILVR": (DDPM(), [MCG(0.0)]),
     "RePaint": (Resampled(DDPM(), 10, 3), [MCG(0.0, "now")]),
 }

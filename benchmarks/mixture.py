@@ -123,7 +123,7 @@ def others(measured: int) -> dict[str, tuple[Solver | None, list[Guidance]]]:
         "DAPS, x̂₀": (DAPS(0, spread=1.0), []),
         "DAPS": (DAPS(5, spread=1.0), []),
         "FPS": (FPS(5), []),
-        "PnP-DM": (PnPDM(inner=25), []),
+        "PnP-DM": (PnPDM(low=0.3, inner=25), []),
         "RED-diff": (REDDiff(), []),
     }
 

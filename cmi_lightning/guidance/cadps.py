@@ -21,9 +21,9 @@ class CADPS(Guidance):
 
     - "paper": x̂₀ ← x̂₀ + Σ Aᵀ(A P Aᵀ + Σ_n)⁻¹(y − A x̂₀), P the diagonal of Σ = (σ_t²/α_t) J, solved
       by conjugate gradients; no step size. How the paper differentiates, and what it clips, could
-      not be read: here P comes from ``probes`` sign vectors, Σ v ⊙ Jᵀv/k, floored at 0. On a network
-      the vectors' noise is many times the diagonal and leaves lattices; so P is drawn towards its
-      mean by ``shrink``, a choice of ours. 0 leaves it as it is, exact for a diagonal Σ.
+      not be read: here P comes from ``probes`` sign vectors, Σ v ⊙ Jᵀv/k, floored at 0. On networks
+      the vectors' noise is many times the diagonal and leaves lattices. So P is drawn towards its
+      mean by ``shrink``, our choice; 0 leaves it as it is, exact for a diagonal Σ.
     - "code": x_s ← x_s − ζ(1 + δ) ⊙ ∇‖y − A x̂₀‖ with δ = ε̂(x_t, t) − ε̂(x_t, t₋), t₋ the prior's
       next level. This is no covariance: δ is a few thousandths, so it is DPS to half a per cent at
       one more evaluation. At the first level there is no t₋, and δ is ε̂ itself, as in the code.

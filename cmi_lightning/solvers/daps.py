@@ -20,20 +20,21 @@ from cmi_lightning.step import Step, Transition
 class DAPS(Solver):
     """Three parts a level: an image x̂ of x_t, a draw x₀ ~ N(x̂, r²)·p(y | x₀), noise of level s.
 
-    r = ``spread``·ϱ, ϱ = σ_t/α_t. x̂ comes from ``ode_steps`` Euler steps of the probability flow from ϱ to
-    ``ode_end``; one step to 0 is x̂₀ itself (``ode_steps=0``). For linear A the draw is exact, by
-    one solve; else it takes Langevin steps x₀ ← x₀ + h g + √(2h) z with
+    r = ``spread``·ϱ, ϱ = σ_t/α_t. x̂ comes from ``ode_steps`` Euler steps of the probability flow
+    from ϱ to ``ode_end``; one step to 0 is x̂₀ itself (``ode_steps=0``). For linear A the draw is
+    exact, by one solve; else it takes Langevin steps x₀ ← x₀ + h g + √(2h) z with
     g = A'ᵀ(y − A(x₀))/σ_y² + (x̂ − x₀)/ϱ² and h falling to a hundredth over the chain.
 
-    The paper has r = ϱ (``spread=1``) and 5 Euler steps. On a Gaussian prior x̂₀ then gives the right
-    variance where y tells nothing, and the flow's end, itself a draw of x₀ | x_t, up to twice of it.
+    The paper has r = ϱ (``spread=1``) and 5 Euler steps. On a Gaussian prior x̂₀ then gives the
+    right variance where y tells nothing; the flow's end, itself a draw of x₀ | x_t, up to twice it.
     On photographs r = ϱ fills holes with lattices: x₀ | x_t is far narrower than ϱ, and a network
     that is told ϱ_s takes out noise of ϱ_s, not of √(ϱ_s² + ϱ²). What is left stays. The released
-    code has ϱ in its formula too, but its 100 short Langevin steps go no further than √(200 h) from
-    x̂, 0.14 at the start and 0.014 at the end. Cost of a step: ``ode_steps`` evaluations, at least 1.
+    code has ϱ in its formula too. But its 100 short Langevin steps go no further than √(200 h) from
+    x̂: 0.14 at the start and 0.014 at the end.
 
     Differs from the code: the draw for a linear A, with ``spread``; the likelihood is p(y | x₀)
-    (there, without ½, and σ_y = 0.01 always).
+    (there, without ½, and σ_y = 0.01 always). Cost of a step: ``ode_steps`` evaluations,
+    at least 1.
 
     >>> from cmi_lightning import Sampler
     >>> from cmi_lightning.denoisers import shipped_prior

@@ -22,6 +22,10 @@ class PnPDM(Solver):
     p(x₀) N(y; A x₀, Σ_n + ρ² A Aᵀ): the posterior as ρ → 0, at the price of slow mixing. The state
     x_t is z. Cost of an iteration: ``inner`` evaluations at most, no gradient.
 
+    On photographs the published ``low=0.3`` leaves stripes in holes: z is y where y is known, less
+    noisy than ρ, and noise of ρ elsewhere. 0.1 is that of later benchmarks (InverseBench, 2025).
+    ``inner=20`` does as well as the published 100, at a fifth of the cost.
+
     Differs from the code: the prior's chain starts at z's own level (there, at the next one of its
     grid, which understates the noise); the result is the last x, not a mean of the run's samples.
 
@@ -43,9 +47,9 @@ class PnPDM(Solver):
     """
 
     high: float = 10.0
-    low: float = 0.3
+    low: float = 0.1
     decay: float = 0.9
-    inner: int = 100
+    inner: int = 20
     stochastic = True  # type: ignore[misc]
     conditional = True
     hooks = ()
