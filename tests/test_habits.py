@@ -102,6 +102,28 @@ def test_quiet_prints_nothing(tmp_path, capsys):
     assert not rich.get_console().quiet  # of that command alone
 
 
+def test_no_color_leaves_colours_out(tmp_path, monkeypatch):
+    """Of a whole prediction in a terminal: table, progress bars, summary."""
+    import io
+
+    import rich
+    from rich.console import Console
+
+    command = ["predict", "-c", "guidance/none", "--data.limit=1", "--model.num_steps=2"]
+    command += ["--trainer.accelerator=cpu", "--trainer.logger=false"]
+    coloured = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])[;m]")
+    printed = []
+    for value in ("", "1"):  # NO_COLOR counts where it is not empty
+        monkeypatch.setenv("NO_COLOR", value)
+        terminal = Console(file=io.StringIO(), force_terminal=True, color_system="256")
+        monkeypatch.setattr(rich, "_console", terminal)
+        assert main([*command, f"--trainer.default_root_dir={tmp_path / value}/run"]) == 0
+        printed.append(terminal.file.getvalue())
+    assert coloured.search(printed[0])
+    assert "steps" in printed[1]
+    assert not coloured.search(printed[1])
+
+
 def test_workflows_and_dockerfile():
     """They run what `.ci/run` and the README run; no engine runs here, so their form is checked."""
     jobs = {}
