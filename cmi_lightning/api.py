@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cmi_lightning.data.folder import SHIPPED
 from cmi_lightning.data.pictures import Picture
-from cmi_lightning.denoisers import AsGray, AsRGB, Denoiser
+from cmi_lightning.denoisers import Denoiser
 from cmi_lightning.denoisers.tiled import suited
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
 from cmi_lightning.methods import Method, step_sizes
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
+from cmi_lightning.predict.damaged import for_channels, given_channels, problem_of
 from cmi_lightning.predict.restoration import Restoration, restoring
 from cmi_lightning.predict.restored import Restored
 from cmi_lightning.problem import Problem
@@ -29,7 +29,7 @@ from cmi_lightning.solvers import DDPM, Solver
 from cmi_lightning.step import Record
 from cmi_lightning.zoo import load_prior
 
-ESTIMATE = "estimate"
+Drawing = Generator[Record | None, None, Restoration]
 
 
 class StoppedError(Exception):
@@ -115,12 +115,8 @@ class Restorer:
     ) -> Restored:
         """Restore an image; the options are those of :meth:`steps`.
 
-        Args:
-            image: see :meth:`steps`.
-            operator: see :meth:`steps`.
-            progress: show a bar on stderr; None does in terminals and notebooks.
-            stop: once it is set, from another thread, the call ends with :class:`StoppedError`.
-            **options: see :meth:`steps`.
+        ``progress`` shows a bar on stderr; None does in terminals and notebooks. Once ``stop`` is
+        set, from another thread, the call ends with :class:`StoppedError`.
         """
         from tqdm import tqdm
 
@@ -166,25 +162,23 @@ class Restorer:
             InputError: for an image of another kind or range, one that the prior or the operator
                 cannot take, or options out of range.
         """
-        _check_counts(samples=(samples, 1), trajectory=(trajectory, 0))
-        picture = Picture.of(image, _given_channels(self.prior))
+        for option, value, least in (("samples", samples, 1), ("trajectory", trajectory, 0)):
+            if value < least:
+                raise InputError(f"{option} must be at least {least}, got {value}.")
+        picture = Picture.of(image, given_channels(self.prior))
         names = [name] if isinstance(name, str) else list(name or picture.names)
         if len(names) != len(picture.x):
             raise InputError(f"There are {len(picture.x)} images and {len(names)} names.")
-        x, noise = picture.x.to(self.device), SampleNoise(seed, names)
-        problem, like = _problem(x, operator or Identity(), sigma, noise, simulate)
-        prior = _for_channels(self.prior, like.shape[1])
-        prior = suited(prior, tuple(like.shape[1:]))
-        prior.rehearse(tuple(like.shape[1:]))
-        sampler = self._sampler(prior, operator or Identity(), problem)
+        operator, noise = operator or Identity(), SampleNoise(seed, names)
+        x = picture.x.to(self.device)
+        problem, like = problem_of(x, operator, sigma, noise, simulate)
+        shape = tuple(like.shape[1:])
+        prior = suited(for_channels(self.prior, shape[0]), shape)
+        prior.rehearse(shape)
+        sampler = self._sampler(prior, operator, problem)
+        truth = x if simulate else None
         drawing = restoring(
-            problem,
-            like,
-            x if simulate else None,
-            names,
-            sampler=lambda: sampler,
-            seed=seed,
-            draws=samples,
+            problem, like, truth, names, sampler=lambda: sampler, seed=seed, draws=samples
         )
         count = len(sampler.schedule)
         kept = {round((i + 1) * count / trajectory) for i in range(trajectory)}
@@ -247,11 +241,7 @@ def restore(
 
 
 def _progress(
-    drawing: Generator[Record | None, None, Restoration],
-    picture: Picture,
-    total: int,
-    wanted: set[int],
-    seed: int,
+    drawing: Drawing, picture: Picture, total: int, wanted: set[int], seed: int
 ) -> Iterator[Progress]:
     """Yield the steps of a restoration, keep some x̂₀, and yield the result."""
     done = 0
@@ -295,70 +285,6 @@ def examples() -> dict[str, Path]:
     True
     """
     return {path.stem: path for path in sorted(SHIPPED["photos-test"].glob("*.*"))}
-
-
-def _problem(
-    x: Tensor, operator: Operator, sigma: float | str, noise: SampleNoise, simulate: bool
-) -> tuple[Problem, Tensor]:
-    """Return the problem of damaged images x (B, C, h, w), and a tensor like the images sought."""
-    std = _std(x, sigma, operator, noise)
-    if simulate:
-        return Problem.simulate(x, operator, std, noise), x
-    factor = getattr(operator, "factor", 1)
-    like = x.new_zeros(*x.shape[:2], x.shape[2] * factor, x.shape[3] * factor)
-    bound = Problem(x, operator, std).bind(noise, like).operator
-    with torch.no_grad():
-        seen = bound(like)
-    if seen.shape != x.shape:  # it picks pixels of the image
-        if like.shape != x.shape:
-            raise InputError(
-                f"{type(operator).__name__} makes measurements {tuple(seen.shape[1:])}, and the "
-                f"image is {tuple(x.shape[1:])}."
-            )
-        return Problem(bound(x), bound, std), like
-    return Problem(x, bound, std), like
-
-
-def _std(x: Tensor, sigma: float | str, operator: Operator, noise: SampleNoise) -> float | Tensor:
-    """Return the noise level on [−1, 1]: one number, or one for each image."""
-    if sigma == ESTIMATE:
-        from cmi_lightning.data.noise_levels import estimate_sigma
-
-        known = None
-        if hasattr(operator, "mask"):
-            bound: Any = operator.bind(tuple(x.shape[1:]), noise, x)
-            known = bound.pinv(bound(torch.ones_like(x)))[:, 0].cpu() > 0.5
-        try:
-            found = [
-                estimate_sigma(y, None if known is None else known[i])
-                for i, y in enumerate(x.cpu())
-            ]
-        except ValueError as error:
-            raise InputError(f"The noise cannot be estimated ({error}): give sigma.") from error
-        return found[0] if len(found) == 1 else torch.tensor(found).to(x)
-    if isinstance(sigma, str) or not 0 <= sigma < float("inf"):
-        raise InputError(f"sigma must be at least 0, or '{ESTIMATE}'; got {sigma!r}.")
-    return 2.0 * sigma
-
-
-def _given_channels(prior: Denoiser) -> int | None:
-    """Return what files are converted to: gray and colour both work, transparency does not."""
-    channels = (prior.image_shape or (None,))[0]
-    return channels if channels not in (1, 3) else None
-
-
-def _for_channels(prior: Denoiser, channels: int) -> Denoiser:
-    """Return a prior for gray or colour images."""
-    own = (prior.image_shape or (None,))[0]
-    if own == 3 and channels == 1:
-        return AsGray(prior)
-    return AsRGB(prior, channels) if own == 1 and channels > 1 else prior
-
-
-def _check_counts(**options: tuple[int, int]) -> None:
-    for name, (value, least) in options.items():
-        if value < least:
-            raise InputError(f"{name} must be at least {least}, got {value}.")
 
 
 def _best_device() -> str:

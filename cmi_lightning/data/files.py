@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from cmi_lightning.data.images import FOREIGN, SUFFIXES, UnreadableError
+from cmi_lightning.data.images import FOREIGN, SUFFIXES, Note, UnreadableError
 from cmi_lightning.errors import InputError, printable
 
 T = TypeVar("T")
@@ -67,7 +67,11 @@ def by_id(
 
 
 def find_images(
-    folder: Path, option: str, strict: bool = False, apart: Path | None = None
+    folder: Path,
+    option: str,
+    strict: bool = False,
+    apart: Path | None = None,
+    arrays: tuple[str, ...] = (),
 ) -> tuple[dict[str, Path], list[str]]:
     """Return {id: file} in natural order ("2" before "10"), and what to say of other files.
 
@@ -76,6 +80,7 @@ def find_images(
         option: the option that names it.
         strict: refuse image files of kinds that are not read here.
         apart: a file or folder within, which is left out.
+        arrays: suffixes of files that are measurements too.
 
     Raises:
         InputError: if the folder is missing or holds no image, or two files share an id.
@@ -90,7 +95,7 @@ def find_images(
         kinds = ", ".join(sorted({path.suffix.lower() for path in foreign}))
         passed = f"{len(foreign)} image(s) of kinds that are not read here ({kinds}), such as "
         passed += f"'{printable(foreign[0])}'; convert them to PNG"
-    found = by_id(folder, SUFFIXES, apart)
+    found = by_id(folder, (*arrays, *SUFFIXES), apart)
     for name, (first, *others) in found.items():
         if others:
             raise InputError(
@@ -98,8 +103,10 @@ def find_images(
                 f"'{name}'; rename one."
             )
     if not found:
+        kinds = f"measurement ({', '.join(arrays)}, or an image)"
+        kinds = kinds if arrays else f"image ({', '.join(SUFFIXES)})"
         raise InputError(
-            f"{option}: the folder '{printable(folder)}' holds no image ({', '.join(SUFFIXES)}); "
+            f"{option}: the folder '{printable(folder)}' holds no {kinds}; "
             f"{passed or 'give a folder that does'}."
         )
     if foreign and strict:
@@ -123,7 +130,7 @@ class Survey(NamedTuple, Generic[T]):
 
 def read_all(
     files: Mapping[str, Path],
-    read: Callable[[str, Path, Callable[[str], object]], T],
+    read: Callable[[str, Path, Note], T],
     strict: bool,
     option: str,
 ) -> Survey[T]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from cmi_lightning.data.files import (
     read_all,
     report,
 )
-from cmi_lightning.data.images import Channels, Decoding, read_image
+from cmi_lightning.data.images import Channels, Decoding, Note, read_image
 from cmi_lightning.errors import InputError, printable
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -44,43 +43,27 @@ class ImageFolder(Dataset):
     milliseconds, so this costs little, and no bad file can stop a long run half-way.
 
     Args:
-        folder: as the other arguments, an option of :class:`ImageFolderData`.
-        size: side of the squares to make.
-        channels: number of channels to convert to.
-        limit: the most images.
-        strict: refuse unreadable files.
-        background: colour behind transparent pixels.
-        white_level: the number that is white in files of 16 or 32 bits.
-        range: the numbers that are black and white in files of floating-point numbers.
+        data: the options, and what they may be: :class:`ImageFolderData`.
 
     Raises:
         InputError: as :class:`ImageFolderData` has it.
 
     Example:
-        >>> ImageFolder("fashion-mnist-test", limit=2)[1]["id"]
+        >>> ImageFolder(ImageFolderData("fashion-mnist-test", limit=2))[1]["id"]
         '00001'
     """
 
-    def __init__(
-        self,
-        folder: str,
-        size: int | None = None,
-        channels: Channels | None = None,
-        limit: int | None = None,
-        strict: bool = False,
-        background: str = "white",
-        white_level: int | None = None,
-        range: tuple[float, float] | None = None,
-    ) -> None:
-        check_least(1, size=size, limit=limit)
-        if size is not None:
-            check_pixels(size, size, "data.size", "choose a smaller one")
-        self.size = size
-        self.how = Decoding(channels, background, white_level, range)
-        path = SHIPPED[folder] if folder in SHIPPED else local_path(folder, "data.folder")
-        found, passed = find_images(path, "data.folder", strict)
-        files = dict(list(found.items())[:limit])
-        self.survey = read_all(files, self._measure, strict, "data.folder")
+    def __init__(self, data: ImageFolderData) -> None:
+        check_least(1, size=data.size, limit=data.limit)
+        if data.size is not None:
+            check_pixels(data.size, data.size, "data.size", "choose a smaller one")
+        self.size = data.size
+        self.how = Decoding(data.channels, data.background, data.white_level, data.range)
+        known = data.folder in SHIPPED
+        path = SHIPPED[data.folder] if known else local_path(data.folder, "data.folder")
+        found, passed = find_images(path, "data.folder", data.strict)
+        files = dict(list(found.items())[: data.limit])
+        self.survey = read_all(files, self._measure, data.strict, "data.folder")
         self.survey.notes.extend(passed)
         self.files = [(name, files[name]) for name in self.survey.read]
         self.image_shape = check_alike(
@@ -90,11 +73,11 @@ class ImageFolder(Dataset):
             "set data.size to resize them",
         )
 
-    def _measure(self, _: str, file: Path, note: Callable[[str], object]) -> Shape:
+    def _measure(self, _: str, file: Path, note: Note) -> Shape:
         channels, height, width = self._read(file, note).shape
         return channels, height, width
 
-    def _read(self, file: Path, note: Callable[[str], object] = bool) -> Tensor:
+    def _read(self, file: Path, note: Note = bool) -> Tensor:
         x = read_image(file, self.how, note)
         if self.size is None:
             return x
@@ -220,8 +203,7 @@ class ImageFolderData(FolderData):
         """Find and check the images."""
         check_least(1, batch_size=self.batch_size)
         check_least(0, num_workers=self.num_workers)
-        names = ("size", "channels", "limit", "strict", "background", "white_level", "range")
-        self.take(ImageFolder(self.folder, **{name: getattr(self, name) for name in names}))
+        self.take(ImageFolder(self))
 
     def train_dataloader(self) -> DataLoader:
         """All but the last ``val_count`` images, shuffled."""

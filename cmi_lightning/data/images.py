@@ -20,6 +20,7 @@ from torch import Tensor
 from cmi_lightning.errors import InputError, printable
 
 Channels = Literal[1, 3, 4]
+Note = Callable[[str], object]  # takes a predicate of "the images …"
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Only these decoders: among Pillow's others are ones that start programs. The first five are tried
 # on any suffix, the others on their own alone.
@@ -88,14 +89,26 @@ class Decoding:
                 f"data.range must be two finite numbers, black < white, got {self.range}."
             )
 
-    def convert(self, x: Tensor) -> Tensor:
-        """Return x (1, 3 or 4, H, W) in [−1, 1] with ``channels`` channels."""
-        return _channels(x, self.channels or len(x), self)
+    def convert(self, x: Tensor, own: int | None = None, note: Note = bool) -> Tensor:
+        """Return x (1, 3 or 4, H, W) in [−1, 1] with ``channels`` channels, else ``own``."""
+        channels = self.channels or own or len(x)
+        if len(x) == 4 and channels < 4:
+            colour, alpha = x[:3], (x[3:] + 1) / 2
+            if bool((alpha < 1).any()):
+                seen = printable(self.background)
+                note(f"have transparent pixels, seen on {seen} (data.background)")
+            behind = torch.tensor(ImageColor.getrgb(self.background)[:3])[:, None, None] / 127.5 - 1
+            x = (colour * alpha + behind * (1 - alpha)).clamp(-1, 1)
+        if len(x) == 3 and channels == 1:
+            x = to_gray(x)
+        if len(x) == 1 and channels > 1:
+            x = x.expand(3, -1, -1)
+        if len(x) == 3 and channels == 4:
+            return torch.cat([x, torch.ones_like(x[:1])])
+        return x.contiguous()
 
 
-def read_image(
-    path: Path, how: Decoding = Decoding(), note: Callable[[str], object] = bool
-) -> Tensor:
+def read_image(path: Path, how: Decoding = Decoding(), note: Note = bool) -> Tensor:
     """Decode a whole file to (C, H, W) float32 in [−1, 1].
 
     The picture is turned upright as its EXIF tag says, and its colour profile is converted to sRGB
@@ -134,7 +147,7 @@ def read_image(
         ) from error
 
 
-def _decode(path: Path, how: Decoding, note: Callable[[str], object]) -> Tensor:
+def _decode(path: Path, how: Decoding, note: Note) -> Tensor:
     formats = DECODERS.get(path.suffix.lower(), COMMON)
     with Image.open(path, formats=formats) as opened:
         rawmode = _rawmode(opened)
@@ -158,9 +171,7 @@ def _profile(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
     return _to_srgb(profile, PLAIN.get(image.mode, image.mode)) if profile else None
 
 
-def to_tensor(
-    image: Image.Image, how: Decoding, path: Path | str, note: Callable[[str], object] = bool
-) -> Tensor:
+def to_tensor(image: Image.Image, how: Decoding, path: Path | str, note: Note = bool) -> Tensor:
     """Return an opened image, turned upright, as (C, H, W) float32 in [−1, 1]; see `read_image`.
 
     Args:
@@ -191,7 +202,7 @@ def to_tensor(
         return _tensor(image.convert(MODES[channels]))
     image = image.convert("RGB")
     image.putalpha(alpha)
-    return _channels(_tensor(image), channels, how, note)
+    return how.convert(_tensor(image), channels, note)
 
 
 def _tensor(image: Image.Image) -> Tensor:
@@ -206,7 +217,7 @@ def _deep(
     info: dict[Any, Any],
     path: Path | str,
     how: Decoding,
-    note: Callable[[str], object],
+    note: Note,
 ) -> Tensor:
     """Return numbers of more than 8 bits (1, 3 or 4, H, W) as a picture."""
     option = "data.range" if mode == "F" else "data.white_level"
@@ -233,26 +244,7 @@ def _deep(
     if len(alpha):
         clear = torch.from_numpy(alpha.astype(np.float32) / 32767.5 - 1)
         x = torch.cat([x.expand(3, -1, -1), clear])
-    return _channels(x, how.channels or len(numbers), how, note)
-
-
-def _channels(
-    x: Tensor, channels: int, how: Decoding, note: Callable[[str], object] = bool
-) -> Tensor:
-    """Convert x (1, 3 or 4, H, W) in [−1, 1] to another number of channels."""
-    if len(x) == 4 and channels < 4:
-        colour, alpha = x[:3], (x[3:] + 1) / 2
-        if bool((alpha < 1).any()):
-            note(f"have transparent pixels, seen on {printable(how.background)} (data.background)")
-        behind = torch.tensor(ImageColor.getrgb(how.background)[:3])[:, None, None] / 127.5 - 1
-        x = (colour * alpha + behind * (1 - alpha)).clamp(-1, 1)
-    if len(x) == 3 and channels == 1:
-        x = to_gray(x)
-    if len(x) == 1 and channels > 1:
-        x = x.expand(3, -1, -1)
-    return (
-        torch.cat([x, torch.ones_like(x[:1])]) if len(x) == 3 and channels == 4 else x.contiguous()
-    )
+    return how.convert(x, len(numbers), note)
 
 
 def to_gray(x: Tensor) -> Tensor:

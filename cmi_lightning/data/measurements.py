@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,7 +21,7 @@ from cmi_lightning.data.files import (
     read_all,
 )
 from cmi_lightning.data.folder import FolderData
-from cmi_lightning.data.images import Channels, Decoding, read_image
+from cmi_lightning.data.images import Channels, Decoding, Note, read_image
 from cmi_lightning.data.noise_levels import Range, estimate_of, report_estimates, sigmas_of
 from cmi_lightning.data.own import OwnMeasurements
 from cmi_lightning.errors import InputError, printable
@@ -88,7 +87,7 @@ class MeasurementFolder(Dataset):
         self.image_shape = (channels, height * scale, width * scale)
         self.sigmas, self.clipped = self._noise_levels(data, found)
 
-    def _measure(self, name: str, file: Path, note: Callable[[str], object]) -> Shape:
+    def _measure(self, name: str, file: Path, note: Note) -> Shape:
         """Return the shape of a measurement, and look at what goes with it."""
         y = read_image(file, self.how, note)
         channels, height, width = y.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmi_lightning.data.extras import companions
-from cmi_lightning.data.files import by_id, local_path, natural, read_all
-from cmi_lightning.data.images import SUFFIXES, Decoding, UnreadableError, read_image
+from cmi_lightning.data.files import find_images, local_path, read_all
+from cmi_lightning.data.images import Decoding, Note, UnreadableError, read_image
 from cmi_lightning.data.noise_levels import sigmas_of
 from cmi_lightning.errors import InputError, first_line, printable
 
@@ -80,20 +79,11 @@ class OwnMeasurements(Dataset):
         folder = local_path(data.measurements, "data.measurements")
         levels = local_path(data.sigmas, "data.sigmas") if data.sigmas is not None else None
         apart = levels.resolve() if levels is not None and levels.is_dir() else None
-        found = by_id(folder, (*ARRAYS, *SUFFIXES), apart) if folder.is_dir() else {}
-        if not found:
-            raise InputError(
-                f"data.measurements: the folder '{printable(folder)}' holds no measurement "
-                f"({', '.join(ARRAYS)}, or an image); give a folder that does."
-            )
-        for name, paths in found.items():
-            if len(paths) > 1:
-                raise InputError(
-                    f"data.measurements: '{printable(paths[0])}' and '{printable(paths[1])}' would "
-                    f"share the id '{name}'; rename one."
-                )
-        files = {name: found[name][0] for name in sorted(found, key=natural)[: data.limit]}
-        self.survey = read_all(files, self._shape, data.strict, "data.measurements")
+        option = "data.measurements"
+        found, passed = find_images(folder, option, data.strict, apart, ARRAYS)
+        files = dict(list(found.items())[: data.limit])
+        self.survey = read_all(files, self._shape, data.strict, option)
+        self.survey.notes.extend(passed)
         self.files = [(name, files[name]) for name in self.survey.read]
         (first, shape), *others = self.survey.read.items()
         for name, other in others:
@@ -112,7 +102,7 @@ class OwnMeasurements(Dataset):
             self.sigmas = sigmas_of(levels, names, found, data.sigma_range)
         self.scale = 2.0 if data.sigma_range == "unit" else 1.0
 
-    def _shape(self, name: str, file: Path, note: Callable[[str], object]) -> tuple[int, ...]:
+    def _shape(self, name: str, file: Path, note: Note) -> tuple[int, ...]:
         return tuple(read_array(file, self.how).shape)
 
     def __len__(self) -> int:

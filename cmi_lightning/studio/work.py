@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cmi_lightning import configs
 from cmi_lightning import methods as packaged
-from cmi_lightning.api import ESTIMATE, Progress, Restorer
+from cmi_lightning.api import Progress, Restorer
 from cmi_lightning.data.pictures import png
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import write
@@ -31,6 +31,7 @@ from cmi_lightning.operators import (
     Inpaint,
     Operator,
 )
+from cmi_lightning.predict.damaged import ESTIMATE
 
 DAMAGES = ("missing", "blurry", "small", "noisy")
 MISSING = ("painted", "box", "random")
