@@ -471,7 +471,7 @@ def test_the_last_finite_state_is_kept(prior, shipped_images):
 
 def test_long_first_steps_are_no_divergence(prior, shipped_images):
     """DPS throws x̂₀ far off where σ/α is 100, and brings it back: no reason to give up."""
-    x, noise = shipped_images[:4], SampleNoise(0, ["0", "1", "2", "3"])
+    x, noise = shipped_images[:2], SampleNoise(0, ["0", "1"])
     problem = Problem.simulate(x, RandomMask(0.9), 0.05, noise)
     chain = Sampler(prior, DDPM(), [DPS(4.0)], 100)
     records = list(itertools.islice(chain.iterate(problem, noise, x), 40))
