@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,6 +24,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: more threads woul
 
 
 SHAPE = (1, 2, 3)
+DRAWN = ("test_callbacks", "test_cli", "test_loggers")  # where curves are drawn in earnest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def curves_are_not_drawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Elsewhere a blank stands for their plot, which takes a third of a short run."""
+    runs = hasattr(request.module, "main") or "lightning" in sys.modules
+    if request.module.__name__ in DRAWN or not runs:
+        yield
+        return
+    from PIL import Image
+
+    from cmi_lightning.callbacks import trajectory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            trajectory,
+            "plot_curves",
+            lambda curves, *_: Image.new("RGB", (8, 8)) if curves else None,
+        )
+        yield
 
 
 @pytest.fixture
