@@ -6,6 +6,7 @@ With QUICK=1 in the environment, notebooks run on the small settings that they n
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import tempfile
@@ -21,9 +22,47 @@ from mkdocs.structure.files import File
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 
+from cmi_lightning import configs
+
 PACKAGE = Path(__file__).parents[1] / "cmi_lightning"
 FOLDER = Path(__file__).parent / "methods"
+GALLERY = Path(__file__).parent / "gallery"
 CONTRACTS = {"Guidance", "Solver", "LLETraining", "residual_gradient"}
+
+
+INDEX = """# Gallery
+
+What every packaged task does to a photograph, and what is made of it: the truth, the measurement
+as an image, and one restoration. `photos-64` has seen none of these photographs. Each page has the
+command.
+
+"""
+PAGE = """# {title}
+
+{line}
+
+{picture}
+
+From left to right: a photograph of 128×128 pixels (`{photograph}`), its measurement as an image
+({seen} dB), and a restoration by `{method}` in 50 steps ({restored} dB). It is one draw, not the
+best of several.
+
+```bash
+cmi-lightning predict -c task/{task} -c {method} --data.folder photos-test --data.size 128 \\
+  --model.num_steps 50
+```
+
+{code}The forward model is [{name}][cmi_lightning.operators.{name}]. The picture is made by
+`python benchmarks/gallery.py {task}`.
+"""
+PYTHON = """```python
+from cmi_lightning import example, restore
+from cmi_lightning.operators import {name}
+
+restore(example("{photograph}"), {operator}, method="{short}", steps=50{sigma}, simulate=True)
+```
+
+"""
 
 
 def methods() -> dict[str, str]:
@@ -63,11 +102,42 @@ def on_files(files: Any, config: Any) -> Any:
     for name, package in methods().items():
         text = f"# {name}\n\n{pictures(name)}::: cmi_lightning.{package}.{name}\n"
         files.append(File.generated(config, f"methods/{name}.md", content=text))
+    for name, text in gallery().items():
+        files.append(File.generated(config, f"gallery/{name}.md", content=text))
     for name, (text, shown) in tutorials(bool(os.environ.get("QUICK"))).items():
         files.append(File.generated(config, f"tutorials/{name}.md", content=text))
         for picture, content in shown.items():
             files.append(File.generated(config, f"tutorials/{picture}", content=content))
     return files
+
+
+def gallery() -> dict[str, str]:
+    """Return a page for every task in the gallery, and their index; see benchmarks/gallery.py."""
+    pages, shown = {}, []
+    for task, found in json.loads((GALLERY / "numbers.json").read_text("utf-8")).items():
+        model = configs.sections("task")[task]["model"]
+        name = model["operator"]["class_path"].rpartition(".")[2]
+        options = model["operator"].get("init_args", {}).items()
+        operator = f"{name}({', '.join(f'{key}={value!r}' for key, value in options)})"
+        title, line = task.replace("_", " ").capitalize(), configs.summaries()[f"task/{task}"]
+        picture = f"![{title}: truth, measurement, restoration]({task}.jpg)"
+        noise, sigma = model.get("noise", {}), ""
+        if "sigma" in noise:
+            sigma = f", sigma={noise['sigma'] / 2:g}"
+        found["short"] = found["method"].partition("/")[2]
+        code = PYTHON.format(operator=operator, sigma=sigma, name=name, **found)
+        pages[task] = PAGE.format(
+            title=title,
+            line=line,
+            picture=picture,
+            task=task,
+            name=name,
+            code="" if "class_path" in noise else code,
+            **found,
+        )
+        shown.append(f"## [{title}]({task}.md)\n\n{line}\n\n{picture}\n")
+    pages["index"] = INDEX + "\n".join(shown)
+    return pages
 
 
 @cache

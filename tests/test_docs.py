@@ -21,6 +21,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import cmi_lightning.methods
+from cmi_lightning import configs
 from cmi_lightning.cli import main
 from cmi_lightning.denoisers import UNet
 from cmi_lightning.noise import SampleNoise
@@ -356,6 +358,29 @@ def test_measured_numbers_are_those_of_the_results():
 
 
 # The site
+
+
+def test_the_gallery_has_every_task(monkeypatch):
+    """Each page's code and command make the parts that they name."""
+    pytest.importorskip("nbconvert", reason="the extra docs is not installed")
+    pytest.importorskip("griffe", reason="the extra docs is not installed")
+    monkeypatch.syspath_prepend(str(DOCS))
+    pages = importlib.import_module("hooks").gallery()
+    tasks = [name.removeprefix("task/") for name in configs.summaries() if name[:5] == "task/"]
+    assert list(pages) == [*tasks, "index"]
+    given: list = []
+    monkeypatch.setattr(cmi_lightning, "restore", lambda *args, **options: given.append(options))
+    for task in tasks:
+        assert 5e3 < (DOCS / f"gallery/{task}.jpg").stat().st_size < 5e4
+        (words,) = re.findall(r"```bash\n(.*?)```", pages[task], re.DOTALL)
+        words = shlex.split(words.replace("\\\n", " "))
+        assert words[:4] == ["cmi-lightning", "predict", "-c", f"task/{task}"]
+        for name in (words[3], words[5]):
+            assert configs.find(name), name
+        for code in re.findall(r"```python\n(.*?)```", pages[task], re.DOTALL):
+            exec(compile(code, task, "exec"), {})
+    assert len(given) == len(tasks) - 1  # `restore` has no photon noise
+    assert {options["method"] for options in given} <= set(cmi_lightning.methods.methods())
 
 
 def test_the_site(tmp_path):
