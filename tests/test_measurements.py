@@ -13,6 +13,7 @@ from PIL import Image
 from skimage.restoration import estimate_sigma as skimage_estimate
 from torch import Tensor
 
+from cmi_lightning import example
 from cmi_lightning.cli import main
 from cmi_lightning.data import ImageFolderData, MeasurementFolderData
 from cmi_lightning.data.noise_levels import estimate_sigma
@@ -104,6 +105,7 @@ def test_estimates_through_files_are_printed(tmp_path, capsys, shipped_images):
     assert f"0 {found[0]:.4g}, 1 {found[1]:.4g}" in printed
     assert "6 images" in printed
     assert "black or white" not in printed
+    assert "rarely the whole error" not in printed
     data.setup("predict")
     assert not capsys.readouterr().out  # once, though the trainer sets up again
 
@@ -114,6 +116,13 @@ def test_clipped_noise_is_said_to_be_underestimated(tmp_path, capsys, shipped_im
     found = batch_of(ready(tmp_path, sigmas="estimate"))["sigma"]
     assert "16 images more than 5% of the values are black or white" in capsys.readouterr().out
     assert 0.55 < float(found.mean()) / 0.2 < 0.75  # 0.66, as the docstring says
+
+
+def test_an_estimate_that_jpeg_hides_is_doubted(tmp_path, capsys):
+    Image.open(example("valley2")).save(tmp_path / "x.jpg", quality=20)
+    sigma = float(batch_of(ready(tmp_path, channels=3, sigmas="estimate"))["sigma"])
+    assert sigma < 0.01  # the error itself is 0.07
+    assert "set model.noise.sigma, say 0.05" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["flat", "small"])

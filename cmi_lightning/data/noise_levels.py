@@ -21,6 +21,7 @@ SMALLEST, LARGEST = 1e-6, 1e6  # float32 squares standard deviations without und
 MAX_BYTES = 64 * 2**20
 MIN_COEFFICIENTS = 64  # their median has a standard error of 1.17/√n, 15 %
 CLIPPED = 0.05
+HIDDEN = 0.01  # on [−1, 1]: little more than the rounding to 8 bits leaves
 QUARTILE = 0.6744897501960817  # of |z|, z ~ N(0, 1): its median
 NUM_REPORTED = 5
 
@@ -173,6 +174,11 @@ def report_estimates(sigmas: Mapping[str, float], clipped: Collection[str]) -> N
         + f" ({len(sigmas)} images, from {values.min():.4g} to {values.max():.4g}, median "
         f"{values.median():.4g})"
     )
+    if values.min() < HIDDEN:
+        print(
+            f"noise: σ below {HIDDEN} is rarely the whole error, as JPEG and blur hide noise from the "
+            "estimate; for blur above all, leave data.sigmas out and set model.noise.sigma, say 0.05"
+        )
     if clipped:
         print(
             f"noise: in {len(clipped)} images more than {CLIPPED:.0%} of the values are black or "

@@ -25,8 +25,8 @@ class CMI(Guidance):
     ‖∇I‖ ("cmi/gradient") and the relative residual of the estimator's solve ("cmi/residual").
 
     The paper ascends; a negative ``scale`` descends. Which is better has to be found out: on the
-    shipped prior ascent makes PSNR significantly better in none of 24 cells and descent in about
-    half of them, by narrowing the draws (docs/results.md); on mixtures, where everything is exact,
+    shipped priors ascent makes PSNR significantly better in at most one of 24 cells and descent in
+    half or more, by narrowing the draws (docs/results.md); on mixtures, where everything is exact,
     descent takes the draws farther from the posterior and ascent changes little
     (docs/mixture.md). The defaults are the paper's sign, and cautious. Search ``scale``, zero and
     both signs included.
