@@ -2,8 +2,8 @@
 
 python benchmarks/figures.py demo       docs/demo.png: photographs, damaged and restored (minutes)
 python benchmarks/figures.py samples    docs/samples.png: the garments' prior alone, DDIM, 100 steps
-python benchmarks/figures.py nearest LAND    docs/photos.png: the photographs' prior alone, DDPM, 250
-    steps, over the nearest of 40,000 training crops; LAND holds the photographs (docs/photos.md)
+python benchmarks/figures.py nearest LAND    docs/photos.png: the photographs' prior alone, DDPM,
+    250 steps, over the nearest of 40,000 training crops; LAND: see docs/photos.md
 """
 
 from __future__ import annotations

@@ -176,8 +176,9 @@ def report_estimates(sigmas: Mapping[str, float], clipped: Collection[str]) -> N
     )
     if values.min() < HIDDEN:
         print(
-            f"noise: σ below {HIDDEN} is rarely the whole error, as JPEG and blur hide noise from the "
-            "estimate; for blur above all, leave data.sigmas out and set model.noise.sigma, say 0.05"
+            f"noise: σ below {HIDDEN} is rarely the whole error: JPEG and blur hide noise from the "
+            "estimate. For blur above all, leave data.sigmas out and set model.noise.sigma, say "
+            "0.05"
         )
     if clipped:
         print(
