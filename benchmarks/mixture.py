@@ -93,7 +93,7 @@ def estimator(measured: int) -> Lanczos:
 
 def unlimited(c: float, measured: int) -> list[Guidance]:
     """Return CMI with steps of c·β_t at every level, however long; c < 0 descends."""
-    return [CMI(c, "beta", math.inf, 0.0, 1.0, estimator=estimator(measured))]
+    return [CMI(c, "beta", math.inf, 0.0, 1.0, 1, estimator=estimator(measured))]
 
 
 def cmis(measured: int) -> dict[str, list[Guidance]]:
@@ -102,7 +102,10 @@ def cmis(measured: int) -> dict[str, list[Guidance]]:
     They are none, the library's defaults, and multiples c of β_t. The defaults limit CMI to short
     steps and to a range of levels, for images; the others do not.
     """
-    tried: dict[str, list[Guidance]] = {"off": [], "defaults": [CMI(estimator=estimator(measured))]}
+    tried: dict[str, list[Guidance]] = {
+        "off": [],
+        "defaults": [CMI(interval=1, estimator=estimator(measured))],
+    }
     return tried | {f"c={c:g}": unlimited(c, measured) for c in (0.1, 0.3, 1.0, 3.0)}
 
 

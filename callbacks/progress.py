@@ -11,11 +11,14 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from torch import Tensor
 
 from cmi_lightning.predict.callback import SamplingCallback
 from cmi_lightning.predict.module import PosteriorSampler
 from cmi_lightning.problem import Problem
 from cmi_lightning.step import Record
+
+REFRESH = 4  # times a second that bars are drawn anew
 
 
 class SamplingProgress(ProgressBar, SamplingCallback):
@@ -48,6 +51,7 @@ class SamplingProgress(ProgressBar, SamplingCallback):
         self.batch_size, self.draw, self.draws = 0, 0, 1
         self.steps_done, self.num_steps = 0, 0
         self.residual, self.expected = float("nan"), float("nan")
+        self.log: dict[str, Tensor] = {}  # of the last step, on its device
         self.started = self.last_line = time.monotonic()
         self.bars: tuple[TaskID, TaskID] | None = None
 
@@ -87,7 +91,7 @@ class SamplingProgress(ProgressBar, SamplingCallback):
                 TextColumn("{task.fields[count]}"),
                 TextColumn("{task.fields[detail]}", style="dim"),
                 console=console,
-                refresh_per_second=4,
+                refresh_per_second=REFRESH,
             )
             self.bars = (
                 self.live.add_task("images", total=self.total, count="", detail=""),
@@ -109,8 +113,7 @@ class SamplingProgress(ProgressBar, SamplingCallback):
         """Advance the steps."""
         if self.enabled:
             self.num_steps, self.steps_done = record.num_steps, record.num_steps - record.index
-            if "residual" in record.log:
-                self.residual = float(record.log["residual"].mean())
+            self.log = record.log
             self._show()
 
     def on_predict_batch_end(
@@ -128,7 +131,7 @@ class SamplingProgress(ProgressBar, SamplingCallback):
         self.before += sum(n in pl_module.run.done and n not in own for n in batch["id"])
         self.total = max(self.total, self.done)
         self.batch_size = self.draw = 0
-        self._show()
+        self._show(now=True)
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the bars down and say how long it took."""
@@ -160,10 +163,16 @@ class SamplingProgress(ProgressBar, SamplingCallback):
         share = (max(self.draw - 1, 0) + self.steps_done / max(self.num_steps, 1)) / self.draws
         return self.done + self.batch_size * share
 
-    def _show(self) -> None:
-        if not self.enabled:
+    def _show(self, now: bool = False) -> None:
+        """Show what there is, if it is time, or ``now`` on a terminal."""
+        wait = self.interval if self.live is None else 0 if now else 1 / REFRESH
+        time_now = time.monotonic()
+        if not self.enabled or time_now - self.last_line < wait:
             return
-        seconds = time.monotonic() - self.started
+        # The device is asked for a number only where it is shown: at other steps it need not wait.
+        if "residual" in self.log:
+            self.residual = float(self.log["residual"].mean())
+        self.last_line, seconds = time_now, time_now - self.started
         rate = (self.fraction_done - self.before) / max(seconds, 1e-9)
         left = _clock(max(self.total - self.fraction_done, 0) / rate) if rate else "?"
         images, speed = f"{self.done}/{self.total}", f"{_hourly(rate)}, {left} left"
@@ -176,8 +185,7 @@ class SamplingProgress(ProgressBar, SamplingCallback):
                 (self.bars[1], self.steps_done, self.num_steps, steps, residual),
             ):
                 self.live.update(bar, completed=done, total=total, count=count, detail=detail)
-        elif time.monotonic() - self.last_line >= self.interval:
-            self.last_line = time.monotonic()
+        else:
             self._line(f"images {images}, step {steps}, {residual}, {speed}")
 
     def _line(self, text: str) -> None:

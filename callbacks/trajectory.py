@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from PIL import Image
+from torch import Tensor
 
 from cmi_lightning.callbacks.base import RecordingCallback, plain
 from cmi_lightning.callbacks.drawing import save_png, to_tile
@@ -62,7 +64,7 @@ class TrajectoryLogger(RecordingCallback):
 
     def _reset(self) -> None:
         self.passes: dict[str, list[Curves]] = {}  # of the batch, one for each finished draw
-        self.under_way: dict[str, Curves] = {}
+        self.under_way: list[tuple[int, dict[str, Tensor]]] = []  # logs of a draw's steps
         self.strips: dict[str, dict[str, Image.Image]] = {}
 
     def files(self, record: Mapping[str, Any]) -> list[Path]:
@@ -73,7 +75,7 @@ class TrajectoryLogger(RecordingCallback):
         self, trainer: L.Trainer, pl_module: PosteriorSampler, ids: list[str], problem: Problem
     ) -> None:
         """Make room; a pass that did not end ran out of memory, and is forgotten."""
-        self.under_way = {name: defaultdict(dict) for name in ids}
+        self.under_way = []
         shown = [name for name in ids if pl_module.run.position(name) < self.max_images]
         self.strips.update({name: {} for name in shown if name not in self.passes})
 
@@ -82,17 +84,25 @@ class TrajectoryLogger(RecordingCallback):
     ) -> None:
         """Note the step's quantities, and x̂₀ (of the first draw) for the strip."""
         number = record.num_steps - record.index
-        for quantity, values in record.log.items():
-            for name, value in zip(record.ids, values.tolist(), strict=True):
-                if math.isfinite(value):
-                    self.under_way[name][quantity][number] = value
+        self.under_way.append((number, record.log))
         if self._shown(number, record.num_steps):
             for name, x0 in zip(record.ids, record.image, strict=True):
                 if name in self.strips and name not in self.passes:
                     self.strips[name][f"step {number}"] = to_tile(x0)
         if record.index == 0:
-            for name, curves in self.under_way.items():
+            for name, curves in self._curves(record.ids).items():
                 self.passes.setdefault(name, []).append(curves)
+
+    def _curves(self, ids: Sequence[str]) -> dict[str, Curves]:
+        """Return the samples' curves, read from the device once for all steps of a draw."""
+        curves: dict[str, Curves] = {name: defaultdict(dict) for name in ids}
+        places = [(number, name) for number, log in self.under_way for name in log]
+        table = torch.stack([log[name] for _, log in self.under_way for name in log])
+        for (number, quantity), values in zip(places, table.tolist(), strict=True):
+            for name, value in zip(ids, values, strict=True):
+                if math.isfinite(value):
+                    curves[name][quantity][number] = value
+        return curves
 
     def _shown(self, number: int, total: int) -> bool:
         if self.save_every is not None:

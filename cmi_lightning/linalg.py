@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,8 +80,8 @@ class KrylovSpace:
 
     Attributes:
         basis: orthonormal vectors, (B, k, m); zero where the space ended early.
-        values: eigenvalues of the restriction, (B, k), float64 on the CPU.
-        vectors: its eigenvectors, (B, k, k), float64 on the CPU.
+        values: eigenvalues of the restriction, (B, k), float64 on the CPU where k > 1.
+        vectors: its eigenvectors, (B, k, k), likewise.
         length: ‖v‖, (B,).
         rest: norm of the part of the last image that left the space, (B,).
         shape: shape of v.
@@ -99,10 +99,21 @@ class KrylovSpace:
 
         The second is the relative residual of conjugate gradients when f(λ) = 1/λ.
         """
-        coefficients = (self.vectors * self._of(f)[:, None]) @ self.vectors[:, 0, :, None]
-        coefficients = coefficients[..., 0].to(self.basis)
+        coefficients = self._coefficients(f)
         applied = (coefficients[..., None] * self.basis).sum(1) * self.length[:, None]
         return applied.reshape(self.shape), self.rest * coefficients[:, -1].abs()
+
+    def combine(self, f: Callable[[Tensor], Tensor], images: Sequence[Tensor]) -> Tensor:
+        """Return B f(M) v (B, *) for a linear map B of which the basis' images are known."""
+        coefficients = self._coefficients(f) * self.length[:, None]
+        return torch.stack(
+            [per_sample(c, b) * b for c, b in zip(coefficients.unbind(1), images, strict=True)]
+        ).sum(0)
+
+    def _coefficients(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return f(T) e₁ (B, k)."""
+        coefficients = (self.vectors * self._of(f)[:, None]) @ self.vectors[:, 0, :, None]
+        return coefficients[..., 0].to(self.basis)
 
     def quadratic(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Return vᵀ f(M) v ≈ ‖v‖² e₁ᵀ f(T) e₁ (B,)."""
@@ -148,6 +159,10 @@ def krylov(matvec: Callable[[Tensor], Tensor], v: Tensor, dimension: int) -> Kry
         rest = torch.where(ended, 0.0, rest)
         q = torch.where(ended[:, None], 0.0, unit(remainder))
     M = torch.stack(images, 1)
+    if dimension == 1:  # no decomposition, and no wait for the device
+        return KrylovSpace(
+            Q, (Q * M).sum(2), torch.ones_like(rest)[:, None, None], length, rest, v.shape
+        )
     T = (Q @ M.mT).cpu().double()  # not every accelerator has float64
     finite = torch.isfinite(T).all(2, keepdim=True).all(1, keepdim=True)
     # A sample that has diverged shall not stop the others: eigh refuses what is not finite.

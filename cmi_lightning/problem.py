@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -76,12 +77,12 @@ class Problem:
         check_rows(bound, like, noise)
         return replace(self, operator=bound)
 
-    @property
+    @cached_property
     def std(self) -> Tensor:
         """The noise standard deviation, broadcastable to y."""
         return per_sample(self.noise_std, self.y)
 
-    @property
+    @cached_property
     def relative_std(self) -> Tensor | None:
         """``std`` over its root mean square per sample, (B, *m); None where it is one number."""
         std = self.std
@@ -91,7 +92,7 @@ class Problem:
         mean = dot(std**2 * kept, kept) / dot(kept, kept)
         return std / per_sample(mean.clamp_min(torch.finfo(std.dtype).tiny).sqrt(), self.y)
 
-    @property
+    @cached_property
     def noise_norm(self) -> Tensor:
         """√(Σ std²) (B,), the residual that noise alone leaves: σ√m for m measured entries."""
         return norm(self.operator.zero_padding(self.std.expand_as(self.y)))
@@ -122,7 +123,7 @@ class Problem:
         perturbed = replace(self, y=self.y + self.std * n)
         return perturbed.prox(x + variance**0.5 * z, variance)
 
-    @property
+    @cached_property
     def noisy(self) -> bool:
         """Whether every measurement carries noise."""
         return bool(torch.all(self.std > 0))

@@ -82,10 +82,10 @@ class Sampler:
                 "variance small or large."
             )
         self.denoiser, self.solver, self.clamp = denoiser, solver, clamp
-        self.guidances = tuple(g for g in guidances if g.active)
         self.schedule: Schedule = solver.levels(denoiser.schedule, num_steps)
-        for guidance in self.guidances:
-            guidance.check(len(self.schedule))
+        active = [g for g in guidances if g.active]
+        passes = 1 + sum(g.passes for g in active)
+        self.guidances = tuple(g.for_chain(self.schedule, passes - g.passes) for g in active)
 
     @property
     def differentiable(self) -> bool:

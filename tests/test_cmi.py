@@ -16,6 +16,7 @@ from cmi_lightning.errors import InputError
 from cmi_lightning.exact import GaussianMixture, GaussianPrior, power_law_prior
 from cmi_lightning.guidance import CMI, DPS, DSG, MCG, MomentMatching, PiGDM
 from cmi_lightning.information import ImageProbes, Lanczos, Ridge, TraceLimit, TwoTraces
+from cmi_lightning.information.base import SECOND_ORDER
 from cmi_lightning.linalg import dot, norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Dense, PixelMask
@@ -130,14 +131,26 @@ def test_trace_limit_is_the_limit_of_the_ridge(mixture, dense):
     assert trace.residual is None
 
 
-@pytest.mark.parametrize("derivative", ["autograd", "difference"])
+@pytest.mark.parametrize("derivative", ["autograd", "difference", "forward"])
 @pytest.mark.parametrize(
     ("make", "passes"),
     [
-        (lambda d: Lanczos(krylov=3, derivative=d), {"autograd": (0, 5), "difference": (2, 5)}),
-        (lambda d: TraceLimit(derivative=d), {"autograd": (0, 2), "difference": (2, 3)}),
-        (lambda d: ImageProbes(krylov=3, derivative=d), {"autograd": (0, 6), "difference": (2, 6)}),
-        (lambda d: TwoTraces(krylov=3, derivative=d), {"autograd": (0, 9), "difference": (2, 9)}),
+        (
+            lambda d: Lanczos(krylov=3, derivative=d),
+            {"autograd": (0, 5), "difference": (2, 5), "forward": (1, 4)},
+        ),
+        (
+            lambda d: TraceLimit(derivative=d),
+            {"autograd": (0, 2), "difference": (2, 3), "forward": (1, 2)},
+        ),
+        (
+            lambda d: ImageProbes(krylov=3, derivative=d),
+            {"autograd": (0, 6), "difference": (2, 6), "forward": (1, 5)},
+        ),
+        (
+            lambda d: TwoTraces(krylov=3, derivative=d),
+            {"autograd": (0, 9), "difference": (2, 9), "forward": (1, 8)},
+        ),
     ],
     ids=["Lanczos", "TraceLimit", "ImageProbes", "TwoTraces"],
 )
@@ -148,6 +161,8 @@ def test_cost_is_as_the_docstrings_say(mixture, dense, derivative, make, passes)
     forwards, products = passes[derivative]
     assert (step.cost.forwards - 1, step.cost.vjps) == (forwards, products)
     assert make(derivative).derivatives == (2 if derivative == "autograd" else 1)
+    weight = SECOND_ORDER - 1 if derivative == "autograd" else 0
+    assert make(derivative).passes() == forwards + products + weight
 
 
 @pytest.mark.parametrize(
@@ -199,11 +214,13 @@ def test_gradient_matches_a_finite_difference_of_the_value(mixture, dense):
     assert float((ahead - behind) / (2 * h)) == pytest.approx(float(slope), rel=1e-5)
 
 
-def test_difference_agrees_with_autograd(mixture, dense):
+@pytest.mark.parametrize(("derivative", "error"), [("difference", 5e-3), ("forward", 0.1)])
+@pytest.mark.parametrize("make", [Lanczos, ImageProbes, TwoTraces, TraceLimit])
+def test_differences_agree_with_autograd(mixture, dense, make, derivative, error):
     step = make_step(mixture, dense, 300)
-    exact = Lanczos(krylov=3)(step).gradient
-    approximate = Lanczos(krylov=3, derivative="difference")(step).gradient
-    assert float((norm(exact - approximate) / norm(exact)).max()) < 5e-3
+    exact = make()(step).gradient
+    approximate = make(derivative=derivative)(step).gradient
+    assert float((norm(exact - approximate) / norm(exact)).max()) < error
 
 
 @pytest.mark.parametrize("derivative", ["autograd", "difference"])
@@ -241,7 +258,7 @@ def test_gaussian_prior_has_no_gradient(dense):
 def test_on_a_gaussian_prior_cmi_and_a_base_are_the_base(dense, base):
     prior = GaussianPrior(torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(SHAPE), 0.3)
     step = make_step(prior, dense)
-    pushing = CMI(scale=1.0, max_step=math.inf, min_signal=0.0, max_signal=1.0)
+    pushing = CMI(scale=1.0, max_step=math.inf, interval=1, min_signal=0.0, max_signal=1.0)
     alone, both = (
         Sampler(prior, DDPM(), g, 10).run(step.problem, step.noise, step.x.detach())
         for g in ([base], [pushing, base])
@@ -320,8 +337,9 @@ def test_spectral_form_of_an_indefinite_operator(mixture, dense):
 def test_step_obeys_its_schedule_and_limit(mixture, dense):
     step = make_step(mixture, dense, 300)
     proposal = DDPM().transition(step, lambda s: s.x0.detach())
-    gradient = Lanczos(krylov=3)(step).gradient
-    free = CMI(scale=2.0, max_step=math.inf).guide_transition(step, proposal)
+    estimator = Lanczos(krylov=3)
+    gradient = estimator(step).gradient
+    free = CMI(scale=2.0, max_step=math.inf, estimator=estimator).guide_transition(step, proposal)
     torch.testing.assert_close(
         free.mean - proposal.mean, 2.0 * step.coefficients.beta * gradient, rtol=1e-9, atol=1e-12
     )
@@ -357,6 +375,7 @@ def test_step_is_left_alone(mixture, dense, quiet):
         ("min_signal", 0.95),
         ("max_signal", 1.5),
         ("interval", 0),
+        ("budget", 0.0),
     ],
 )
 def test_bad_options_are_named(option, value):
@@ -369,3 +388,50 @@ def test_noiseless_measurements_are_refused(mixture, dense):
     proposal = DDPM().transition(step, lambda s: s.x0.detach())
     with pytest.raises(InputError, match="noise"):
         CMI().guide_transition(step, proposal)
+
+
+BASES = [DPS(), PiGDM(), MCG(), DSG(), DSG(interval=3), MomentMatching(krylov=2)]
+
+
+@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize(
+    "cmi",
+    [CMI(), CMI(budget=0.6), CMI(estimator=TraceLimit(derivative="difference"))],
+    ids=["default", "budget 0.6", "trace"],
+)
+def test_budget_holds_over_the_whole_run(dense, base, cmi):
+    prior = GaussianPrior(torch.zeros(SHAPE, dtype=torch.float64), 0.3)
+    step, spent = make_step(prior, dense), {}
+    for guidances in ([base], [base, cmi]):
+        sampler = Sampler(prior, DDPM(), guidances, 40)
+        *_, record = sampler.iterate(step.problem, step.noise, step.x.detach())
+        spent[len(guidances)] = record.forwards + record.vjps
+    extra, allowed = spent[2] - spent[1], (cmi.budget or 0.3) * spent[1]
+    assert abs(extra - allowed) <= cmi.estimator.passes()  # a step more or less
+
+
+def test_budget_chooses_steps_evenly_by_schedule_and_cost_alone(mixture):
+    sampler = Sampler(mixture, DDPM(), [CMI(), DPS()], 100)
+    acting = sorted(vars(sampler.guidances[0])["_steps"][True])
+    assert len(acting) == 20  # 0.3 · 200 passes, three each
+    allowed = [i for i, t, s in sampler.schedule.pairs() if CMI().allows(t, s)]
+    gaps = [b - a for a, b in pairwise([min(allowed), *acting, max(allowed)])]
+    assert max(gaps) - min(gaps[1:-1]) <= 2
+    curved = vars(sampler.guidances[0])["_steps"][False]
+    assert len(curved) == 10  # the change of A' takes three more
+    everywhere = Sampler(mixture, DDPM(), [CMI(budget=math.inf), DPS()], 100).guidances[0]
+    assert sorted(vars(everywhere)["_steps"][True]) == sorted(allowed)
+
+
+def test_budget_and_interval_exclude_each_other():
+    with pytest.raises(InputError, match=r"CMI\.budget and CMI\.interval"):
+        CMI(budget=0.3, interval=6)
+
+
+def test_estimator_of_unknown_cost_needs_an_interval(mixture):
+    class Mine(Lanczos):
+        products = None
+
+    with pytest.raises(InputError, match=r"Mine\.passes.*CMI\.interval"):
+        Sampler(mixture, DDPM(), [CMI(estimator=Mine())], 10)
+    Sampler(mixture, DDPM(), [CMI(estimator=Mine(), interval=2)], 10)

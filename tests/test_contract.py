@@ -81,7 +81,11 @@ NAMES = ("base", "cmi", "operator", "solver")
 def guidances_of(base: str, cmi: bool) -> list:
     return [
         *BASES[base],
-        *([CMI(min_signal=0.0, max_signal=1.0, estimator=Lanczos(krylov=2))] if cmi else []),
+        *(
+            [CMI(interval=1, min_signal=0.0, max_signal=1.0, estimator=Lanczos(krylov=2))]
+            if cmi
+            else []
+        ),
     ]
 
 
@@ -192,7 +196,7 @@ def test_unguided_sampling_builds_no_graph(prior, garments):
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_gradient_mode_is_the_callers_own(prior, garments, enabled):
-    sampler = Sampler(prior, DDPM(), [CMI(estimator=Lanczos(krylov=2)), DPS()], 3)
+    sampler = Sampler(prior, DDPM(), [CMI(interval=1, estimator=Lanczos(krylov=2)), DPS()], 3)
     noise = SampleNoise(0, list("abcd"))
     problem = Problem.simulate(garments, Identity(), 0.05, noise)
     with torch.set_grad_enabled(enabled):
@@ -205,7 +209,7 @@ def test_gradient_mode_is_the_callers_own(prior, garments, enabled):
 
 
 def test_no_graph_outlives_its_step(prior, garments):
-    sampler = Sampler(prior, DDPM(), [CMI(estimator=Lanczos(krylov=2)), DPS()], 4)
+    sampler = Sampler(prior, DDPM(), [CMI(interval=1, estimator=Lanczos(krylov=2)), DPS()], 4)
     noise = SampleNoise(0, list("abcd"))
     problem = Problem.simulate(garments, Identity(), 0.05, noise)
     alive: list[weakref.ref] = []
@@ -239,7 +243,7 @@ def test_heun_runs_every_guidance_but_dsg(prior, garments):
 def test_log_tells_what_happened(prior, garments):
     noise = SampleNoise(0, list("abcd"))
     problem = Problem.simulate(garments, BoxMask(8, 2), 0.05, noise)
-    sampler = Sampler(prior, DDPM(), [CMI(estimator=Lanczos(krylov=2)), MCG()], 4)
+    sampler = Sampler(prior, DDPM(), [CMI(interval=1, estimator=Lanczos(krylov=2)), MCG()], 4)
     records = list(sampler.iterate(problem, noise, garments))
     expected = {"residual", "step/MCG", "sample/MCG"}
     assert all(set(r.log) >= expected for r in records)

@@ -63,7 +63,14 @@ def problem(matrix: Tensor = M) -> Problem:
     return Problem.simulate(x, Dense(MEASURE, IMAGES), 0.2, NOISE)
 
 
-GUIDANCES = [DPS(0.3), DSG(0.1), PiGDM(), MomentMatching(), CMI(0.1), CMI(0.1, estimator=Lanczos())]
+GUIDANCES = [
+    DPS(0.3),
+    DSG(0.1),
+    PiGDM(),
+    MomentMatching(),
+    CMI(0.1, interval=1),
+    CMI(0.1, interval=1, estimator=Lanczos()),
+]
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES, ids=repr)
@@ -288,7 +295,7 @@ def test_latents_end_to_end(latent_pipeline):
     from cmi_lightning.zoo import load_prior
 
     prior = load_prior(latent_pipeline)
-    guidances = [DPS(0.3), CMI(0.01, estimator=Lanczos(krylov=2))]
+    guidances = [DPS(0.3), CMI(0.01, interval=1, estimator=Lanczos(krylov=2))]
     module = PosteriorSampler(prior, BoxMask(4, margin=1), DDPM(), guidances, num_steps=3)
     batch = {"x": torch.rand(2, 3, 8, 8) * 2 - 1, "id": ["a", "b"]}
     both = module.predict_step(batch)

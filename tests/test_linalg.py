@@ -135,7 +135,7 @@ def test_the_emulation_catches_float64():
         DSG(),
         MomentMatching(),
         *(
-            CMI(estimator=e(derivative=d), min_signal=0.0, max_signal=1.0)
+            CMI(interval=1, estimator=e(derivative=d), min_signal=0.0, max_signal=1.0)
             for e in (Lanczos, ImageProbes, TwoTraces, Ridge, TraceLimit)
             for d in ("autograd", "difference")
         ),

@@ -100,7 +100,7 @@ def test_on_nonlinear_operators(prior, images, name):
 @pytest.mark.parametrize("name", SECTIONS)
 def test_with_cmi_or_refused_in_a_sentence(prior, images, name):
     solver, guidances = parts(name)
-    cmi = CMI(scale=0.1, min_signal=0.0, max_signal=1.0)
+    cmi = CMI(scale=0.1, interval=1, min_signal=0.0, max_signal=1.0)
     if name in ("solver/pnpdm", "solver/reddiff", "solver/fps"):
         with pytest.raises(InputError, match="CMI moves the mean of a step, and"):
             Sampler(prior, solver, [*guidances, cmi])

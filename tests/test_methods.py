@@ -761,7 +761,9 @@ def test_lle_is_trained_by_least_squares():
 def test_cmi_moves_every_solver_that_has_a_transition(mixture, dense, solver):
     noise, like = SampleNoise(0, ["a"]), torch.zeros(1, 1, 2, 3, dtype=torch.float64)
     problem = Problem(torch.ones(1, 3, dtype=torch.float64), dense, 0.1)
-    cmi = CMI(scale=0.3, step_size="noise", max_step=1.0, min_signal=0.0, max_signal=1.0)
+    cmi = CMI(
+        scale=0.3, step_size="noise", max_step=1.0, interval=1, min_signal=0.0, max_signal=1.0
+    )
     x = [
         Sampler(mixture, solver, guidances, 4, clamp=False).run(problem, noise, like)
         for guidances in ([], [cmi])

@@ -17,6 +17,7 @@ import torch
 from scipy import stats
 
 from cmi_lightning.guidance import CMI, DPS, MomentMatching
+from cmi_lightning.information import Lanczos
 from cmi_lightning.schedule import CLEAN
 from cmi_lightning.solvers import DDPM
 
@@ -223,7 +224,7 @@ def test_short_krylov_space_is_the_default_for_few_measurements(bench):
     """For m < 3 the benchmark shortens the default's space, which ends there anyway."""
     task = bench.instance(bench.Cell(8, 2, 20), "test", 0, 4)
     short = bench.cmis(2)["c=1"]
-    long = [CMI(1.0, "beta", float("inf"), 0.0, 1.0)]
+    long = [CMI(1.0, "beta", float("inf"), 0.0, 1.0, 1, Lanczos())]
     torch.testing.assert_close(
         bench.draw(task, [DPS(0.2), *short], 0.6), bench.draw(task, [DPS(0.2), *long], 0.6)
     )

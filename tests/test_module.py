@@ -34,7 +34,11 @@ def loader(images: torch.Tensor, batch_size: int = 4) -> DataLoader:
 @pytest.fixture
 def module(prior) -> PosteriorSampler:
     return PosteriorSampler(
-        prior, BoxMask(14, 4), DDPM(), [CMI(estimator=Lanczos(krylov=2)), DPS()], num_steps=4
+        prior,
+        BoxMask(14, 4),
+        DDPM(),
+        [CMI(interval=1, estimator=Lanczos(krylov=2)), DPS()],
+        num_steps=4,
     )
 
 
@@ -45,7 +49,7 @@ def test_predict_equals_the_core_in_either_mode(module, prior, shipped_images, i
     (restoration,) = trainer.predict(module, loader(x))
     noise = SampleNoise(0, [f"img/{i}" for i in range(4)])
     problem = Problem.simulate(x, BoxMask(14, 4), 0.05, noise)
-    expected = Sampler(prior, DDPM(), [CMI(estimator=Lanczos(krylov=2)), DPS()], 4).run(
+    expected = Sampler(prior, DDPM(), [CMI(interval=1, estimator=Lanczos(krylov=2)), DPS()], 4).run(
         problem, noise, x
     )
     assert torch.equal(restoration["restored"], expected)
@@ -231,3 +235,9 @@ def test_import_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert printed.stdout.strip() == "[]"
+
+
+def test_a_run_says_at_which_steps_cmi_acts(prior):
+    module = PosteriorSampler(prior, guidances=[CMI(), DPS()], num_steps=20)
+    assert module.describe()["CMI"].startswith("acts at 4 of 20 steps, for 0.30 of the 40 passes")
+    assert "CMI" not in PosteriorSampler(prior, guidances=[DPS()], num_steps=20).describe()

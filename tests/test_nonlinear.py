@@ -137,7 +137,11 @@ def test_every_guidance_runs_or_refuses(mixture: GaussianMixture) -> None:
         [DSG()],
         [PiGDM()],
         [MomentMatching()],
-        *([CMI(estimator=e(derivative=d)), DPS()] for e in (Lanczos, TraceLimit) for d in DERIVED),
+        *(
+            [CMI(interval=1, estimator=e(derivative=d)), DPS()]
+            for e in (Lanczos, TraceLimit)
+            for d in DERIVED
+        ),
     ):
         out = Sampler(mixture, DDPM(), guidances, 6).run(problem, noise, x)
         assert bool(out.isfinite().all())
@@ -293,7 +297,7 @@ def test_every_task_runs_with_dps_dsg_and_cmi(task: str) -> None:
         prior = GaussianMixture(0.4 * torch.randn(2, channels, 8, 16, generator=g), 0.1)
         x, noise = prior.sample(2, g), SampleNoise(0, ["a", "b"])
         problem = Problem.simulate(x, made.operator, made.noise, noise)
-        everywhere = CMI(min_signal=0.0, max_signal=1.0, estimator=Lanczos(krylov=2))
+        everywhere = CMI(interval=1, min_signal=0.0, max_signal=1.0, estimator=Lanczos(krylov=2))
         for guidances in ([DPS()], [DSG()], [everywhere, DPS()]):
             restored = Sampler(prior, DDPM(), guidances, 3).run(problem, noise, x)
             assert restored.shape == x.shape

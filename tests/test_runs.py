@@ -365,7 +365,7 @@ def test_the_noise_is_the_samples_own(tmp_path, monkeypatch, shipped_images):
         return value
 
     monkeypatch.setattr(SampleNoise, "normal", spy)
-    module = sampler(prior, DPS(), CMI(estimator=Lanczos(krylov=2)))
+    module = sampler(prior, DPS(), CMI(interval=1, estimator=Lanczos(krylov=2)))
     x = shipped_images[:6]
     for i, (size, order) in enumerate([(6, None), (1, None), (4, [5, 2, 0, 3, 1, 4]), (2, [3, 1])]):
         predict(module, tmp_path / str(i), x, batch_size=size, order=order)
@@ -431,7 +431,7 @@ class Spoil(Guidance):
 )
 def test_a_sample_fails_alone(tmp_path, prior, shipped_images, factor, why, capsys):
     x = shipped_images[:4]
-    guidances = [DPS(), CMI(estimator=Lanczos(krylov=2))]
+    guidances = [DPS(), CMI(interval=1, estimator=Lanczos(krylov=2))]
     options = {"num_steps": 4, "operator": BoxMask(14, 4)}
     (well,) = predict(sampler(prior, *guidances, **options), tmp_path / "a", x, batch_size=4)
     spoilt = sampler(prior, *guidances, Spoil(factor, 2), **options)
@@ -577,7 +577,7 @@ def test_costs_are_counted(tmp_path, prior, shipped_images, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "grad", spy)
-    cmi = CMI(estimator=Lanczos(krylov=2), min_signal=0.0, max_signal=1.0)
+    cmi = CMI(interval=1, estimator=Lanczos(krylov=2), min_signal=0.0, max_signal=1.0)
     module = sampler(prior, DPS(), cmi, operator=BoxMask(14, 4))
     predict(module, tmp_path, shipped_images[:2], batch_size=1)
     costs = json.loads((tmp_path / "summary.json").read_text())["costs"]

@@ -151,7 +151,7 @@ def test_every_source_with_every_kind_of_guidance(source):
     for guidances in (
         [DPS(0.1)],
         [PiGDM()],
-        [DPS(0.1), CMI(0.01, estimator=Lanczos(krylov=2))],
+        [DPS(0.1), CMI(0.01, interval=1, estimator=Lanczos(krylov=2))],
     ):
         found = []
         batches = [(slice(0, 2), ["a", "b"]), (slice(1, 2), ["b"])]

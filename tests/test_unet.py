@@ -368,7 +368,7 @@ def test_cmi_takes_differences_where_there_is_no_second_derivative(caplog, decla
         network = frozen(fused_attention=True) if declared else Fused().double()
         denoiser = NetworkDenoiser(network, None)
         assert denoiser.derivatives == (1 if declared else 2)  # found out when it is tried
-        cmi = CMI(estimator=Lanczos(derivative=derivative, krylov=2))
+        cmi = CMI(interval=1, estimator=Lanczos(derivative=derivative, krylov=2))
         sampler = Sampler(denoiser, DDPM(), [DPS(), cmi], num_steps=4)
         *_, last = sampler.iterate(Problem(x, Identity(), 0.1), noise, x)
         results.append(last.x)

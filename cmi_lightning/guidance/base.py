@@ -11,6 +11,7 @@ from torch import Tensor
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import unit
 from cmi_lightning.operators.base import LinearOperator, Operator
+from cmi_lightning.schedule import Schedule
 from cmi_lightning.step import Step, Transition
 
 # What each hook edits.
@@ -74,8 +75,27 @@ class Guidance(ABC):  # noqa: B024
         """False if the guidance leaves every step as it is; it is then skipped, at no cost."""
         return True
 
-    def check(self, num_steps: int) -> None:  # noqa: B027
-        """Refuse a chain of so many steps, by an InputError; called before sampling starts."""
+    @property
+    def passes(self) -> float:
+        """Network passes of a step, at least: vector-Jacobian products, and forwards beyond one."""
+        return float(self.differentiable)
+
+    def for_chain(self, schedule: Schedule, passes: float) -> Guidance:
+        """Return the guidance as it acts on a chain; called before sampling starts.
+
+        Args:
+            schedule: the chain's levels.
+            passes: network passes of a step without this guidance, at least.
+
+        Raises:
+            InputError: to refuse the chain.
+        """
+        return self
+
+    @property
+    def plan(self) -> str | None:
+        """What the guidance does on its chain, for people."""
+        return None
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
         """Return the x̂₀ (B, *) that the solver shall use."""

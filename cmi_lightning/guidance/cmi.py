@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,8 @@ from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.information import Estimator, Information, Lanczos
 from cmi_lightning.linalg import norm, per_sample
+from cmi_lightning.operators.base import LinearOperator
+from cmi_lightning.schedule import Level, Schedule
 from cmi_lightning.step import Step, Transition
 
 
@@ -35,7 +38,9 @@ class CMI(Guidance):
     >>> from cmi_lightning.denoisers import shipped_prior
     >>> from cmi_lightning.guidance import DPS
     >>> from cmi_lightning.solvers import DDPM
-    >>> sampler = Sampler(shipped_prior(), DDPM(), [CMI(interval=3), DPS()], num_steps=100)
+    >>> sampler = Sampler(shipped_prior(), DDPM(), [CMI(), DPS()], num_steps=100)
+    >>> sampler.guidances[0].plan
+    'at 20 of 100 steps, for 0.30 of the 200 passes without it'
 
     Args:
         scale: η as a share, see ``step_size``; negative to descend; 0 switches the guidance off, at
@@ -47,11 +52,18 @@ class CMI(Guidance):
         max_step: longest step, as a share of √n·std of the ancestral sampler's noise.
         min_signal: act where α²/(α² + σ²), which is ᾱ_t on a DDPM chain, is at least this.
         max_signal: act where it is at most this.
-        interval: act every ``interval``-th step.
-        estimator: of I and ∇I; default: :class:`~cmi_lightning.information.Lanczos`.
+        interval: act every ``interval``-th step, in place of a budget.
+        estimator: of I and ∇I; default: :class:`~cmi_lightning.information.Lanczos` with one Krylov
+            vector and a forward difference, the largest effect per pass (docs/method.md).
+        budget: network passes of all steps together, as a share of what the steps take without
+            CMI; inf acts at every step. How many steps that is follows from the estimator's passes,
+            at least one; they are spread evenly over those that the signal allows. Passes beyond
+            one forward that a solver takes by itself are not counted. Default: 0.3, if no interval
+            is given.
 
     Raises:
-        InputError: if an option is out of range, or the measurement has no noise (I is infinite).
+        InputError: if an option is out of range, interval and budget are given, or the measurement
+            has no noise (I is infinite).
 
     Source: Hamidi & Yang (2025), Alg. 1, which gives no step sizes.
     """
@@ -61,9 +73,12 @@ class CMI(Guidance):
     max_step: float = 0.01
     min_signal: float = 0.003
     max_signal: float = 0.9
-    interval: int = 1
+    interval: int | None = None
     estimator: Estimator | None = None
+    budget: float | None = None
     needs_noise = True
+    passes = 0.0  # no base for another one
+    plan = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -71,13 +86,16 @@ class CMI(Guidance):
             "max_step must be at least 0": self.max_step >= 0,
             "min_signal must be between 0 and max_signal": 0 <= self.min_signal <= self.max_signal,
             "max_signal must be at most 1": self.max_signal <= 1,
-            "interval must be at least 1": self.interval >= 1,
+            "interval must be at least 1": self.interval is None or self.interval >= 1,
+            "budget must be above 0": self.budget is None or self.budget > 0,
         }
         for rule, kept in checks.items():
             if not kept:
                 raise InputError(f"CMI.{rule}, got {getattr(self, rule.split()[0])!r}.")
+        if self.budget is not None and self.interval is not None:
+            raise InputError("CMI.budget and CMI.interval say the same thing twice: give one.")
         if self.estimator is None:
-            object.__setattr__(self, "estimator", Lanczos())
+            object.__setattr__(self, "estimator", Lanczos(krylov=1, derivative="forward"))
 
     @property
     def derivatives(self) -> int:
@@ -89,6 +107,47 @@ class CMI(Guidance):
         """Whether the scale and the longest step ≠ 0."""
         return self.scale != 0 and self.max_step != 0
 
+    def allows(self, t: Level, s: Level) -> bool:
+        """Whether the signal, and noise that is left, let CMI act from t to s."""
+        signal = t.alpha**2 / (t.alpha**2 + t.sigma**2)
+        return self.min_signal <= signal <= self.max_signal and s.sigma != 0
+
+    def for_chain(self, schedule: Schedule, passes: float) -> CMI:
+        """Return it with the steps at which it acts: these are the same for every sample."""
+        allowed = [index for index, t, s in schedule.pairs() if self.allows(t, s)]
+        base, planned = passes * len(schedule), copy(self)
+        steps = {linear: self._choose(allowed, base, linear) for linear in (True, False)}
+        plan = f"at {len(steps[True])} of {len(schedule)} steps"
+        if each := self._passes():
+            share = len(steps[True]) * each / base
+            plan += f", for {share:.2f} of the {base:.0f} passes without it"
+        vars(planned).update(_steps=steps, plan=plan)  # no options: no fields of the dataclass
+        return planned
+
+    def _passes(self, linear: bool = True) -> float | None:
+        return self.estimator.passes(linear) if self.estimator is not None else None
+
+    def _choose(self, allowed: list[int], base: float, linear: bool) -> frozenset[int]:
+        """Return at which of the allowed steps CMI acts where the others take ``base`` passes."""
+        budget, each = 0.3 if self.budget is None else self.budget, self._passes(linear)
+        if self.interval is not None:
+            return frozenset(index for index in allowed if index % self.interval == 0)
+        if not allowed or budget == math.inf:
+            return frozenset(allowed)
+        if each is None:
+            raise InputError(
+                f"{type(self.estimator).__name__}.passes does not say what an estimate costs: set "
+                "CMI.interval in place of a budget."
+            )
+        affordable = math.floor(budget * base / each + 1e-9)  # 0.3·200/3 is 20, up to rounding
+        return frozenset(spread(allowed, max(affordable, 1)))
+
+    def _acts(self, step: Step) -> bool:
+        """Whether CMI acts: as planned, or wherever it may where no sampler has planned."""
+        if (steps := vars(self).get("_steps")) is not None:
+            return step.index in steps[isinstance(step.problem.operator, LinearOperator)]
+        return self.allows(step.t, step.s) and step.index % (self.interval or 1) == 0
+
     def estimate(self, step: Step) -> Information:
         """Return value and gradient of I at x_t."""
         assert self.estimator is not None  # set by __post_init__
@@ -98,10 +157,7 @@ class CMI(Guidance):
         """Shift the mean up the gradient."""
         if not step.problem.noisy:
             raise InputError("CMI needs measurement noise: noise.sigma must be above 0.")
-        alpha, sigma = step.t.alpha, step.t.sigma
-        signal = alpha**2 / (alpha**2 + sigma**2)
-        acts = self.min_signal <= signal <= self.max_signal
-        if not acts or step.index % self.interval or step.s.sigma == 0:
+        if not self._acts(step):
             return transition
         information = self.estimate(step)
         length = norm(information.gradient)
@@ -116,3 +172,13 @@ class CMI(Guidance):
         if information.residual is not None:
             step.log["cmi/residual"] = information.residual
         return transition.shift(per_sample(factor, step.x) * information.gradient)
+
+
+def spread(items: list[int], count: int) -> list[int]:
+    """Return ``count`` of the items, at even distances; all of them if they are fewer.
+
+    >>> spread([9, 8, 7, 6, 5, 4, 3, 2, 1], 3)
+    [8, 5, 2]
+    """
+    count = min(count, len(items))
+    return [items[(2 * k + 1) * len(items) // (2 * count)] for k in range(count)]

@@ -10,6 +10,7 @@ from torch import Tensor
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.linalg import per_sample
+from cmi_lightning.schedule import Schedule
 from cmi_lightning.step import Step, Transition
 
 
@@ -61,9 +62,19 @@ class Discrepancy(Guidance):
         """Whether the guidance is."""
         return self.guidance.active
 
-    def check(self, num_steps: int) -> None:
-        """Refuse what the guidance refuses."""
-        self.guidance.check(num_steps)
+    @property
+    def passes(self) -> float:
+        """The guidance's."""
+        return self.guidance.passes
+
+    def for_chain(self, schedule: Schedule, passes: float) -> Discrepancy:
+        """Return it with the guidance as that acts on the chain."""
+        return replace(self, guidance=self.guidance.for_chain(schedule, passes))
+
+    @property
+    def plan(self) -> str | None:
+        """The guidance's."""
+        return self.guidance.plan
 
     def _where_far(self, step: Step, moved: Tensor, left: Tensor) -> Tensor:
         _ = step.residual

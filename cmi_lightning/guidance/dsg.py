@@ -48,6 +48,11 @@ class DSG(Guidance):
         if self.interval < 1:
             raise InputError(f"DSG.interval must be at least 1, got {self.interval}.")
 
+    @property
+    def passes(self) -> float:
+        """A product at every ``interval``-th step."""
+        return 1 / self.interval
+
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
         """Replace the noise."""
         if step.index % self.interval or step.s.sigma == 0:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.operators.base import LinearOperator
+from cmi_lightning.schedule import Schedule
 from cmi_lightning.step import Step
 
 
@@ -48,13 +49,14 @@ class LLE(Guidance):
                 f"{[len(row) for row in self.unseen]}."
             )
 
-    def check(self, num_steps: int) -> None:
+    def for_chain(self, schedule: Schedule, passes: float) -> LLE:
         """Refuse another number of steps than the coefficients'."""
-        if num_steps != len(self.seen):
+        if len(schedule) != len(self.seen):
             raise InputError(
-                f"LLE's coefficients are for {len(self.seen)} steps and the chain has {num_steps}: "
-                "set model.num_steps, or train them anew (cmi-lightning lle)."
+                f"LLE's coefficients are for {len(self.seen)} steps and the chain has "
+                f"{len(schedule)}: set model.num_steps, or train them anew (cmi-lightning lle)."
             )
+        return self
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
         """Combine x̂₀ with those of the steps before."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
-from cmi_lightning.information.base import clipped_inverse, whitened
+from cmi_lightning.information.base import Whitened, clipped_inverse
 from cmi_lightning.linalg import krylov
 from cmi_lightning.step import Step
 
@@ -25,7 +25,8 @@ class MomentMatching(Guidance):
 
     A nonlinear A enters by its derivative at x̂₀ (a Gauss–Newton step).
 
-    Cost of a step: ``krylov`` + 1 vector-Jacobian products, no second derivative.
+    Cost of a step: ``krylov`` vector-Jacobian products, no second derivative: the last product,
+    with the solution, is a combination of those that built the space.
 
     Differs from the reference codes: they solve A J Aᵀ u = r by conjugate gradients or GMRES
     without a guard (azula, one iteration by default), or with diagonal approximations of Σ (TMPD).
@@ -54,6 +55,11 @@ class MomentMatching(Guidance):
             raise InputError(f"MomentMatching.krylov must be at least 1, got {self.krylov}.")
 
     @property
+    def passes(self) -> float:
+        """The products of the Krylov space."""
+        return float(self.krylov)
+
+    @property
     def active(self) -> bool:
         """Whether the scale ≠ 0."""
         return self.scale != 0
@@ -62,8 +68,9 @@ class MomentMatching(Guidance):
         """Move x̂₀ to the posterior mean."""
         if not step.problem.noisy:
             raise InputError("MomentMatching needs measurement noise: noise.sigma must be above 0.")
-        A, std = step.linearized, step.problem.std
-        space = krylov(whitened(step, std), step.residual.detach() / std, self.krylov)
-        w, residual = space.apply(clipped_inverse)
-        step.log["moments/residual"] = residual
-        return x0 + self.scale * step.covariance_factor * step.vjp(A.adjoint(w / std))
+        std = step.problem.std
+        S = Whitened(step, std)
+        space = krylov(S, step.residual.detach() / std, self.krylov)
+        _, step.log["moments/residual"] = space.apply(clipped_inverse)
+        pulled = space.combine(clipped_inverse, S.pulled)  # Jᵀ Aᵀ Σ_n^{-1/2} w
+        return x0 + self.scale * step.covariance_factor * pulled

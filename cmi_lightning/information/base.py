@@ -6,7 +6,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -22,6 +22,11 @@ from cmi_lightning.step import Step
 # and low precision's rounding falls with the inverse: `benchmarks/estimators.py steps` measures
 # both on the shipped prior, docs/method.md has the table.
 STEP_LENGTH = 0.03
+# What a second-order pass costs, in forwards: measured on the shipped networks (docs/speed.md).
+SECOND_ORDER = 4.0
+# Passes of a contraction and of the curvature of a nonlinear A, beyond the products that are known.
+CONTRACTIONS = {"autograd": 1 + SECOND_ORDER, "difference": 4.0, "forward": 2.0}
+CURVATURE = 3
 # What PyTorch says of what it cannot differentiate twice: fused attention, compiled networks.
 TWICE = re.compile("not implemented|differentiate twice|double backward")
 
@@ -73,6 +78,17 @@ class Estimator(ABC):
     def derivatives(self) -> int:
         """How often the estimator differentiates x̂₀: 1 or 2 times."""
 
+    def passes(self, linear: bool = True) -> float | None:
+        """Return what an estimate costs beyond x̂₀, in network passes; None if that is not known.
+
+        A forward and a vector-Jacobian product count as one each, a second-order pass as
+        ``SECOND_ORDER``.
+
+        Args:
+            linear: whether A is.
+        """
+        return None
+
     @abstractmethod
     def __call__(self, step: Step) -> Information:
         """Return value and gradient of I at x_t. Measurements must carry noise."""
@@ -89,22 +105,24 @@ class ProbeEstimator(Estimator):
     Args:
         probes: sign vectors per step; the variance falls as 1/probes.
         derivative: "autograd" differentiates Jᵀu once more and is exact; "difference" takes a
-            central difference of two vector-Jacobian products, for less memory. Networks without
-            second derivatives (fused attention, ``torch.compile``) get the difference by itself.
+            central difference of two vector-Jacobian products, for less memory; "forward" the
+            difference of one from the product at x_t, which the estimate has anyway: the fewest
+            passes. Networks without second derivatives (fused attention, ``torch.compile``) get the
+            central difference in place of "autograd".
 
     Raises:
         InputError: if an option is out of range.
     """
 
+    curved = False  # without annotation: no option; whether ∇I has what a nonlinear A' changes
     probes: int = 1
-    derivative: Literal["autograd", "difference"] = "autograd"
+    derivative: Literal["autograd", "difference", "forward"] = "autograd"
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if self.derivative not in ("autograd", "difference"):
-            raise InputError(
-                f"{name}.derivative must be autograd or difference, got '{self.derivative}'."
-            )
+        if self.derivative not in CONTRACTIONS:
+            known = ", ".join(CONTRACTIONS)
+            raise InputError(f"{name}.derivative must be one of {known}, got '{self.derivative}'.")
         for option in ("probes", "krylov"):
             if getattr(self, option, 1) < 1:
                 raise InputError(
@@ -115,8 +133,20 @@ class ProbeEstimator(Estimator):
 
     @property
     def derivatives(self) -> int:
-        """How often x̂₀ is differentiated: twice by autograd, once by a central difference."""
+        """How often x̂₀ is differentiated: twice by autograd, once by a difference."""
         return 2 if self.derivative == "autograd" else 1
+
+    @property
+    def products(self) -> int | None:
+        """Vector-Jacobian products of a probe beside its contraction's; None if not known."""
+        return None
+
+    def passes(self, linear: bool = True) -> float | None:
+        """Return the passes of all probes; see ``CONTRACTIONS`` and :func:`curvature`."""
+        if self.products is None:
+            return None
+        bent = CURVATURE if self.curved and not linear else 0
+        return self.probes * (self.products + CONTRACTIONS[self.derivative] + bent)
 
     @abstractmethod
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
@@ -139,7 +169,9 @@ class ProbeEstimator(Estimator):
         residuals = [p.residual for p in parts if p.residual is not None]
         return Information(value, gradient, torch.stack(residuals).mean(0) if residuals else None)
 
-    def contraction(self, step: Step, u: Tensor, p: Tensor) -> Tensor:
+    def contraction(
+        self, step: Step, u: Tensor, p: Tensor, here: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         """Return ∇_{x_t} ⟨u, Σ p⟩ (B, *) at fixed u and p; see :func:`contraction`.
 
         A network without second derivatives gets a difference of first ones, and a warning.
@@ -158,31 +190,49 @@ class ProbeEstimator(Estimator):
                 "The network has no second derivative (fused attention, for example): CMI takes "
                 "differences of its first ones."
             )
+        if self.derivative == "forward":
+            return contraction(step, u, p, "forward", here=here() if here else None)
         return contraction(step, u, p, "difference")
 
 
-def whitened(step: Step, std: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return v ↦ S v = v + std⁻¹ A Σ Aᵀ std⁻¹ v on measurements (B, *m).
+@dataclass
+class Whitened:
+    """v ↦ S v = v + std⁻¹ A Σ Aᵀ std⁻¹ v on measurements (B, *m).
 
     One vector-Jacobian product an application: Σ is applied as (σ_t²/α_t) Jᵀ, which on an exact
     prior is the same.
+
+    Attributes:
+        step: where.
+        std: standard deviations of the noise, broadcastable to y.
+        pulled: Jᵀ Aᵀ std⁻¹ v (B, *) of every v so far: their combinations need no pass.
     """
-    A, c = step.linearized, step.covariance_factor
 
-    def matvec(v: Tensor) -> Tensor:
-        return v + c / std * A(step.vjp(A.adjoint(v / std)))
+    step: Step
+    std: Tensor
+    pulled: list[Tensor] = field(default_factory=list)
 
-    return matvec
+    def __call__(self, v: Tensor) -> Tensor:
+        """Return S v."""
+        A = self.step.linearized
+        self.pulled.append(self.step.vjp(A.adjoint(v / self.std)))
+        return v + self.step.covariance_factor / self.std * A(self.pulled[-1])
 
 
 def contraction(
-    step: Step, u: Tensor, p: Tensor, derivative: str = "autograd", length: float = STEP_LENGTH
+    step: Step,
+    u: Tensor,
+    p: Tensor,
+    derivative: str = "autograd",
+    length: float = STEP_LENGTH,
+    here: Tensor | None = None,
 ) -> Tensor:
     """Return ∇_{x_t} ⟨u, Σ p⟩ = (σ_t²/α_t) ∇_{x_t} ⟨u, J p⟩ (B, *) at fixed u and p (B, *).
 
     "autograd": one vector-Jacobian product with graph and one second-order pass. "difference":
     (J(x + h p)ᵀu − J(x − h p)ᵀu)/2h, two forwards and two products; mixed partial derivatives
     commute, so J need not be symmetric (the roles of u and p may not be exchanged if it is not).
+    "forward": (J(x + h p)ᵀu − J(x)ᵀu)/h, one forward and one product, and J(x)ᵀu.
     The step h p has the length ``length``·σ_t·√n: x̂₀ changes on the scale of the noise σ_t, and the
     product's rounding is divided by it.
 
@@ -190,8 +240,9 @@ def contraction(
         step: where.
         u: cotangent (B, *).
         p: direction (B, *).
-        derivative: "autograd" or "difference".
+        derivative: "autograd", "difference" or "forward".
         length: root mean square of h p, in units of σ_t.
+        here: J(x)ᵀu (B, *) for "forward"; None takes one more product.
     """
     if derivative == "autograd":
         return step.covariance_factor * step.grad(dot(step.vjp(u, create_graph=True), p))
@@ -199,6 +250,10 @@ def contraction(
     size = length * step.t.sigma * math.sqrt(x[0].numel())
     length_p = norm(p)
     h = size / torch.where(length_p > 0, length_p, 1.0)  # nothing measured: p = 0, and no gradient
+    if derivative == "forward":
+        here = step.vjp(u) if here is None else here
+        ahead = step.at(x + per_sample(h, x) * p, step.t).vjp(u)
+        return step.covariance_factor * (ahead - here) / per_sample(h, x)
     ahead, behind = (step.at(x + per_sample(s * h, x) * p, step.t).vjp(u) for s in (1, -1))
     return step.covariance_factor * (ahead - behind) / per_sample(2 * h, x)
 

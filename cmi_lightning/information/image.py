@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ from cmi_lightning.errors import InputError
 from cmi_lightning.information.base import (
     Information,
     ProbeEstimator,
+    Whitened,
     clipped_inverse,
     clipped_log,
-    whitened,
 )
 from cmi_lightning.linalg import dot, krylov
 from cmi_lightning.step import Step
@@ -47,7 +48,7 @@ class ImageProbes(ProbeEstimator):
 
     Args:
         probes: sign vectors per step.
-        derivative: "autograd" or "difference".
+        derivative: "autograd", "difference" or "forward".
         krylov: dimension of the Krylov space.
 
     Raises:
@@ -58,16 +59,24 @@ class ImageProbes(ProbeEstimator):
 
     krylov: int = 6
 
+    @property
+    def products(self) -> int:
+        """Those of the Krylov space, and the value's."""
+        return self.krylov + 1
+
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
         """Return the estimate from one sign vector."""
         A, std = step.linearized, step.problem.std
         v = draw(step.x.detach())
         measured = A(v) / std
-        space = krylov(whitened(step, std), measured, self.krylov)
+        S = Whitened(step, std)
+        space = krylov(S, measured, self.krylov)
         w, residual = space.apply(clipped_inverse)
         weight, _ = space.apply(_log_quotient)
         value = 0.5 * dot(A(step.covariance_factor * step.vjp(v)) / std, weight)
-        return Information(value, 0.5 * self.contraction(step, A.adjoint(w / std), v), residual)
+        here = partial(space.combine, clipped_inverse, S.pulled)
+        gradient = self.contraction(step, A.adjoint(w / std), v, here)
+        return Information(value, 0.5 * gradient, residual)
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class TwoTraces(ProbeEstimator):
 
     Args:
         probes: sign vectors per step.
-        derivative: "autograd" or "difference".
+        derivative: "autograd", "difference" or "forward".
         krylov: dimension of each Krylov space.
         floor: smallest eigenvalue of Σ that is inverted, in units of σ_t²/α_t², > 0.
 
@@ -114,6 +123,11 @@ class TwoTraces(ProbeEstimator):
         if not self.floor > 0:
             raise InputError(f"TwoTraces.floor must be above 0, got {self.floor}.")
 
+    @property
+    def products(self) -> int:
+        """Those of two Krylov spaces, and the second one's start."""
+        return 2 * self.krylov + 1
+
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
         """Return the estimate from one sign vector."""
         A, std, c = step.linearized, step.problem.std, step.covariance_factor
@@ -122,10 +136,19 @@ class TwoTraces(ProbeEstimator):
         def inverse(values: Tensor) -> Tensor:
             return torch.where(values > lowest, 1 / values.clamp_min(lowest), 0.0)
 
+        pulled: list[Tensor] = []
+
+        def covariance(x: Tensor) -> Tensor:
+            pulled.append(step.vjp(x))
+            return c * pulled[-1]
+
         v = draw(step.x.detach())
-        u, _ = krylov(lambda x: c * step.vjp(x), v, self.krylov).apply(inverse)
-        space = krylov(whitened(step, std), A(c * step.vjp(v)) / std, self.krylov)
+        image = krylov(covariance, v, self.krylov)
+        u, _ = image.apply(inverse)
+        space = krylov(Whitened(step, std), A(c * step.vjp(v)) / std, self.krylov)
         w, residual = space.apply(clipped_inverse)
         weight, _ = space.apply(_log_quotient)
         value = 0.5 * dot(A(v) / std, weight)
-        return Information(value, 0.5 * self.contraction(step, u, A.adjoint(w / std)), residual)
+        here = partial(image.combine, inverse, pulled)
+        gradient = self.contraction(step, u, A.adjoint(w / std), here)
+        return Information(value, 0.5 * gradient, residual)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from cmi_lightning.information.base import (
     Information,
     ProbeEstimator,
+    Whitened,
     clipped_inverse,
     clipped_log,
     curvature,
-    whitened,
 )
 from cmi_lightning.linalg import dot, krylov
 from cmi_lightning.step import Step
@@ -35,7 +36,8 @@ class Lanczos(ProbeEstimator):
         ∇I ≈ ½ ∇_{x_t} ⟨u, Σ p⟩.
 
     Cost of a probe: ``krylov`` + 1 vector-Jacobian products and one second-order pass, no forward
-    ("autograd"), or ``krylov`` + 2 products and 2 forwards ("difference").
+    ("autograd"); ``krylov`` + 2 products and 2 forwards ("difference"); ``krylov`` + 1 products and
+    1 forward ("forward": Jᵀu is a combination of the Krylov space's products).
     Bias: of the Krylov space alone; none if ``krylov`` reaches m, and small once the space holds
     the large eigenvalues.
     Variance: 2 Σ_{i≠j} G_ij² of the symmetrised m×m matrices G = ½ f'(S) ∂_k S: unlike for image
@@ -52,7 +54,7 @@ class Lanczos(ProbeEstimator):
 
     Args:
         probes: sign vectors per step.
-        derivative: "autograd" or "difference", see :class:`ProbeEstimator`.
+        derivative: "autograd", "difference" or "forward", see :class:`ProbeEstimator`.
         krylov: dimension of the Krylov space.
 
     Raises:
@@ -63,6 +65,12 @@ class Lanczos(ProbeEstimator):
     """
 
     krylov: int = 6
+    curved = True
+
+    @property
+    def products(self) -> int:
+        """Those of the Krylov space."""
+        return self.krylov
 
     def noise_std(self, step: Step) -> Tensor:
         """Return the standard deviations that whiten the measurements, broadcastable to y."""
@@ -72,11 +80,12 @@ class Lanczos(ProbeEstimator):
         """Return the estimate from one sign vector."""
         A, std = step.linearized, self.noise_std(step)
         v = A.sample_noise(draw, step.problem.y)
-        space = krylov(whitened(step, std), v, self.krylov)
+        S = Whitened(step, std)
+        space = krylov(S, v, self.krylov)
         w, residual = space.apply(clipped_inverse)
         value = 0.5 * space.quadratic(clipped_log)
         u, p = A.adjoint(w / std), A.adjoint(v / std)
-        gradient = self.contraction(step, u, p)
+        gradient = self.contraction(step, u, p, partial(space.combine, clipped_inverse, S.pulled))
         if (change := curvature(step, w / std, v / std, u, p)) is not None:
             gradient = gradient + change
         return Information(value, 0.5 * gradient, residual)
@@ -105,7 +114,7 @@ class Ridge(Lanczos):
 
     Args:
         probes: sign vectors per step.
-        derivative: "autograd" or "difference".
+        derivative: "autograd", "difference" or "forward".
         krylov: dimension of the Krylov space.
         delta: δ_t in units of r_t, ≥ 0.
 
@@ -129,7 +138,8 @@ class TraceLimit(ProbeEstimator):
     that are known well already are not discounted, and its direction is that of ∇ tr(A Σ Aᵀ).
 
     Cost of a probe: one vector-Jacobian product, which also gives the value, and one second-order
-    pass ("autograd"), or 3 products and 2 forwards ("difference").
+    pass ("autograd"); 3 products and 2 forwards ("difference"); 2 products and 1 forward
+    ("forward").
     Bias: O(M²), the largest of all estimators where the noise is small. Variance: as
     :class:`Lanczos` with f' = 1.
 
@@ -138,7 +148,7 @@ class TraceLimit(ProbeEstimator):
 
     Args:
         probes: sign vectors per step.
-        derivative: "autograd" or "difference".
+        derivative: "autograd", "difference" or "forward".
         delta: δ_t in units of σ_t/√(α_t² + σ_t²), ≥ 0.
 
     Raises:
@@ -146,6 +156,12 @@ class TraceLimit(ProbeEstimator):
     """
 
     delta: float = 1.0
+    curved = True
+
+    @property
+    def products(self) -> int:
+        """The value's, which the second-order pass differentiates."""
+        return 0 if self.derivative == "autograd" else 1
 
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
         """Return the estimate from one sign vector."""
@@ -153,8 +169,9 @@ class TraceLimit(ProbeEstimator):
         v = A.sample_noise(draw, step.problem.y) / std
         p = A.adjoint(v)
         graph = self.derivative == "autograd"
-        quadratic = step.covariance_factor * dot(step.vjp(p, create_graph=graph), p)
-        gradient = step.grad(quadratic) if graph else self.contraction(step, p, p)
+        pulled = step.vjp(p, create_graph=graph)
+        quadratic = step.covariance_factor * dot(pulled, p)
+        gradient = step.grad(quadratic) if graph else self.contraction(step, p, p, lambda: pulled)
         if (change := curvature(step, v, v, p, p)) is not None:
             gradient = gradient + change
         return Information(0.5 * quadratic.detach(), 0.5 * gradient)

@@ -118,7 +118,7 @@ class PosteriorSampler(L.LightningModule):
         if isinstance(self.measurement_noise, GaussianNoise):
             std = self.measurement_noise.level
             noise = f"σ = {std:g} on [−1, 1] = {std / 2:g} on [0, 1]"
-        size = size_text(shape) if shape else "any"
+        size, sampler = size_text(shape) if shape else "any", self.sampler()
         if isinstance(self.denoiser, Tiled):
             size += f", in windows of {size_text(self.denoiser.window)}"
         datamodule = getattr(self._trainer, "datamodule", None)
@@ -133,7 +133,8 @@ class PosteriorSampler(L.LightningModule):
             "solver": _name(self.solver),
             "guidances": ", ".join(map(_name, self.guidances or ()))
             or ("none" if self.solver.conditional else DRAWS),
-            "steps": str(len(self.sampler().schedule)),
+            **{type(g).__name__: f"acts {g.plan}" for g in sampler.guidances if g.plan},
+            "steps": str(len(sampler.schedule)),
             "seed": str(self.seed),
             **({"samples per image": str(k)} if (k := self.samples_per_image) > 1 else {}),
         }
