@@ -107,7 +107,8 @@ class Sampler:
         """Return x_s (B, *) of a step, without graph; the caller's gradient mode is kept."""
         with torch.set_grad_enabled(self.differentiable):
             transition = self.solver.transition(step, self.guided_x0)
-            for guidance in self.guidances:
+            for k, guidance in enumerate(self.guidances):
+                step.last = not any(later.differentiable for later in self.guidances[k + 1 :])
                 edited = guidance.guide_transition(step, transition)
                 if edited is not transition:
                     _log_change(step, "step", guidance, transition.sample(), edited.sample())

@@ -90,6 +90,7 @@ class Step:
         previous: the level of the step before; None at the first, and after the chain has gone up.
         visit: how often the chain has been at this level before.
         num_steps: N.
+        last: no guidance that comes later in this step asks for products at x_t.
     """
 
     index: int
@@ -106,6 +107,7 @@ class Step:
     previous: Level | None = None
     visit: int = 0
     num_steps: int = 0
+    last: bool = False
 
     def __post_init__(self) -> None:
         self._products_with_graph = False
@@ -146,8 +148,17 @@ class Step:
         """σ_t²/α_t, for which Cov[x₀ | x_t] = (σ_t²/α_t) ∂x̂₀/∂x_t (Tweedie's formula)."""
         return self.t.sigma**2 / self.t.alpha
 
+    def release(self) -> None:
+        """Free the graph of x̂₀, so that another one takes its place in memory."""
+        kept = {"prediction": self.prediction.map(Tensor.detach)}
+        if "residual" in vars(self):
+            kept["residual"] = self.residual.detach()
+        vars(self).update(kept)
+
     def vjp(self, v: Tensor, create_graph: bool = False) -> Tensor:
-        """Return Jᵀ v with J = ∂x̂₀/∂x_t, for v (B, *)."""
+        """Return Jᵀ v with J = ∂x̂₀/∂x_t, for v (B, *); a graph that was freed is made again."""
+        if self.differentiable and self.x0.grad_fn is None:
+            del self.prediction
         self.cost.vjps += 1
         self._products_with_graph = self._products_with_graph or create_graph
         (product,) = torch.autograd.grad(

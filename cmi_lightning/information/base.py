@@ -190,9 +190,11 @@ class ProbeEstimator(Estimator):
                 "The network has no second derivative (fused attention, for example): CMI takes "
                 "differences of its first ones."
             )
-        if self.derivative == "forward":
-            return contraction(step, u, p, "forward", here=here() if here else None)
-        return contraction(step, u, p, "difference")
+        way = "forward" if self.derivative == "forward" else "difference"
+        known = here() if here and way == "forward" else None
+        if step.last and self.probes == 1 and isinstance(step.problem.operator, LinearOperator):
+            step.release()  # nobody needs it: the graph at x + h p may have its memory
+        return contraction(step, u, p, way, here=known)
 
 
 @dataclass

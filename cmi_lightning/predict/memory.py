@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import logging
 import sys
 from collections.abc import Callable
@@ -13,6 +16,8 @@ from cmi_lightning.errors import InputError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+# glibc's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD, in bytes; 32 MiB is the last's limit.
+MALLOC = {-1: 2**31 - 1, -2: 2**26, -3: 2**25}
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -23,6 +28,20 @@ def out_of_memory(error: Exception) -> bool:
     """
     words = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+@functools.cache
+def keep_memory() -> None:
+    """Let the process keep the memory that it frees, up to 2 GiB, for its next tensors.
+
+    A step frees its graph and the next one takes as much: glibc would hand it to the system and
+    fetch it again, page by page, for a tenth of a step's time (docs/speed.md). Other allocators,
+    and other systems than Linux, are left alone.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in MALLOC.items():
+            mallopt(option, value)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.predict.memory import peak_memory, reset_peak_memory
+from cmi_lightning.predict.memory import keep_memory, peak_memory, reset_peak_memory
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.step import Cost, Record
@@ -87,6 +87,8 @@ def restoring(
     found: list[Tensor] = []
     cost = Cost()
     failed: dict[str, str] = {}
+    if like.device.type == "cpu":
+        keep_memory()
     reset_peak_memory(like.device)
     started = time.perf_counter()
     for k in range(draws):
