@@ -150,10 +150,9 @@ class Step:
 
     def release(self) -> None:
         """Free the graph of x̂₀, so that another one takes its place in memory."""
-        kept = {"prediction": self.prediction.map(Tensor.detach)}
+        self.prediction = self.prediction.map(Tensor.detach)
         if "residual" in vars(self):
-            kept["residual"] = self.residual.detach()
-        vars(self).update(kept)
+            self.residual = self.residual.detach()
 
     def vjp(self, v: Tensor, create_graph: bool = False) -> Tensor:
         """Return Jᵀ v with J = ∂x̂₀/∂x_t, for v (B, *); a graph that was freed is made again."""

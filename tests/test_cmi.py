@@ -435,3 +435,20 @@ def test_estimator_of_unknown_cost_needs_an_interval(mixture):
     with pytest.raises(InputError, match=r"Mine\.passes.*CMI\.interval"):
         Sampler(mixture, DDPM(), [CMI(estimator=Mine())], 10)
     Sampler(mixture, DDPM(), [CMI(estimator=Mine(), interval=2)], 10)
+
+
+def test_a_graph_is_freed_once_nobody_needs_it_and_made_again_for_who_does(mixture, dense):
+    """Before DPS, CMI leaves the graph alone; after it, another one takes its place."""
+    step, passes = make_step(mixture, dense), {}
+    for order in ("before", "after"):
+        guidances = [CMI(interval=1), DPS()] if order == "before" else [DPS(), CMI(interval=1)]
+        sampler = Sampler(mixture, DDPM(), guidances, 10)
+        *_, record = sampler.iterate(step.problem, step.noise, step.x.detach())
+        passes[order] = (record.forwards, record.vjps)
+    assert passes["before"] == passes["after"]
+    v, expected = torch.ones_like(step.x), step.vjp(torch.ones_like(step.x))
+    forwards = step.cost.forwards
+    step.release()
+    assert step.x0.grad_fn is None
+    torch.testing.assert_close(step.vjp(v), expected, rtol=0, atol=0)
+    assert step.cost.forwards == forwards + 1
