@@ -89,6 +89,7 @@ class FeatureMetrics(RecordingCallback):
     ) -> None:
         super().__init__(dirpath)
         self.network: Any = GarmentClassifier() if network is None else network.eval()
+        self.published = self.network if isinstance(self.network, Published) else None
         self.title = str(name or getattr(self.network, "title", type(self.network).__name__))
         self.keys: tuple[str | None, str, str] = getattr(self.network, "keys", KEYS)
         self.sets = sets
@@ -101,7 +102,7 @@ class FeatureMetrics(RecordingCallback):
     @property
     def missing(self) -> bool:
         """Whether the network has no weights."""
-        return isinstance(self.network, Published) and self.network.network is None
+        return self.published is not None and self.published.network is None
 
     def prepare(self) -> None:
         """Read the network's weights."""
@@ -112,8 +113,8 @@ class FeatureMetrics(RecordingCallback):
             for name in ("key", "embeddings"):
                 setattr(self, name, f"{getattr(type(self), name)}-{safe_name(self.title)}")
             self.summary = f"features-{safe_name(self.title)}.json"
-        if isinstance(self.network, Published):
-            self.network.load(self.trainer)
+        if self.published is not None:
+            self.published.load(self.trainer)
         self.about: dict[str, Any] = {"name": self.title, "sha256": None}
         if (file := getattr(self.network, "file", None)) is not None:
             self.about |= {"file": file.name, "sha256": sha256(file)}
@@ -142,8 +143,8 @@ class FeatureMetrics(RecordingCallback):
 
     def _measure(self, outputs: Restoration, i: int) -> dict[str, Any]:
         """Return one sample's entry: its numbers do not depend on its batch."""
-        published = isinstance(self.network, Published)
-        subject = f"{self.network.metric} is" if published else f"The distances of {self.title} are"
+        metric = self.published.metric if self.published else None
+        subject = f"{metric} is" if metric else f"The distances of {self.title} are"
         values: dict[str, float] = {}
         features, notes, draws = None, [], outputs["draws"]
         if outputs["truth"] is None:
@@ -153,9 +154,9 @@ class FeatureMetrics(RecordingCallback):
             both = outputs["restored"][i], outputs["measurement"][i]
             try:
                 values, features = self.numbers(outputs["truth"][i], *both, each)
-                if published and len(outputs["truth"][i]) == 1:
+                if metric and len(outputs["truth"][i]) == 1:
                     seen = "sees gray images with their channel repeated three times."
-                    notes.append(f"{self.network.metric} {seen}")
+                    notes.append(f"{metric} {seen}")
             except Exception as error:  # a metric is no reason to lose a run
                 notes.append(f"{subject} left out: {first_line(error)}")
         if features is not None:
@@ -203,7 +204,7 @@ class FeatureMetrics(RecordingCallback):
         return perceptual(self.network.features(x), self.network.features(truth))
 
     def _check(self, given: tuple[int, ...]) -> None:
-        if isinstance(self.network, Published) and (reason := self.network.refusal(given)):
+        if self.published is not None and (reason := self.published.refusal(given)):
             raise InputError(reason)
         wanted = getattr(self.network, "image_shape", None)
         if wanted and any(w is not None and w != n for w, n in zip(wanted, given, strict=True)):
@@ -270,8 +271,8 @@ class FeatureMetrics(RecordingCallback):
             "kernel": f"{by}, kernel (x·y/D + 1)³, unbiased, all images at once. Not KID: another "
             "network. Restorations go in pairs with their truths, which lowers it",
         }
-        if isinstance(self.network, Published) and not self.missing:
-            own = f"{self.network.about}, {self.about['file']} sha256:{self.about['sha256'][:16]}"
+        if self.published is not None and not self.missing:
+            own = f"{self.published.about}, {self.about['file']} sha256:{self.about['sha256'][:16]}"
             texts |= dict.fromkeys(("lpips", "fid", "kid"), own)
         return {key: texts[key] for key in ("pixels", *self.keys) if key in texts}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmi_lightning.denoisers import NetworkDenoiser, shipped_prior
 from cmi_lightning.exact import GaussianMixture
@@ -91,6 +91,21 @@ def jacobian(step: Step, denoiser: GaussianMixture, row: int) -> Tensor:
         return denoiser(x.reshape(1, *SHAPE), step.t).x0.flatten()
 
     return torch.autograd.functional.jacobian(f, step.x[row].detach().flatten(), create_graph=True)
+
+
+def graph_bytes(network: nn.Module, run: Callable[[], object]) -> int:
+    """Bytes that the graph of what is run keeps, without the network's parameters."""
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if (key := x.untyped_storage().data_ptr()) not in own:
+            kept[key] = (x.untyped_storage().nbytes(), x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        run()
+    return sum(size for size, _ in kept.values())
 
 
 @pytest.fixture(scope="session")

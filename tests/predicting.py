@@ -1,4 +1,4 @@
-"""Quiet predictions through Lightning, for the tests of what callbacks make of them."""
+"""Quiet predictions through Lightning, and what they leave."""
 
 from __future__ import annotations
 
@@ -44,6 +44,13 @@ def restore(
     """Restore a data set's items, or what a data module has."""
     loader = DataLoader(data, batch_size) if isinstance(data, list) else data
     return trainer(folder, *callbacks, **options).predict(module, loader)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a run, but for those that tell the time or the folder's name."""
+    names = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    other = ("timing", "events.out", "config.yaml")
+    return {name: p.read_bytes() for name, p in names.items() if not name.startswith(other)}
 
 
 def strict_json(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import predicting
 import pytest
 import torch
 from PIL import Image
@@ -22,15 +23,8 @@ from cmi_lightning.predict.fingerprint import differences, options
 from cmi_lightning.predict.folder import RunFolder
 
 
-def trainer(folder: Path, **kwargs) -> L.Trainer:
-    quiet = dict.fromkeys(
-        ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
-    )
-    return L.Trainer(
-        accelerator="cpu",
-        default_root_dir=folder,
-        **{**quiet, "callbacks": [ImageWriter(grid_rows=0)], **kwargs},
-    )
+def trainer(folder: Path) -> L.Trainer:
+    return predicting.trainer(folder, ImageWriter(grid_rows=0))
 
 
 def module(**kwargs) -> PosteriorSampler:

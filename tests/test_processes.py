@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from predicting import files
 from torch import Tensor
 
 from cmi_lightning.denoisers import Autocast
@@ -111,13 +112,6 @@ def run(here: Path, arguments: list[str], code: int = 0, timeout: float = 600) -
         process.kill()
     assert process.returncode == code, output
     return output
-
-
-def files(folder: Path, but: tuple[str, ...] = ()) -> dict[str, bytes]:
-    """Every file, but for those that tell the time or the folder's name."""
-    names = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    other = ("timing", "events.out", "config.yaml", *but)
-    return {name: p.read_bytes() for name, p in names.items() if not name.startswith(other)}
 
 
 def assert_same(a: dict[str, bytes], b: dict[str, bytes]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from predicting import items, restore
+from predicting import files, items, restore
 from torch import Tensor
 
 from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
@@ -63,13 +63,6 @@ def predict(
     data = [data[i] for i in order] if order is not None else data
     writers = [RestorationMetrics(lpips=None, fid=False), ImageWriter(), Trajectory()]
     return restore(folder, module, data, *writers, *callbacks, batch_size=batch_size, **kwargs)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file, but for those that tell the time."""
-    names = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    timed = ("timing", "events.out")
-    return {name: p.read_bytes() for name, p in names.items() if not name.startswith(timed)}
 
 
 class Count(L.Callback):

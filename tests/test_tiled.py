@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import graph_bytes
 from torch import Tensor, nn
 
 from cmi_lightning import PosteriorSampler
@@ -224,18 +225,8 @@ def test_the_shell_tiles_no_smaller_or_other_images():
 
 def kept(denoiser: Denoiser, size: int) -> int:
     """Bytes that the graph of x̂₀ keeps, without the parameters."""
-    own = {p.untyped_storage().data_ptr() for p in denoiser.parameters()}
-    found: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        if (key := x.untyped_storage().data_ptr()) not in own:
-            found[key] = (x.untyped_storage().nbytes(), x)
-        return x
-
     x = torch.randn(1, 1, size, size, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        denoiser(x, LEVEL).x0.sum()
-    return sum(nbytes for nbytes, _ in found.values())
+    return graph_bytes(denoiser, lambda: denoiser(x, LEVEL).x0.sum())
 
 
 def test_a_graph_keeps_windows_alone():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import graph_bytes
 from torch import Tensor, nn
 
 from cmi_lightning.denoisers import Autocast, NetworkDenoiser, UNet, ffhq_unet, imagenet_unet
@@ -426,20 +427,14 @@ def test_output_and_gradient_have_their_own_dtypes(dtype, checkpoint):
 
 def kept(network: UNet, second_order: bool = False) -> int:
     """Bytes that the graph of x̂₀, or of Jᵀ u, keeps, without the parameters."""
-    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        if (key := x.untyped_storage().data_ptr()) not in own:
-            kept[key] = (x.untyped_storage().nbytes(), x)
-        return x
-
     x = randn(1, 2, 32, 32).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+
+    def run() -> None:
         out = network(x, TIMES)
         if second_order:
             torch.autograd.grad(out, x, torch.ones_like(out), create_graph=True)
-    return sum(size for size, _ in kept.values())
+
+    return graph_bytes(network, run)
 
 
 @pytest.mark.parametrize(("second_order", "share"), [(False, 0.4), (True, 0.4)])
