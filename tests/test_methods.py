@@ -444,12 +444,13 @@ def test_annealed_dps_is_pigdm_with_a_flat_prior_on_rows_of_length_one():
 def test_dmps_is_the_score_for_a_flat_prior(mixture, dense):
     step = make_step(mixture, dense)
     rho2 = (step.t.sigma / step.t.alpha) ** 2
-    x0 = DMPS().guide_denoised(step, step.x0.detach())
+    before = DDPM().transition(step, lambda s: s.x0.detach())
+    moved = DMPS().guide_transition(step, before).mean - before.mean
     B = dense.matrix
     S = rho2 * B @ B.mT + 0.1**2 * torch.eye(3, dtype=B.dtype)
     r = step.problem.y - step.x.detach().flatten(1) @ B.mT / step.t.alpha
-    expected = rho2 * torch.linalg.solve(S, r.mT).mT @ B
-    torch.testing.assert_close((x0 - step.x0.detach()).flatten(1), expected)
+    expected = step.coefficients.from_x0 * rho2 * torch.linalg.solve(S, r.mT).mT @ B
+    torch.testing.assert_close(moved.flatten(1), expected)
 
 
 def test_one_krylov_dimension_is_dps_with_the_exact_line_search(mixture, dense):
