@@ -39,7 +39,7 @@ from cmi_lightning.table.resampling import bootstrap_interval, interval_and_p, r
 from cmi_lightning.table.run import FinishedCell, Job, run, run_job
 from cmi_lightning.table.significance import holm, sign_flip_p
 from cmi_lightning.table.spec import Method, Posterior, Table, Task
-from cmi_lightning.table.tune import best, trial
+from cmi_lightning.table.tune import best, count_trials, trial
 from cmi_lightning.table.tune import check as check_tuning
 
 
@@ -217,6 +217,23 @@ def test_rows_of_equal_cost_may_have_fewer_images():
         small(equal_images=0)
 
 
+def test_a_method_may_have_steps_of_its_own_and_no_cmi():
+    methods = {"DPS": Method(["guidance/dps"], "dps", [0.5, 1.0], steps=30)}
+    methods["DAPS"] = Method(["solver/daps"], steps=40, cmi=False)
+    table = small(methods=methods, posterior=Posterior(), descent=Method(["table/cmi"], "cmi"))
+    (work,) = rounds(table)[:1]
+    assert [[(c.variant, c.steps) for c in job.cells] for job in work] == [
+        [("base", 30), ("cmi", 30), ("descent", 30), ("equal", 30)],
+        [("base", 40)],
+    ]
+    assert [c.label for c in table.posterior_cells()] == ["DPS", "CMI+DPS", "DAPS"]
+    assert "--model.num_steps=40" in table.arguments(table.cell("box", "DAPS"), 1)
+    assert trial(table, "box", "DAPS", None).steps == 40
+    assert count_trials(table) == 2 + 2  # DPS's, and CMI's on DPS
+    with pytest.raises(InputError, match="methods.DPS.steps must be at least 1"):
+        small(methods={"DPS": Method(["guidance/dps"], steps=0)})
+
+
 def test_cells_carry_their_step_sizes_and_no_others():
     table = small()
     assert table.cell("box", "DPS").step_sizes == {"dps": 2.0}
@@ -249,7 +266,16 @@ def test_bad_tables_are_refused_in_a_sentence(options, words):
 
 @pytest.mark.parametrize(
     "name",
-    ["fashion", "fashion descent", "fashion thousand", "ffhq", "imagenet", "photos", "smoke"],
+    [
+        "fashion",
+        "fashion descent",
+        "fashion thousand",
+        "ffhq",
+        "imagenet",
+        "photos",
+        "photos methods",
+        "smoke",
+    ],
 )
 def test_packaged_tables_make_cells_that_predict_understands(name):
     overlays = [part for overlay in name.split() for part in ("-c", f"table/{overlay}")]

@@ -190,6 +190,9 @@ def _notes(
         if started.failed:
             name = f"{started.cell.task}, {started.cell.label}"
             yield f"{name}: {started.failed} images failed and are left out."
+    others = {m: table.steps_of(m) for m in table.methods if table.steps_of(m) != table.steps}
+    if told := [f"{m} {steps}" for m, steps in others.items() if any(k[1] == m for k in cells)]:
+        yield f"These methods have other than {table.steps} steps: {', '.join(told)}."
     if table.cluster is not None:
         count = max(len(set(started.clusters.values())) for started in cells.values())
         yield (

@@ -59,7 +59,12 @@ def tune(args: Sequence[str]) -> int:
     spec, _ = parse(args, "tune")
     check_tuning(spec)
     probes = [trial(spec, *row, 1.0) for row in spec.rows()]
-    probes += [trial(spec, *row, 1.0, 1.0, v) for row in spec.rows() for v in added_guidances(spec)]
+    probes += [
+        trial(spec, *row, 1.0, 1.0, v)
+        for row in spec.rows()
+        if spec.methods[row[1]].cmi
+        for v in added_guidances(spec)
+    ]
     check(spec, probes)
     with _at_work(spec):
         search(spec, ProgressPrinter(spec, count_trials(spec)))

@@ -53,4 +53,4 @@ def at_equal_cost(table: Table, cell: Cell) -> Cell:
     cmi = passes(records(table.cell(cell.task, cell.method, "cmi").folder, 1))
     if not base or not cmi:
         return cell
-    return replace(cell, steps=max(table.steps, round(table.steps * cmi / base)))
+    return replace(cell, steps=max(cell.steps, round(cell.steps * cmi / base)))

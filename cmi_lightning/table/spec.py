@@ -35,11 +35,15 @@ class Method:
         configs: configurations, as after ``-c``.
         option: the name under ``step_sizes`` that those configurations read; None has none.
         space: the step sizes that ``cmi-lightning tune`` tries.
+        steps: reverse steps. Default: the table's.
+        cmi: whether the rows with CMI, its descent and of equal cost are run.
     """
 
     configs: list[str]
     option: str | None = None
     space: list[float] = field(default_factory=list)
+    steps: int | None = None
+    cmi: bool = True
 
 
 @dataclass
@@ -134,9 +138,12 @@ class Table:
     report_only: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("images", "round", "steps", "processes", "tune_images"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        numbers = {n: getattr(self, n) for n in ("images", "round", "steps", "processes")}
+        numbers |= {"tune_images": self.tune_images}
+        numbers |= {f"methods.{m}.steps": self.steps_of(m) for m in self.methods}
+        for name, value in numbers.items():
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}.")
         if self.equal_images is not None and self.equal_images < 1:
             raise InputError(
                 f"equal_images must be at least 1, got {self.equal_images}; to run no rows of "
@@ -201,9 +208,15 @@ class Table:
 
     def variants(self, method: str) -> tuple[Variant, ...]:
         """Return what is run of a base: draws from the prior alone get no nearer by more steps."""
-        equal = self.equal_cost and self.methods[method].option is not None
-        wanted = {"descent": self.descent is not None, "equal": equal}
-        return tuple(variant for variant in VARIANTS if wanted.get(variant, True))
+        base = self.methods[method]
+        equal = self.equal_cost and base.option is not None
+        wanted = {"cmi": True, "descent": self.descent is not None, "equal": equal}
+        return tuple(v for v in VARIANTS if v == "base" or (base.cmi and wanted[v]))
+
+    def steps_of(self, method: str) -> int:
+        """Return the reverse steps of a base."""
+        own = self.methods[method].steps
+        return self.steps if own is None else own
 
     def added(self, variant: Variant) -> Method | None:
         """Return what a variant adds to its base."""
@@ -221,7 +234,7 @@ class Table:
             parts[f"{ADDED[variant]}+{method}"] = added
         chosen = {m.option: sizes[name] for name, m in parts.items() if m.option and name in sizes}
         folder = self.folder / "cells" / task / folder_name(method, variant)
-        return Cell(task, method, variant, chosen, self.steps, folder)
+        return Cell(task, method, variant, chosen, self.steps_of(method), folder)
 
     def posterior_cells(self) -> Iterator[Cell]:
         """Yield the cells of which several samples are drawn."""
@@ -230,7 +243,8 @@ class Table:
         tasks, methods = self.posterior.tasks, self.posterior.methods
         for task, method in self.rows():
             if (tasks is None or task in tasks) and (methods is None or method in methods):
-                for cell in (self.cell(task, method), self.cell(task, method, "cmi")):
+                variants = (v for v in self.variants(method) if v in ("base", "cmi"))
+                for cell in (self.cell(task, method, v) for v in variants):
                     folder = self.folder / "posterior" / task / cell.folder.name
                     yield replace(cell, folder=folder, draws=self.posterior.draws)
 

@@ -41,7 +41,7 @@ def trial(
     else:
         sizes[guidance.option], label = added, f"{ADDED[variant]}@{added:g}+{label}"
     folder = table.folder / "tune" / task / label
-    return Cell(task, method, variant, sizes, table.steps, folder, validation=True)
+    return Cell(task, method, variant, sizes, table.steps_of(method), folder, validation=True)
 
 
 def score(table: Table, cell: Cell) -> Trial:
@@ -108,9 +108,9 @@ def check(table: Table) -> None:
 
 def count_trials(table: Table) -> int:
     """Return how many runs a search takes."""
-    rows = table.rows()
+    methods = [table.methods[method] for _, method in table.rows()]
     added = sum(len(guidance.space) for guidance in added_guidances(table).values())
-    return len(rows) * added + sum(len(table.methods[m].space) for _, m in rows)
+    return sum(added * method.cmi + len(method.space) for method in methods)
 
 
 def tune(table: Table, printer: ProgressPrinter) -> Study:
@@ -134,9 +134,10 @@ def tune(table: Table, printer: ProgressPrinter) -> Study:
     sizes = {(t, m): {v: trial(table, t, m, v) for v in spaces[m]} for t, m in bases}
     _try(table, sizes, study, printer)
     broken = {(t, m) for t, m in bases if study[t][m].chosen is None}
+    with_cmi = [(t, m) for t, m in table.rows() if table.methods[m].cmi]
     for variant, guidance in added_guidances(table).items():
         trials = {}
-        for task, method in (row for row in table.rows() if row not in broken):
+        for task, method in (row for row in with_cmi if row not in broken):
             size = study[task][method].chosen if method in study[task] else None
             # At zero it is the base, which has been run (but for one without a guidance).
             trials[task, f"{ADDED[variant]}+{method}"] = {
