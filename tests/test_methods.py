@@ -441,6 +441,15 @@ def test_annealed_dps_is_pigdm_with_a_flat_prior_on_rows_of_length_one():
     torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-7)
 
 
+def test_annealed_dps_knows_how_strong_the_operator_is():
+    """The unit of y changes nothing."""
+    rows = torch.linalg.svd(A).Vh[:M]
+    strong = replace(BATCH, operator=Dense(rows))
+    weak = Problem(strong.y / 8, Dense(rows / 8), STD / 8)
+    one, two = (runs(PRIOR, p, (DDIM(), [AnnealedDPS()]))[0] for p in (strong, weak))
+    torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-7)
+
+
 def test_dmps_is_the_score_for_a_flat_prior(mixture, dense):
     step = make_step(mixture, dense)
     rho2 = (step.t.sigma / step.t.alpha) ** 2
