@@ -19,8 +19,8 @@ class AnnealedDPS(Guidance):
     """x̂₀ ← x̂₀ + (σ_t²/α_t) Jᵀ Aᵀ(y − A x̂₀)/(σ_y² + a² σ_t²/α_t²), with J = ∂x̂₀/∂x_t.
 
     This is Tweedie's x̂₀ for p(y | x_t) ≈ N(A x̂₀, σ_y² + a² σ_t²/α_t²): no step size. a² is the
-    largest eigenvalue of A Aᵀ, by power iterations; it is 1 for masks and blur. Where A Aᵀ = 1 it is
-    ΠGDM (weight "posterior") with a flat prior. Cost of a step: DPS's.
+    largest eigenvalue of A Aᵀ, by power iterations; it is 1 for masks and blur. Where A Aᵀ = 1 it
+    is ΠGDM (weight "posterior") with a flat prior. Cost of a step: DPS's.
 
     Differs from deepinv, which has a = 1 always. For ×4 super-resolution a² is about 1/16, and
     x̂₀ then moves too little to reach y.
