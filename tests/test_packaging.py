@@ -21,7 +21,7 @@ def shipped() -> set[str]:
         (Path(folder) / file).relative_to(ROOT).as_posix()
         for folder, _, files in os.walk(ROOT / "cmi_lightning", followlinks=True)
         for file in files
-        if file.endswith((".py", ".yaml", ".j2", ".css", ".typed", ".safetensors", ".png"))
+        if file.endswith((".py", ".yaml", ".j2", ".css", ".js", ".typed", ".safetensors", ".png"))
     }
 
 

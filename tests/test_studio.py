@@ -330,6 +330,8 @@ def test_paint_over_a_photograph_of_ones_own(driver, address, tmp_path):
     page.quick()
     page.click("#run")
     page.wait(lambda: "Nothing is painted" in page.status())
+    seen = page.one("body").text
+    assert not any(word in seen for word in ("Traceback", "Error:", ".py"))
     clear = page.one("#editor [aria-label='Clear canvas'], #editor [title='Clear canvas']")
     if clear:
         clear.click()
@@ -372,7 +374,8 @@ def test_a_run_is_cancelled_and_another_tab_waits_its_turn(driver, address):
 
 
 @needs_browser
-def test_on_a_phone_and_started_by_the_keyboard(driver, address):
+def test_on_a_phone_and_by_keyboard_alone(driver, address):
+    """From the example to the comparison: Tab, arrows, Enter and digits."""
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.keys import Keys
 
@@ -382,10 +385,10 @@ def test_on_a_phone_and_started_by_the_keyboard(driver, address):
         page = Page(driver, address)
         wide = driver.execute_script("return document.documentElement.scrollWidth")
         assert wide <= 360
-        page.quick()
 
-        def press(key: str) -> None:
-            ActionChains(driver).send_keys(key).perform()
+        def press(*keys: str) -> None:
+            for key in keys:
+                ActionChains(driver).send_keys(key).perform()
 
         def reach(selector: str) -> None:
             for _ in range(80):
@@ -398,10 +401,39 @@ def test_on_a_phone_and_started_by_the_keyboard(driver, address):
                 press(Keys.TAB)
             raise AssertionError(f"Tab does not reach {selector}")
 
-        page.choose("#missing", "A box in the middle")
+        def chosen(group: str) -> str:
+            return str(page.one(f"{group} input:checked").get_attribute("value"))
+
+        def choose(group: str, key: str, value: str) -> None:
+            reach(f"{group} input[type=radio]")
+            while chosen(group) != value:
+                before = chosen(group)
+                press(key)
+                page.wait(lambda before=before: chosen(group) != before)
+
+        reach("#example input")
+        press(Keys.ARROW_DOWN, Keys.ENTER)
+        page.wait(lambda: page.one("#example input").get_attribute("value") != "beach1")
+        choose("#damage", Keys.ARROW_LEFT, "noisy")
+        choose("#damage", Keys.ARROW_RIGHT, "missing")
+        page.wait(lambda: page.one("#missing input:checked"))
+        choose("#missing", Keys.ARROW_DOWN, "box")
+        reach("#method button")
+        press(Keys.ENTER)
+        page.wait(lambda: page.one("#steps input[type=number]"))
+        reach("#steps input[type=number]")
+        press(Keys.CONTROL + "a" + Keys.NULL, "2", Keys.TAB)
         reach("#run")
         press(Keys.ENTER)
         page.wait(lambda: "PSNR" in page.status())
+        page.wait(lambda: page.one("#compare [role=slider]"))
+        reach("#compare [role=slider]")
+        at = int(page.one("#compare [role=slider]").get_attribute("aria-valuenow"))
+        press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+        page.wait(
+            lambda: int(page.one("#compare [role=slider]").get_attribute("aria-valuenow")) > at + 5
+        )
+        assert "50%" not in page.one("#compare img.fixed").get_attribute("style")
     finally:
         driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
