@@ -230,7 +230,7 @@ def test_a_method_may_have_steps_of_its_own_and_no_cmi():
     assert "--model.num_steps=40" in table.arguments(table.cell("box", "DAPS"), 1)
     assert trial(table, "box", "DAPS", None).steps == 40
     assert count_trials(table) == 2 + 2  # DPS's, and CMI's on DPS
-    with pytest.raises(InputError, match="methods.DPS.steps must be at least 1"):
+    with pytest.raises(InputError, match=r"methods\.DPS\.steps must be at least 1"):
         small(methods={"DPS": Method(["guidance/dps"], steps=0)})
 
 
