@@ -39,8 +39,9 @@ from cmi_lightning.step import Cost, Step
 METHODS: dict[str, list[Guidance]] = {
     "none": [],
     "DPS": [DPS()],
-    "CMI+DPS, autograd": [DPS(), CMI(estimator=Lanczos(derivative="autograd"))],
-    "CMI+DPS, difference": [DPS(), CMI(estimator=Lanczos(derivative="difference"))],
+    "CMI+DPS": [DPS(), CMI(interval=1)],
+    "CMI+DPS, autograd": [DPS(), CMI(interval=1, estimator=Lanczos(derivative="autograd"))],
+    "CMI+DPS, difference": [DPS(), CMI(interval=1, estimator=Lanczos(derivative="difference"))],
 }
 INDEX = 500
 
