@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import itertools
 import json
@@ -31,7 +32,7 @@ from cmi_lightning.report.tables import csv as to_csv
 from cmi_lightning.report.tables import latex, markdown
 from cmi_lightning.statistics import Estimate, mean_and_error
 from cmi_lightning.table.aggregate import aggregate
-from cmi_lightning.table.cells import SET_RESAMPLES, StartedCell
+from cmi_lightning.table.cells import SET_RESAMPLES, StartedCell, started_cells
 from cmi_lightning.table.command import check, parse, rounds
 from cmi_lightning.table.progress import ProgressPrinter
 from cmi_lightning.table.records import at_equal_cost, passes, records
@@ -41,6 +42,8 @@ from cmi_lightning.table.significance import holm, sign_flip_p
 from cmi_lightning.table.spec import Method, Posterior, Table, Task
 from cmi_lightning.table.tune import best, count_trials, trial
 from cmi_lightning.table.tune import check as check_tuning
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def small(**options) -> Table:
@@ -381,6 +384,29 @@ def test_an_image_that_failed_is_in_no_mean_and_not_improved(tmp_path):
     assert entry.improved == pytest.approx(10 / 12)
     assert any("1 images failed" in note for note in results.notes)
     assert cells["base"].curves["residual"] == {1: 6.5, 2: 13.0}
+
+
+def test_bold_is_what_a_paired_interval_does_not_tell_from_the_best(tmp_path):
+    spec = importlib.util.spec_from_file_location("methods_page", BENCHMARKS / "methods.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    names = {"DPS": 0.0, "near": 0.1, "far": -1.0}
+    methods = {n: Method(["guidance/dps"], "dps" if n == "DPS" else None, cmi=False) for n in names}
+    table = small(output=str(tmp_path), methods=methods, step_sizes={}, images=12)
+    for k, (name, shift) in enumerate(names.items()):  # far: alike in every image; near: not
+        noise = [(-1) ** i * (k == 1) for i in range(12)]
+        write_records(table.cell("box", name), [20.0 + i + shift + noise[i] for i in range(12)])
+    cells = {"box": {c.cell.label: c for c in started_cells(table).values()}}
+    psnr = page.SHOWN[0]
+    assert page.means(cells, psnr) == {
+        "DPS": ["**25.50**"],
+        "near": ["**25.60**"],
+        "far": ["24.50"],
+    }
+    mean, low, high = page.difference(cells["box"]["far"], cells["box"]["DPS"], "psnr")
+    assert (mean, low, high) == pytest.approx((-1.0, -1.0, -1.0))
+    assert list(page.unsearched(table, cells)) == ["near", "far"]
+    assert page.unsearched(table, cells)["far"] == ["−1.00 [−1.00, −1.00]"]
 
 
 def test_cells_of_an_unfinished_row_are_compared_over_the_same_images(tmp_path):
