@@ -52,6 +52,8 @@ class DenoiserSpec:
         derivatives: how often x̂₀ can be differentiated.
         size_multiple: both sides of an image must be multiples of this.
         latent: x_t is of latents; see :class:`cmi_lightning.denoisers.LatentPrior`.
+        trained_side: side of the images it was trained on, in pixels; images of more than twice it
+            are seen in windows of it. None if it makes no difference.
 
     >>> DenoiserSpec(Schedule.linear(), (3, 64, 64)).derivatives
     2
@@ -64,6 +66,7 @@ class DenoiserSpec:
     derivatives: int = 2
     size_multiple: int = 1
     latent: bool = False
+    trained_side: int | None = None
 
 
 class Denoiser(nn.Module, ABC):
@@ -87,6 +90,7 @@ class Denoiser(nn.Module, ABC):
     derivatives = DenoiserSpec.derivatives
     size_multiple = DenoiserSpec.size_multiple
     latent = DenoiserSpec.latent
+    trained_side = DenoiserSpec.trained_side
 
     @property
     def spec(self) -> DenoiserSpec:

@@ -117,7 +117,7 @@ def unet_prior(
     known = card(name)
     expected = known.file.name if known.file else None
     find_weights(weights, expected=expected)  # before the network is made
-    return NetworkDenoiser(
+    prior = NetworkDenoiser(
         card_unet(name, checkpoint, fused_attention),
         weights,
         known.schedule,  # type: ignore[arg-type]
@@ -126,3 +126,5 @@ def unet_prior(
         sha256=sha256,
         **options,
     )
+    prior.trained_side = known.trained_side
+    return prior

@@ -76,7 +76,9 @@ class Tiled(Denoiser):
             raise InputError(f"tiles_at_once must be at least 1, got {tiles_at_once}.")
         self.denoiser, self.size = denoiser, size
         self.overlap, self.tiles_at_once = overlap, tiles_at_once
-        self.spec = replace(denoiser.spec, image_shape=(channels, None, None), size_multiple=1)
+        self.spec = replace(
+            denoiser.spec, image_shape=(channels, None, None), size_multiple=1, trained_side=None
+        )
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
         """Return the blended prediction of x_t (B, C, H, W)."""
@@ -153,12 +155,15 @@ class Tiled(Denoiser):
 def suited(denoiser: Denoiser, shape: tuple[int, ...]) -> Denoiser:
     """Return the denoiser, tiled where images (C, H, W) ask for it.
 
-    That is: a network of one size gets larger images; or one of any size gets sides that are not
-    its multiples, or more than a million pixels, whose activations would fill the memory.
+    That is: a network of one size gets larger images; or one of any size gets images more than
+    twice as wide or high as those it was trained on (docs/photos.md has what that gains), sides
+    that are not its multiples, or more than a million pixels, whose activations fill the memory.
 
     >>> from cmi_lightning.denoisers import shipped_prior
     >>> suited(shipped_prior(), (3, 64, 100)).window
     (64, 64)
+    >>> isinstance(suited(shipped_prior(), (3, 64, 128)), Tiled)
+    False
     """
     wanted, multiple = denoiser.image_shape, denoiser.size_multiple
     if wanted is None or wanted[0] not in (None, shape[0]):
@@ -169,7 +174,9 @@ def suited(denoiser: Denoiser, shape: tuple[int, ...]) -> Denoiser:
         return Tiled(denoiser) if larger and wanted[1:] != shape[1:] else denoiser
     if isinstance(denoiser, Tiled) or sides or min(shape[1:]) < multiple:
         return denoiser
-    many = shape[1] * shape[2] > MANY
-    if not many and not any(n % multiple for n in shape[1:]):
+    own, many = denoiser.trained_side, shape[1] * shape[2] > MANY
+    wide = own is not None and max(shape[1:]) > 2 * own
+    if not wide and not many and not any(n % multiple for n in shape[1:]):
         return denoiser
-    return Tiled(denoiser, min(256 if many else 64, min(shape[1:])) // multiple * multiple)
+    side = own or (256 if many else 64)
+    return Tiled(denoiser, min(side, *shape[1:]) // multiple * multiple)

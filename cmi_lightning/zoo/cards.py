@@ -59,6 +59,7 @@ class Card:
         network: class and arguments.
         prediction: see :class:`cmi_lightning.denoisers.NetworkDenoiser`.
         schedule: name of its levels.
+        trained_side: see :class:`cmi_lightning.denoisers.base.DenoiserSpec`.
         needs: conditions that it must be told, such as ("y",).
         asset: path in the package's assets.
         file: the published file.
@@ -77,6 +78,7 @@ class Card:
     network: dict[str, Any]
     prediction: str = "epsilon"
     schedule: str = "linear"
+    trained_side: int | None = None
     needs: tuple[str, ...] = ()
     asset: str | None = None
     file: File | None = None
