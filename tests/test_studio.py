@@ -128,7 +128,7 @@ def test_the_command_and_the_code_give_the_pages_pixels(tmp_path, monkeypatch, o
 
 
 def test_pictures_on_the_way_are_few(monkeypatch):
-    """One in half a second: making and sending it takes no time that matters."""
+    """One in a second: making and sending it takes 4 % of the time."""
     now = iter(np.arange(0, 1000, 0.1))
     monkeypatch.setattr(work.time, "monotonic", lambda: float(next(now)))
     steps = list(work.restore(Choice(**{**QUICK, "steps": 12, "missing": "box"}), PHOTOGRAPH))
