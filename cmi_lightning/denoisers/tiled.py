@@ -162,8 +162,9 @@ def suited(denoiser: Denoiser, shape: tuple[int, ...]) -> Denoiser:
     >>> from cmi_lightning.denoisers import shipped_prior
     >>> suited(shipped_prior(), (3, 64, 100)).window
     (64, 64)
-    >>> isinstance(suited(shipped_prior(), (3, 64, 128)), Tiled)
-    False
+    >>> sizes = (64, 128), (64, 136), (8, 200)
+    >>> [isinstance(suited(shipped_prior(), (3, *size)), Tiled) for size in sizes]
+    [False, True, False]
     """
     wanted, multiple = denoiser.image_shape, denoiser.size_multiple
     if wanted is None or wanted[0] not in (None, shape[0]):
@@ -175,7 +176,7 @@ def suited(denoiser: Denoiser, shape: tuple[int, ...]) -> Denoiser:
     if isinstance(denoiser, Tiled) or sides or min(shape[1:]) < multiple:
         return denoiser
     own, many = denoiser.trained_side, shape[1] * shape[2] > MANY
-    wide = own is not None and max(shape[1:]) > 2 * own
+    wide = own is not None and min(shape[1:]) >= own and max(shape[1:]) > 2 * own
     if not wide and not many and not any(n % multiple for n in shape[1:]):
         return denoiser
     side = own or (256 if many else 64)
