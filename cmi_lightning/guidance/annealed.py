@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.linalg import norm, per_sample, unit
+from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.step import Step
 
 POWERS = 8
@@ -35,13 +36,20 @@ class AnnealedDPS(Guidance):
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
         """Move x̂₀ by the annealed likelihood's score."""
-        A = step.linearized
-        n = step.problem.operator.sample_noise(_fixed, step.problem.y)
-        for _ in range(POWERS):
-            n = A(A.adjoint(unit(n)))
-        gain = per_sample(norm(n), n)
+        A, gain = step.linearized, step.memory.get("annealed/gain")
+        if gain is None or not isinstance(step.problem.operator, LinearOperator):
+            gain = step.memory["annealed/gain"] = _gain(step)
         variance = step.problem.std**2 + gain * (step.t.sigma / step.t.alpha) ** 2
         return x0 + step.covariance_factor * step.vjp(A.adjoint(step.residual.detach() / variance))
+
+
+def _gain(step: Step) -> Tensor:
+    """Return a² of each sample, broadcastable to y."""
+    A = step.linearized
+    n = step.problem.operator.sample_noise(_fixed, step.problem.y)
+    for _ in range(POWERS):
+        n = A(A.adjoint(unit(n)))
+    return per_sample(norm(n), n)
 
 
 def _fixed(like: Tensor) -> Tensor:
