@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from torch import Tensor
 from cmi_lightning import GaussianNoise, InputError, PosteriorSampler, Problem, Sampler, configs
 from cmi_lightning.exact import GaussianMixture, GaussianPrior
 from cmi_lightning.guidance import CMI, DPS, DSG, MCG, MomentMatching, PiGDM, residual_gradient
+from cmi_lightning.guidance.base import NONLINEAR
 from cmi_lightning.information import Lanczos, TraceLimit
 from cmi_lightning.measurement_noise import MeasurementNoise
 from cmi_lightning.noise import SampleNoise
@@ -149,6 +152,10 @@ def test_every_guidance_runs_or_refuses(mixture: GaussianMixture) -> None:
         Sampler(mixture, DDPM(), [MCG()], 6).run(problem, noise, x)
     with pytest.raises(InputError, match="MCG needs a linear operator"):
         PosteriorSampler(mixture, Cubed(), guidances=[MCG()])
+    text = (Path(__file__).parent.parent / "docs/methods.md").read_text()
+    named = re.search(r"^\| a nonlinear operator \|(.*?)\|", text, re.MULTILINE)[1]
+    named = [n.replace("_", "") for n in re.findall(r"/(\w+)`", named)]
+    assert named == re.split(", | or ", NONLINEAR.lower())
 
 
 DERIVED = ("autograd", "difference")

@@ -20,6 +20,7 @@ HOOKS = {
     "guide_transition": "the mean of a step",
     "guide_sample": "x_s",
 }
+NONLINEAR = "DPS, DSG, PiGDM, MomentMatching or DAPS"  # as docs/methods.md has them
 
 
 class Guidance(ABC):  # noqa: B024
@@ -128,5 +129,5 @@ def refuse_nonlinear(parts: Iterable[Any], operator: Operator) -> None:
         if needs and not isinstance(operator, LinearOperator):
             raise InputError(
                 f"{type(part).__name__} needs a linear operator and "
-                f"{type(operator).__name__} is none; use DPS, DSG, PiGDM, MomentMatching or DAPS."
+                f"{type(operator).__name__} is none; use {NONLINEAR}."
             )

@@ -80,37 +80,37 @@ class DAPS(Solver):
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
         """Return the drawn image at level s."""
-        spread = step.t.sigma / step.t.alpha
-        x = self._flow(step, spread)
+        rho = step.t.sigma / step.t.alpha
+        x = self._flow(step, rho)
         if isinstance(step.problem.operator, LinearOperator):
             z, n = step.normal("daps"), step.measurement_normal("daps/measurement")
-            x = step.problem.draw(x, (self.spread * spread) ** 2, z, n)
+            x = step.problem.draw(x, (self.spread * rho) ** 2, z, n)
         else:
-            x = self._langevin(step, x, spread)
+            x = self._langevin(step, x, rho)
         return Transition(step.s.alpha * x, step.s.sigma, step.normal("solver"))
 
-    def _flow(self, step: Step, spread: float) -> Tensor:
+    def _flow(self, step: Step, rho: float) -> Tensor:
         """Return x̂ of x_t."""
         schedule, x = step.denoiser.schedule, step.x.detach() / step.t.alpha
-        end = min(max(self.ode_end, schedule.range[0]), spread)
-        if self.ode_steps == 0 or end == spread:
+        end = min(max(self.ode_end, schedule.range[0]), rho)
+        if self.ode_steps == 0 or end == rho:
             return step.x0.detach()
-        grid = power_grid(end, spread, self.ode_steps + 1)[::-1]
+        grid = power_grid(end, rho, self.ode_steps + 1)[::-1]
         for here, there in pairwise(grid):
             level = schedule.level(here)
             x0 = step.x0 if here == grid[0] else step.at(level.alpha * x, level).x0
             x = x + (there - here) / here * (x - x0.detach())
         return x
 
-    def _langevin(self, step: Step, centre: Tensor, spread: float) -> Tensor:
-        """Return a draw of N(centre, spread²)·p(y | x₀) for a nonlinear A."""
+    def _langevin(self, step: Step, centre: Tensor, rho: float) -> Tensor:
+        """Return a draw of N(centre, ϱ²)·p(y | x₀) for a nonlinear A."""
         problem, x = step.problem, centre
         if not problem.noisy:
             raise InputError("DAPS needs measurement noise: noise.sigma must be above 0.")
-        done = 1 - (spread / self.high) ** (1 / 7)
+        done = 1 - (rho / self.high) ** (1 / 7)
         size = self.langevin_size * (1 - 0.99 * min(max(done, 0.0), 1.0))
         for k in range(self.langevin_steps):
             residual = (problem.y - problem.operator(x)) / problem.std**2
-            g = problem.operator.vjp(x, residual) + (centre - x) / spread**2
+            g = problem.operator.vjp(x, residual) + (centre - x) / rho**2
             x = x + size * g + math.sqrt(2 * size) * step.normal(f"daps/{k}")
         return x
