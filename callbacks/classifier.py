@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from cmi_lightning.denoisers.weights import load_weights
-from cmi_lightning.zoo.cards import ASSETS
+from cmi_lightning.paths import ASSETS
 
 WEIGHTS = ASSETS / "fashion_mnist_classifier.safetensors"
 CLASSES = (

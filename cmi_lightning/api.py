@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from cmi_lightning.data.folder import SHIPPED
 from cmi_lightning.data.pictures import Picture
 from cmi_lightning.denoisers import Denoiser
 from cmi_lightning.denoisers.tiled import suited
@@ -20,6 +19,7 @@ from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
 from cmi_lightning.methods import Method, step_sizes
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
+from cmi_lightning.paths import SHIPPED
 from cmi_lightning.predict.damaged import for_channels, given_channels, problem_of
 from cmi_lightning.predict.restoration import Restoration, restoring
 from cmi_lightning.predict.restored import Restored

@@ -1,4 +1,4 @@
-"""Names that come from data: as text that is safe to print, and as files inside a folder."""
+"""Paths: files of a folder that are named by data, and what ships with the package."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from cmi_lightning.errors import UNSEEN, InputError, printable
 
 LONGEST_PART, LONGEST = 200, 1000  # bytes; file systems allow 255 and 4096, with what is added
 HASHED = re.compile(r"~[0-9a-f]{16}$")
+ASSETS = Path(__file__).with_name("assets")
+SHIPPED = {  # folders of images
+    "fashion-mnist-test": ASSETS / "fashion_mnist_test",
+    "fashion-mnist-table": ASSETS / "fashion_mnist_table",
+    "fashion-mnist-validation": ASSETS / "fashion_mnist_validation",
+    "photos-test": ASSETS / "photos" / "test",
+    "photos-test-64": ASSETS / "photos" / "test-64",
+    "photos-validation": ASSETS / "photos" / "validation",
+    "photos-validation-64": ASSETS / "photos" / "validation-64",
+}
 
 
 def inside(folder: Path, name: str, suffix: str) -> Path:

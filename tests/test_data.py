@@ -18,8 +18,9 @@ from cmi_lightning.data import (
 )
 from cmi_lightning.data.extras import read_kernel
 from cmi_lightning.data.fashion import DEBIAN_FOLDER
-from cmi_lightning.data.folder import SHIPPED, FolderData, crop_to
+from cmi_lightning.data.folder import FolderData, crop_to
 from cmi_lightning.errors import InputError
+from cmi_lightning.paths import SHIPPED
 
 RNG = np.random.default_rng(0)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import lightning as L
 import pytest
 import torch
@@ -221,20 +224,20 @@ def test_observers_see_every_step(shipped_images):
     assert seen == [["img/0", "img/1"], 2, 1, 0]
 
 
-def test_import_is_light():
-    import subprocess
-    import sys
-
-    heavy = "lpips torch_fidelity matplotlib torchvision.models lightning"
+def test_import_is_light(tmp_path):
+    heavy = "lpips torch_fidelity matplotlib torchvision.models torchmetrics scipy lightning"
+    loaded = f"print([m for m in '{heavy}'.split() if m in sys.modules])"
     code = (
         "import sys, cmi_lightning, cmi_lightning.guidance, cmi_lightning.solvers, "
-        "cmi_lightning.operators, cmi_lightning.denoisers; "
-        f"print([m for m in '{heavy}'.split() if m in sys.modules])"
+        f"cmi_lightning.operators, cmi_lightning.denoisers; {loaded}; "
+        "from PIL import Image; from cmi_lightning.operators import Downsample; "
+        f"path = {str(tmp_path / 'x.png')!r}; Image.new('L', (8, 8)).save(path); "
+        f"cmi_lightning.restore(path, Downsample(2), steps=1); {loaded}"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert printed.stdout.strip() == "[]"
+    assert printed.stdout.split() == ["[]", "[]"]
 
 
 def test_a_run_says_at_which_steps_cmi_acts(prior):

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cmi_lightning.data.files import check_least, local_path
 from cmi_lightning.errors import InputError, printable
+from cmi_lightning.paths import ASSETS
 
 Split = Literal["train", "validation", "test"]
-PHOTOGRAPHS = Path(__file__).parents[1] / "assets" / "photos" / "photographs.csv"
+PHOTOGRAPHS = ASSETS / "photos" / "photographs.csv"
 
 
 def crop(photo: Image.Image, x: int, y: int, side: int, size: int) -> Image.Image:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from cmi_lightning.data.images import FOREIGN, SUFFIXES, Note, UnreadableError
 from cmi_lightning.errors import InputError, printable
 
@@ -170,7 +168,6 @@ def read_all(
     return Survey(result, skipped, said)
 
 
-@rank_zero_only
 def report(skipped: dict[str, str], left: int, notes: Iterable[str]) -> None:
     """Print notes, and why files were left out: the first five, and how many there are."""
     lines = [f"data: {note}" for note in notes]

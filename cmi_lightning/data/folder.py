@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -23,17 +24,7 @@ from cmi_lightning.data.files import (
 )
 from cmi_lightning.data.images import Channels, Decoding, Note, read_image
 from cmi_lightning.errors import InputError, printable
-
-ASSETS = Path(__file__).parent.parent / "assets"
-SHIPPED = {
-    "fashion-mnist-test": ASSETS / "fashion_mnist_test",
-    "fashion-mnist-table": ASSETS / "fashion_mnist_table",
-    "fashion-mnist-validation": ASSETS / "fashion_mnist_validation",
-    "photos-test": ASSETS / "photos" / "test",
-    "photos-test-64": ASSETS / "photos" / "test-64",
-    "photos-validation": ASSETS / "photos" / "validation",
-    "photos-validation-64": ASSETS / "photos" / "validation-64",
-}
+from cmi_lightning.paths import SHIPPED
 
 
 class ImageFolder(Dataset):
@@ -125,7 +116,8 @@ class FolderData(RestorationData):
         Set-up runs twice: before and in the trainer.
         """
         if images.survey[1:] != self.survey[1:]:
-            report(images.survey.skipped, len(images), images.survey.notes)
+            told = images.survey.skipped, len(images), images.survey.notes
+            rank_zero_only(report)(*told)
         self.images, self.survey, self.skipped = images, images.survey, images.survey.skipped
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -191,7 +192,7 @@ class MeasurementFolderData(FolderData):
             the wrong size, and a CSV file with a missing, unknown, repeated or senseless entry.
 
     Example:
-        >>> from cmi_lightning.data.folder import SHIPPED
+        >>> from cmi_lightning.paths import SHIPPED
         >>> folder = str(SHIPPED["fashion-mnist-test"])
         >>> data = MeasurementFolderData(folder, "downsample", factor=2, limit=3)
         >>> data.setup("predict")
@@ -260,7 +261,7 @@ class MeasurementFolderData(FolderData):
         check_least(0, num_workers=self.num_workers)
         self.take(OwnMeasurements(self) if self.kind == "own" else MeasurementFolder(self))
         if self.sigmas == ESTIMATE and self.images.sigmas != self.estimates:
-            report_estimates(self.images.sigmas, self.images.clipped)
+            rank_zero_only(report_estimates)(self.images.sigmas, self.images.clipped)
             self.estimates = self.images.sigmas
 
     def problem(

@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from cmi_lightning.errors import InputError, printable
@@ -163,7 +162,6 @@ def estimate_of(name: str, y: Tensor, known: Tensor | None) -> tuple[float, bool
     return sigma, float((seen.abs() >= 1).float().mean()) > CLIPPED
 
 
-@rank_zero_only
 def report_estimates(sigmas: Mapping[str, float], clipped: Collection[str]) -> None:
     """Print the estimates: the first five, and their range."""
     first = ", ".join(f"{name} {s:.4g}" for name, s in list(sigmas.items())[:NUM_REPORTED])

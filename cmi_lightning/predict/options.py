@@ -87,7 +87,9 @@ def lightning_cli(model: type, args: list[str], resumable: bool = False, **kwarg
 
     # Imported so that short class names and component lists of the help know them.
     import cmi_lightning.callbacks
-    import cmi_lightning.data
+    import cmi_lightning.data.crops
+    import cmi_lightning.data.fashion
+    import cmi_lightning.data.measurements
     import cmi_lightning.denoisers
     import cmi_lightning.guidance  # noqa: F401
 

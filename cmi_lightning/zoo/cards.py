@@ -9,8 +9,7 @@ from typing import Any
 import yaml
 
 from cmi_lightning.errors import InputError
-
-ASSETS = Path(__file__).parent.parent / "assets"
+from cmi_lightning.paths import ASSETS
 
 
 @dataclass(frozen=True)
