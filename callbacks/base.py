@@ -82,7 +82,6 @@ class RecordingCallback(SamplingCallback):
         """Print the result, after any progress bar has gone."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Learn the folder and prepare."""
         if stage == "predict":
             self.trainer, self.module = trainer, pl_module
             self.folder, self.result = output_folder(trainer, self.dirpath), {}
@@ -110,7 +109,6 @@ class RecordingCallback(SamplingCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Measure the batch."""
         entries = self.measure(outputs) if outputs["id"] else []
         for record, entry in zip(outputs["records"], entries, strict=True):
             record.update(entry)

@@ -105,7 +105,6 @@ class FeatureMetrics(RecordingCallback):
         return self.published is not None and self.published.network is None
 
     def prepare(self) -> None:
-        """Read the network's weights."""
         others = [c for c in self.trainer.callbacks if isinstance(c, FeatureMetrics)]
         if self in others[1:]:
             if any(c.title == self.title for c in others if c is not self):
@@ -133,7 +132,6 @@ class FeatureMetrics(RecordingCallback):
         return same and super().recorded(record)
 
     def files(self, record: Mapping[str, Any]) -> list[Path]:
-        """Return the sample's features, where it has some."""
         has = self.sets and record.get(f"{self.key}_features", bool(record[self.key]))
         return [embedding_path(self.folder, record["id"], self.embeddings)] if has else []
 
@@ -242,7 +240,6 @@ class FeatureMetrics(RecordingCallback):
         return entries, []
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the means over all samples."""
         used = [r for r in records if r[self.key] and not r["failed"]]
         failed = failures(records)
         notes = [*getattr(self.network, "notes", ())]
@@ -277,7 +274,6 @@ class FeatureMetrics(RecordingCallback):
         return {key: texts[key] for key in ("pixels", *self.keys) if key in texts}
 
     def logged(self) -> Iterable[tuple[int, dict[str, float]]]:
-        """Return the means."""
         return [(0, means(self.result["metrics"]))]
 
 

@@ -59,7 +59,6 @@ class ImageWriter(RecordingCallback):
         self.grid_rows, self.inputs, self.bits = grid_rows, inputs, bits
 
     def files(self, record: Mapping[str, Any]) -> list[Path]:
-        """Return the sample's images."""
         return [self.folder / name for name in record["images"]]
 
     def recorded(self, record: Mapping[str, Any]) -> bool:
@@ -104,5 +103,4 @@ class ImageWriter(RecordingCallback):
         return [path.relative_to(self.folder).as_posix() for path in paths]
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
-        """Write the grid."""
         self.write_strips(records[: self.grid_rows], "grid")

@@ -116,7 +116,6 @@ class RestorationMetrics(RecordingCallback):
         return super().recorded(record) and set(self._at_hand) <= set(record["networks"])
 
     def files(self, record: Mapping[str, Any]) -> list[Path]:
-        """Return the sample's features, where it has some."""
         return [path for n in self._at_hand.values() for path in n.files(self._as(n, record))]
 
     @staticmethod
@@ -186,13 +185,11 @@ class RestorationMetrics(RecordingCallback):
         return columns, [f"SSIM is left out: it needs {SSIM_WINDOW} pixels per side."] * small
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
-        """Write the rows, and what they cost."""
         write(self.folder / "metrics.csv", table(self._rows(records)).encode())
         self.timing = timing(self.folder, records)
         write_json(self.folder / "timing.json", self.timing)
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the means, costs and notes of all samples."""
         failed, skipped = failures(records), self.skipped
         metrics, odd = statistics([row for row in self._rows(records) if not row["failed"]])
         protocol = {**PROTOCOL, "torchmetrics": version("torchmetrics")}
@@ -230,11 +227,9 @@ class RestorationMetrics(RecordingCallback):
         ]
 
     def logged(self) -> Iterable[tuple[int, dict[str, float]]]:
-        """Return the means."""
         return [(0, means(self.result["metrics"]))]
 
     def show(self) -> None:
-        """Print the table."""
         print_table(self.result, self.timing, self.folder)
 
 

@@ -110,7 +110,6 @@ class PosteriorQuality(RecordingCallback):
     key, summary = "posterior", "posterior.json"
 
     def prepare(self) -> None:
-        """Refuse a module that draws one sample per image."""
         if getattr(self.module, "samples_per_image", 1) < 2:
             raise InputError(
                 "PosteriorQuality compares the draws of an image: set --model.samples_per_image to "
@@ -132,7 +131,6 @@ class PosteriorQuality(RecordingCallback):
         return entries
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the values of all samples."""
         failed = failures(records)
         result = summary([r["posterior"] for r in records if not r["failed"]])
         notes = [*given_up(failed, len(records), self.skipped), *result.pop("notes")]
@@ -151,12 +149,10 @@ class PosteriorQuality(RecordingCallback):
         return shown | {name: self.result[name] for name in ("spread_skill", "residual")}
 
     def logged(self) -> Iterable[tuple[int, dict[str, float]]]:
-        """Return the values."""
         shown = self._estimates().items()
         return [(0, {f"posterior/{k}": v["value"] for k, v in shown if v["value"] is not None})]
 
     def show(self) -> None:
-        """Print the table."""
         labels = [f"coverage of the central {name} %" for name in self.result["coverage"]]
         labels += ["spread / error of the mean", "‖y − A x‖ / (σ√m)"]
         rows = [

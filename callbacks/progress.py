@@ -60,11 +60,9 @@ class SamplingProgress(ProgressBar, SamplingCallback):
         self.enabled = False
 
     def enable(self) -> None:
-        """Show progress again."""
         self.enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print above the bars."""
         rich.get_console().print(*args, **kwargs)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -110,7 +108,6 @@ class SamplingProgress(ProgressBar, SamplingCallback):
     def on_sampling_step(
         self, trainer: L.Trainer, pl_module: PosteriorSampler, record: Record
     ) -> None:
-        """Advance the steps."""
         if self.enabled:
             self.num_steps, self.steps_done = record.num_steps, record.num_steps - record.index
             self.log = record.log

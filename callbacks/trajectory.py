@@ -68,7 +68,6 @@ class TrajectoryLogger(RecordingCallback):
         self.strips: dict[str, dict[str, Image.Image]] = {}
 
     def files(self, record: Mapping[str, Any]) -> list[Path]:
-        """Return the sample's strip, where it has one."""
         return [self.strip(record["id"], "film")] if "film" in record else []
 
     def on_sampling_start(
@@ -113,7 +112,6 @@ class TrajectoryLogger(RecordingCallback):
         )
 
     def measure(self, outputs: Restoration) -> list[dict[str, Any]]:
-        """Return the batch's curves."""
         entries = []
         for i, name in enumerate(outputs["id"]):
             means, _ = mean_curves(self.passes[name][-self.module.samples_per_image :])
@@ -129,7 +127,6 @@ class TrajectoryLogger(RecordingCallback):
         return entries
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
-        """Write the curves, their plot and the strip."""
         self._reset()  # what was under way when a run broke off
         every = [record["curves"] for record in records]
         self.means, counts = mean_curves(every)
@@ -150,11 +147,9 @@ class TrajectoryLogger(RecordingCallback):
         self.write_strips(records[: self.max_images], "film")
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the mean curves."""
         return dict(self.means)
 
     def logged(self) -> Iterable[tuple[int, dict[str, float]]]:
-        """Return the mean curves, step by step."""
         by_step: dict[int, dict[str, float]] = defaultdict(dict)
         for quantity, curve in self.result.items():
             for step, mean in curve.items():

@@ -1,8 +1,10 @@
-"""The house: which package may import which."""
+"""The house: which package may import which, and what has a docstring."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,17 @@ def test_no_circle_of_imports():
 
     for name in FILES:
         walk(name, ())
+
+
+def test_every_public_method_has_a_docstring_or_overrides_one_that_has():
+    without = []
+    for name in FILES:
+        try:
+            members = vars(importlib.import_module(name)).values()
+        except ImportError:  # an extra is not installed
+            continue
+        own = [c for c in members if inspect.isclass(c) and c.__module__ == name]
+        routines = [getattr(c, m, None) for c in own if c.__name__[0] != "_" for m in vars(c)]
+        named = [m for m in routines if getattr(m, "__name__", "_")[0] != "_"]
+        without += [m for m in named if inspect.isroutine(m) and not inspect.getdoc(m)]
+    assert not without

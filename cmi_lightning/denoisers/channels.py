@@ -58,7 +58,6 @@ class AsGray(Denoiser):
         self.denoiser = denoiser
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
-        """Return ĝ₀ of g_t (B, 1, H, W)."""
         sigma = math.sqrt(3) * level.sigma
         # Drawn on the CPU in float32, so that every device and precision sees the same numbers.
         key = f"{float(level.time)!r}\0{tuple(x.shape[-2:])}".encode()
@@ -99,7 +98,6 @@ class AsRGB(Denoiser):
         self.denoiser = denoiser
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
-        """Return x̂₀ of x_t (B, C, H, W)."""
         gray = self.denoiser(x.flatten(0, 1)[:, None], level)
         return gray.map(lambda part: part.reshape(x.shape))
 

@@ -90,7 +90,6 @@ class Autoencoder(Decoder):
         return image
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return D(z) in the dtype of z."""
         parameter = next(self.model.parameters())
         own = z.to(parameter.dtype)
         saving = self.checkpoint and torch.is_grad_enabled()
@@ -98,7 +97,6 @@ class Autoencoder(Decoder):
         return image.to(z.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return (E(x) − b) a."""
         parameter = next(self.model.parameters())
         with sdpa_kernel(SDPBackend.MATH):
             code = self.model.encode(x.to(parameter.dtype), return_dict=False)[0]
@@ -113,12 +111,10 @@ class Decode(Operator):
         self.decoder = decoder
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return D(x) of latents."""
         image: Tensor = self.decoder(x)
         return image
 
     def guess(self, y: Tensor) -> Tensor:
-        """Return the latents of images."""
         return self.decoder.encode(y)
 
 
@@ -164,7 +160,6 @@ class LatentPrior(Denoiser):
         )
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
-        """Return ẑ₀ of z_t (B, c, h, w)."""
         prediction: Prediction = self.denoiser(x, level)
         return prediction
 

@@ -81,7 +81,6 @@ class Tiled(Denoiser):
         )
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
-        """Return the blended prediction of x_t (B, C, H, W)."""
         height, width = self._shape(x.shape)
         if (height, width) == x.shape[-2:]:
             return self.denoiser(x, level)

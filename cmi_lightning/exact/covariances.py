@@ -85,20 +85,16 @@ class DiagonalCovariance(Covariance):
         super().__init__(variances.flatten(1))
 
     def to_basis(self, x: Tensor) -> Tensor:
-        """Return x."""
         return x
 
     def from_basis(self, z: Tensor) -> Tensor:
-        """Return z."""
         return z
 
     def variances(self) -> Tensor:
-        """Return v, (K, n)."""
         return self.values
 
     @classmethod
     def restored(cls, options: dict[str, Tensor]) -> Self:
-        """Return the covariance that gave ``options``."""
         return cls(options["values"])
 
 
@@ -144,24 +140,20 @@ class DenseCovariance(Covariance):
         self.register_buffer("vectors", vectors.to(matrix).contiguous())
 
     def to_basis(self, x: Tensor) -> Tensor:
-        """Return Uᵀ x, (…, K, n)."""
         if len(self.vectors) == 1:
             return x @ self.vectors[0]
         return torch.einsum("...ki,kij->...kj", x, self.vectors)
 
     def from_basis(self, z: Tensor) -> Tensor:
-        """Return U z, (…, K, n)."""
         if len(self.vectors) == 1:
             return z @ self.vectors[0].mT
         return torch.einsum("...kj,kij->...ki", z, self.vectors)
 
     def options(self) -> dict[str, Tensor]:
-        """Return what :meth:`restored` needs, by name."""
         return {"values": self.values, "vectors": self.vectors}
 
     @classmethod
     def restored(cls, options: dict[str, Tensor]) -> Self:
-        """Return the covariance that gave ``options``: these eigenvalues and eigenvectors."""
         covariance = cls.__new__(cls)
         Covariance.__init__(covariance, options["values"])
         covariance.register_buffer("vectors", options["vectors"])
@@ -202,29 +194,24 @@ class StationaryCovariance(Covariance):
             raise InputError("A power spectrum must be the same at f and −f.")
 
     def to_basis(self, x: Tensor) -> Tensor:
-        """Return the Hartley transform of x, (…, K, n)."""
         axes = tuple(range(-self.grid, 0))
         fourier = torch.fft.fftn(x.unflatten(-1, self.shape), dim=axes, norm="ortho")
         return (fourier.real - fourier.imag).flatten(-len(self.shape))
 
     def from_basis(self, z: Tensor) -> Tensor:
-        """Return the Hartley transform of z, (…, K, n)."""
         return self.to_basis(z)
 
     def variances(self) -> Tensor:
-        """Return the pixels' variances, (K, n)."""
         spectrum = self.values.unflatten(1, self.shape)
         axes = tuple(range(-self.grid, 0))
         return spectrum.mean(axes, keepdim=True).expand_as(spectrum).flatten(1)
 
     def options(self) -> dict[str, Tensor]:
-        """Return what :meth:`restored` needs, by name."""
         spectrum = self.values.unflatten(1, self.shape)
         return {"spectrum": spectrum, "grid": torch.tensor(self.grid)}
 
     @classmethod
     def restored(cls, options: dict[str, Tensor]) -> Self:
-        """Return the covariance that gave ``options``."""
         return cls(options["spectrum"], int(options["grid"]))
 
 

@@ -163,7 +163,6 @@ class GaussianMixture(Denoiser):
         return score.reshape(x.shape).to(x.dtype)
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
-        """Return the exact x̂₀ of x_t (B, *)."""
         with torch.autocast(x.device.type, enabled=False):  # low precision would not be exact
             terms = self._terms(x, level)
             r, z, means = terms.responsibilities, terms.residual, self.means.flatten(1)

@@ -34,7 +34,6 @@ class FunctionOperator(Operator):
         self.A = A
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return A(x)."""
         return self.A(x)
 
 
@@ -52,15 +51,12 @@ class LinearFunctions(LinearOperator):
         return bound
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return A x."""
         return self.A(x)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Return Aᵀ y."""
         return super().adjoint(y) if self.At is None else self.At(y)
 
     def pinv(self, y: Tensor) -> Tensor:
-        """Return A⁺ y."""
         return super().pinv(y) if self.A_pinv is None else self.A_pinv(y)
 
 
@@ -196,7 +192,6 @@ class DeepinvBase(Operator):
         return TensorList(found)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return A(x), (B, C, H, W) → (B, *m)."""
         return self.to_ours(self.physics.A(self.to_theirs(x)))
 
     def signed(self, y: Tensor) -> Tensor:

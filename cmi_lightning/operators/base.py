@@ -142,7 +142,6 @@ class LinearOperator(Operator):
     def bind(
         self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor
     ) -> LinearOperator:
-        """Return this operator made concrete for a batch; see :meth:`Operator.bind`."""
         bound = super().bind(image_shape, noise, like)
         assert isinstance(bound, LinearOperator)
         return bound
@@ -177,7 +176,6 @@ class LinearOperator(Operator):
         return self.adjoint(self.solve(y, 0.0))
 
     def guess(self, y: Tensor) -> Tensor:
-        """Return A⁺ y."""
         return self.pinv(y)
 
     def spectral(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
@@ -237,7 +235,6 @@ class Linearized(LinearOperator):
             )
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Return (∂A/∂x)ᵀ y, (B, *m) → (B, C, H, W)."""
         return torch.autograd.grad(self.value, self.x, y, retain_graph=True)[0]
 
     @cached_property
@@ -248,18 +245,15 @@ class Linearized(LinearOperator):
             return v, torch.autograd.grad(self.value, self.x, v, create_graph=True)[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (∂A/∂x) x, (B, C, H, W) → (B, *m)."""
         v, pulled = self._pulled
         if not pulled.requires_grad:
             return torch.zeros_like(v)  # A is constant here
         return torch.autograd.grad(pulled, v, x, retain_graph=True)[0]
 
     def zero_padding(self, y: Tensor) -> Tensor:
-        """Return y as the operator does."""
         return self.operator.zero_padding(y)
 
     def sample_noise(self, draw: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
-        """Return random numbers as the operator does."""
         return self.operator.sample_noise(draw, y)
 
 
@@ -295,7 +289,6 @@ class Composition(Operator):
         return bound
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return outer(inner(x))."""
         return self.outer(self.inner(x))
 
     def linearize(self, x: Tensor) -> LinearOperator:
@@ -308,15 +301,12 @@ class Composition(Operator):
         return product
 
     def guess(self, y: Tensor) -> Tensor:
-        """Return the inner operator's guess of the outer one's."""
         return self.inner.guess(self.outer.guess(y))
 
     def zero_padding(self, y: Tensor) -> Tensor:
-        """Return y as the outer operator does."""
         return self.outer.zero_padding(y)
 
     def sample_noise(self, draw: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
-        """Return random numbers as the outer operator does."""
         return self.outer.sample_noise(draw, y)
 
 
@@ -332,13 +322,10 @@ class LinearComposition(Composition, LinearOperator):
     inner: LinearOperator
 
     def linearize(self, x: Tensor) -> LinearOperator:
-        """Return itself."""
         return self
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Return innerᵀ outerᵀ y."""
         return self.inner.adjoint(self.outer.adjoint(y))
 
     def guess(self, y: Tensor) -> Tensor:
-        """Return A⁺ y."""
         return self.pinv(y)

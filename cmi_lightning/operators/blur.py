@@ -66,11 +66,6 @@ class Convolution(LinearOperator):
         return len(self.kernels) if len(self.kernels) > 1 else None
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Self:
-        """Take on the dtype and device of ``like``.
-
-        Raises:
-            InputError: if the number of kernels is neither 1 nor the number of images.
-        """
         if len(self.kernels) not in (1, len(noise.ids)):
             raise InputError(
                 f"There are {len(self.kernels)} blur kernels for {len(noise.ids)} images; give one "
@@ -81,7 +76,6 @@ class Convolution(LinearOperator):
         return bound
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return A x, (B, C, H, W) → (B, C, H, W)."""
         height, width = x.shape[2:]
         if self.padding == "circular":
             return _filter(x, self._transfer(x).conj())
@@ -90,7 +84,6 @@ class Convolution(LinearOperator):
         return _filter(padded, self._spectrum(padded).conj())[..., :height, :width]
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Return Aᵀ y, (B, C, H, W) → (B, C, H, W)."""
         if self.padding == "circular":
             return _filter(y, self._transfer(y))
         rows, columns = self._border(y)
@@ -119,7 +112,6 @@ class Convolution(LinearOperator):
         return _filter(x, f(_amplitude(self._transfer(x))))
 
     def pinv(self, y: Tensor) -> Tensor:
-        """Return A⁺ y, truncated or damped by ``rcond``; (B, C, H, W) → (B, C, H, W)."""
         if self.padding == "reflect":
             return self.adjoint(self.solve(y, (self.rcond * self.kernels.abs().sum((1, 2))) ** 2))
         transfer = self._transfer(y)
@@ -216,7 +208,6 @@ class MotionBlur(LinearOperator):
         return kernel / kernel.sum()
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Convolution:
-        """Draw the kernels."""
         kernels = []
         for row in range(len(noise.ids)):
             seed = torch.randint(2**62, (), generator=noise.generator(row, "kernel"))

@@ -43,11 +43,6 @@ class ChannelMix(LinearOperator):
     def bind(
         self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor
     ) -> LinearOperator:
-        """Take on the dtype and device of ``like``.
-
-        Raises:
-            InputError: if the weights are made for other images.
-        """
         made = self.weights.shape[1:]
         if made[0] != image_shape[0] or tuple(made[1:]) not in ((1, 1), tuple(image_shape[1:])):
             raise InputError(
@@ -59,11 +54,9 @@ class ChannelMix(LinearOperator):
         return bound
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the mixed channels, (B, C, H, W) → (B, K, H, W)."""
         return (self.weights * x[:, None]).sum(2)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Return Σ_k weights[k] ⊙ y[k], (B, K, H, W) → (B, C, H, W)."""
         return (self.weights * y[:, :, None]).sum(1)
 
     def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
@@ -97,7 +90,6 @@ class Colorize(LinearOperator):
             raise InputError(f"Colorize.weights must be mean or luminance, got '{self.weights}'.")
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> ChannelMix:
-        """Choose the weights for the images' channels."""
         gray = torch.full((3,), 1 / 3) if self.weights == "mean" else torch.tensor(LUMINANCE)
         return _mix(gray[:, None, None], self, image_shape, like)
 
@@ -131,7 +123,6 @@ class Demosaic(LinearOperator):
             )
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> ChannelMix:
-        """Lay the filter over the images."""
         height, width = image_shape[1:]
         row, column = torch.arange(height) % 2, torch.arange(width) % 2
         place = 2 * row[:, None] + column  # of each pixel within the pattern

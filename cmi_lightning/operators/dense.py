@@ -48,7 +48,6 @@ class Dense(LinearOperator):
         object.__setattr__(self, "image_shape", tuple(shape))
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Self:
-        """Take on the images' shape, and the dtype and device of ``like``."""
         return type(self)(self.matrix.to(like), image_shape)
 
     @cached_property
@@ -62,11 +61,9 @@ class Dense(LinearOperator):
         return u.to(self.matrix), s.to(self.matrix), vh.to(self.matrix)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return M x, (B, *image_shape) → (B, m)."""
         return x.flatten(1) @ self.matrix.mT
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Return Mᵀ y, (B, m) → (B, *image_shape)."""
         return (y @ self.matrix).reshape(len(y), *self.image_shape)
 
     def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
@@ -81,7 +78,6 @@ class Dense(LinearOperator):
         return (y @ u * reciprocal(s**2 + added)) @ u.mT
 
     def spectral(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return V f(s) Vᵀ x, (B, *image_shape) → (B, *image_shape)."""
         _, s, vh = self._svd
         rank = min(self.matrix.shape)
         unseen = f(s.new_zeros(()))
@@ -90,7 +86,6 @@ class Dense(LinearOperator):
         return unseen * x + (seen @ vh[:rank]).reshape(x.shape)
 
     def pinv(self, y: Tensor) -> Tensor:
-        """Return M⁺ y, (B, m) → (B, *image_shape)."""
         u, s, vh = self._svd
         rank = min(self.matrix.shape)
         x = (y @ u * reciprocal(s))[:, :rank] @ vh[:rank]

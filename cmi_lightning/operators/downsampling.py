@@ -63,7 +63,6 @@ class Downsample(LinearOperator):
             )
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Separable:
-        """Build the two matrices."""
         _check_factor(self, self.factor, image_shape)
         height, width = (_bicubic_matrix(n, self.factor, self.convention) for n in image_shape[1:])
         return Separable(height, width, rcond=1e-3).bind(image_shape, noise, like)
@@ -98,7 +97,6 @@ class AveragePool(LinearOperator):
             raise InputError(f"AveragePool.factor must be at least 1, got {self.factor}.")
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Separable:
-        """Build the two matrices."""
         _check_factor(self, self.factor, image_shape)
         f = self.factor
         height, width = (

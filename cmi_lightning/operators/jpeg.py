@@ -67,7 +67,6 @@ class JPEG(Operator):
         return ((base * scale + 50) // 100).clamp(1, 255).double()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the decoded image, (B, 1, 3 or 4, H, W) → the same."""
         channels = x.shape[1]
         if channels not in (1, 3, 4):
             raise InputError(f"JPEG takes images of 1, 3 or 4 channels, not {channels}.")
@@ -93,7 +92,6 @@ class JPEG(Operator):
         return torch.cat([y, x[:, 3:]], 1) if channels == 4 else y
 
     def guess(self, y: Tensor) -> Tensor:
-        """Return y."""
         return y
 
     def _coded(self, planes: Tensor, numbers: str) -> Tensor:

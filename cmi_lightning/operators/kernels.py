@@ -46,21 +46,18 @@ class VaryingBlur(LinearOperator):
         self.blurs = [Convolution(k[None], padding) for k in kernels.flatten(0, 1)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return A x, (B, C, H, W) → (B, C, H, W)."""
         y = torch.zeros_like(x)
         for weight, blur in zip(self.weights, self.blurs, strict=True):
             y = y + weight * blur(x)
         return y
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Return Σ_g k_gᵀ ∗ (w_g ⊙ y), (B, C, H, W) → (B, C, H, W)."""
         x = torch.zeros_like(y)
         for weight, blur in zip(self.weights, self.blurs, strict=True):
             x = x + blur.adjoint(weight * y)
         return x
 
     def pinv(self, y: Tensor) -> Tensor:
-        """Return A⁺ y, damped."""
         return self.adjoint(self.solve(y, (self.rcond * self.gain) ** 2))
 
 
@@ -100,7 +97,6 @@ class GivenKernel(LinearOperator):
     def bind(
         self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor
     ) -> LinearOperator:
-        """Read the kernels, and check them against the images."""
         if isinstance(self.kernels, (str, Path)):
             from cmi_lightning.data.extras import read_kernel
 

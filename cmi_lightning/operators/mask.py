@@ -28,23 +28,18 @@ class Identity(LinearOperator):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x."""
         return x
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Return y."""
         return y
 
     def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
-        """Return y / (1 + shift)."""
         return y / (1 + per_sample(shift, y))
 
     def spectral(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return f(1) x."""
         return f(x.new_ones(())) * x
 
     def pinv(self, y: Tensor) -> Tensor:
-        """Return y."""
         return y
 
 
@@ -113,11 +108,6 @@ class PixelMask(LinearOperator):
         return cls(order[..., :longest], valid, (channels, height, width))
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Self:
-        """Check the images against the mask.
-
-        Raises:
-            InputError: if the mask is made for images of another size or number.
-        """
         count = len(noise.ids)
         made = (self.images or count, *self.image_shape[1:])
         given = (count, *image_shape[1:])
@@ -130,11 +120,9 @@ class PixelMask(LinearOperator):
         return type(self)(index, valid, image_shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the known pixels, (B, C, H, W) → (B, C, m)."""
         return self.zero_padding(x.flatten(2).gather(2, self.index.expand(*x.shape[:2], -1)))
 
     def zero_padding(self, y: Tensor) -> Tensor:
-        """Return y (B, C, m) with zeros at padding."""
         return y.masked_fill(~self.valid, 0)
 
     def sample_noise(self, draw: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
@@ -142,7 +130,6 @@ class PixelMask(LinearOperator):
         return self.forward(draw(y.new_empty(len(y), *self.image_shape)))
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Return an image of the known pixels and zeros, (B, C, m) → (B, C, H, W)."""
         height, width = self.image_shape[1:]
         flat = y.new_zeros(*y.shape[:2], height * width)
         flat = flat.scatter(2, self.index.expand(*y.shape[:2], -1), self.zero_padding(y))
@@ -159,7 +146,6 @@ class PixelMask(LinearOperator):
         return torch.where(known, f(x.new_ones(())), f(x.new_zeros(()))) * x
 
     def pinv(self, y: Tensor) -> Tensor:
-        """Return A⁺ y = Aᵀ y."""
         return self.adjoint(y)
 
 
@@ -184,7 +170,6 @@ class Inpaint(LinearOperator):
     mask: str | Tensor
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> PixelMask:
-        """Read the mask, and check it against the images."""
         if isinstance(self.mask, (str, Path)):
             from cmi_lightning.data.extras import read_mask
 
@@ -228,11 +213,6 @@ class RandomMask(LinearOperator):
             )
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> PixelMask:
-        """Draw the masks.
-
-        Raises:
-            InputError: if the fraction leaves no pixel of such small images.
-        """
         pixels = image_shape[1] * image_shape[2]
         removed = round(self.fraction * pixels)
         known = torch.ones(len(noise.ids), pixels, dtype=torch.bool)
@@ -285,11 +265,6 @@ class BoxMask(LinearOperator):
         return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> PixelMask:
-        """Draw the boxes.
-
-        Raises:
-            InputError: if box and margins do not fit into such images, or leave no pixel.
-        """
         sides = image_shape[1:]
         height, width = (max(1, _pixels(k, n)) for k, n in zip(self._box, sides, strict=True))
         margins = [_pixels(self.margin, n) for n in sides]

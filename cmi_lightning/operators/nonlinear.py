@@ -45,11 +45,9 @@ class HDR(Operator):
             raise InputError(f"HDR.gain must be above 0, got {self.gain}.")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return clip(gain · x, −1, 1), (B, *) → (B, *)."""
         return (self.gain * x).clamp(-1, 1)
 
     def guess(self, y: Tensor) -> Tensor:
-        """Return y / gain."""
         return y / self.gain
 
 
@@ -76,7 +74,6 @@ class Gamma(Operator):
             raise InputError(f"Gamma.exponent must be above 0, got {self.exponent}.")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return 2 f((x + 1)/2) − 1, (B, *) → (B, *)."""
         u = (x + 1) / 2
         return 2 * u * u.abs().clamp_min(DARK) ** (self.exponent - 1) - 1
 
@@ -113,13 +110,11 @@ class Quantize(Operator):
             raise InputError(f"Quantize.bits must be from 1 to 16, got {self.bits}.")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the nearest level, (B, *) → (B, *)."""
         top = 2**self.bits - 1
         levels = ((x.clamp(-1, 1) + 1) / 2 * top + 0.5).floor()
         return straight_through(2 * levels / top - 1, x)
 
     def guess(self, y: Tensor) -> Tensor:
-        """Return y."""
         return y
 
 
@@ -220,7 +215,6 @@ class NonlinearBlur(Operator):
                 raise InputError(f"NonlinearBlur.{name} must be above 0, got {value}.")
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Operator:
-        """Build the composition."""
         blur: LinearOperator = MotionBlur(max(min(image_shape[1:]) // 4, 1), padding=self.padding)
         if self.sd is not None:
             blur = GaussianBlur(sd=self.sd, padding=self.padding)
@@ -246,7 +240,6 @@ class Exposure(Operator):
     softness: float
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the response, (B, *) → (B, *)."""
         u = self.gain * (x + 1) / 2
         clipped = 1 - self.softness * torch.nn.functional.softplus((1 - u) / self.softness)
         return Gamma(1 / self.exponent)(2 * clipped - 1)

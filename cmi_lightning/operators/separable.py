@@ -81,11 +81,6 @@ class Separable(LinearOperator):
         check_rcond(self.rcond)
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Self:
-        """Take on the dtype and device of ``like``.
-
-        Raises:
-            InputError: if the matrices are made for images of another size.
-        """
         size = (self.height.shape[1], self.width.shape[1])
         if size != tuple(image_shape[1:]):
             raise InputError(
@@ -117,11 +112,9 @@ class Separable(LinearOperator):
         return uh, uw, values, vh, vw
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return A_h x A_wᵀ, (B, C, H, W) → (B, C, h, w)."""
         return self.height @ x @ self.width.T
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Return A_hᵀ y A_w, (B, C, h, w) → (B, C, H, W)."""
         return self.height.T @ y @ self.width
 
     def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
@@ -137,13 +130,11 @@ class Separable(LinearOperator):
         return uh @ ((uh.T @ y @ uw) * reciprocal(values**2 + added)) @ uw.T
 
     def spectral(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return V f(s) Vᵀ x, (B, C, H, W) → (B, C, H, W)."""
         _, _, values, vh, vw = self._svd
         unseen = f(values.new_zeros(()))
         return unseen * x + vh @ ((vh.T @ x @ vw) * (f(values) - unseen)) @ vw.T
 
     def pinv(self, y: Tensor) -> Tensor:
-        """Return A⁺ y, truncated by ``rcond``; (B, C, h, w) → (B, C, H, W)."""
         uh, uw, values, vh, vw = self._svd
         inverse = reciprocal(values, self.rcond * values.max())
         return vh @ ((uh.T @ y @ uw) * inverse) @ vw.T
@@ -195,7 +186,6 @@ class GaussianBlur(LinearOperator):
         return torch.softmax(-(taps**2) / (2 * self.sd**2), 0)
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Separable:
-        """Build the two matrices."""
         height, width = (_blur_matrix(self.kernel(), n, self.padding) for n in image_shape[1:])
         return Separable(height, width, self.rcond).bind(image_shape, noise, like)
 
