@@ -153,7 +153,7 @@ class RecordingCallback(SamplingCallback):
         headings: list[str] = next((r[field] for r in records if field in r), [])
         alike = [self.strip(r["id"], field) for r in records if r.get(field) == headings]
         rows = [apart(path, len(headings)) for path in alike if path.is_file()]
-        if rows := [row for row in rows if row[0].size == rows[0][0].size]:
+        if rows:
             picture = tile(rows, headings)
             save_png(picture, self.folder / f"{field}.png")
             log_image(self.trainer, field, picture)

@@ -83,12 +83,12 @@ def apart(path: Path, count: int) -> list[Image.Image]:
 
 
 def tile(rows: Sequence[Sequence[Image.Image]], headings: Sequence[str] = ()) -> Image.Image:
-    """Lay equally sized images out in rows under column headings.
+    """Lay images out in rows under column headings, all enlarged alike.
 
     Small ones are enlarged by a whole number without smoothing, so that every pixel stays visible;
     transparent ones lie on white.
     """
-    width, height = rows[0][0].size
+    width, height = map(max, zip(*(image.size for row in rows for image in row), strict=True))
     scale = max(1, -(-SMALLEST // max(width, height)))
     width, height = width * scale, height * scale
     top = HEADER if headings else MARGIN
@@ -97,7 +97,8 @@ def tile(rows: Sequence[Sequence[Image.Image]], headings: Sequence[str] = ()) ->
     canvas = Image.new("RGB", size, "white")
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
-            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+            sides = image.width * scale, image.height * scale
+            enlarged = image.resize(sides, Image.Resampling.NEAREST)
             corner = (MARGIN + j * (width + MARGIN), top + i * (height + MARGIN))
             canvas.paste(enlarged, corner, enlarged if image.mode == "RGBA" else None)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)

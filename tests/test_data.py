@@ -113,8 +113,10 @@ def test_size_resizes_the_shorter_side_and_crops_the_centre(tmp_path):
     assert torch.equal(crop_to(x, 4), x[:, :, 2:6])
     flat = torch.full((1, 10, 14), 0.3)
     assert torch.allclose(crop_to(flat, 5), torch.full((1, 5, 5), 0.3), atol=1e-6)
-    with pytest.raises(InputError, match=r"a\.png' is 12×20 .* data\.size"):
-        ready(ImageFolderData(str(tmp_path)))
+    mixed = ready(ImageFolderData(str(tmp_path)))
+    assert mixed.image_shapes == [(1, 12, 20), (1, 31, 9)]
+    with pytest.raises(InputError, match=r"12×20 and 31×9 .* data\.size"):
+        mixed.train_dataloader()
 
 
 def test_photos_are_turned_upright(tmp_path):
@@ -253,9 +255,19 @@ def test_bad_measurements(tmp_path):
     refused("must consist of finite numbers", "blur", kernels=npy)
     np.save(npy, np.array([{}]), allow_pickle=True)
     refused("Cannot read the kernel", "blur", kernels=npy)
-    save(y / "1.png", 6, 5)
-    for name, side in (("0", 3), ("1", 5)):
+
+
+def test_what_can_be_stacked_makes_a_batch(tmp_path):
+    y, k = tmp_path / "y", tmp_path / "k"
+    k.mkdir()
+    for name, height, side in (("0", 6, 3), ("1", 6, 5), ("2", 7, 5), ("3", 6, 3)):
+        save(y / f"{name}.png", height, 5)
         np.save(k / f"{name}.npy", np.ones((side, side)))
-    refused("pad the smaller ones with zeros", "blur", kernels=str(k))
-    save(y / "2.png", 7, 5)
-    refused("restore each size in a run of its own", "denoise")
+
+    def batches(kind: str, **options: object) -> list[list[str]]:
+        data = ready(MeasurementFolderData(str(y), kind, batch_size=2, **options))
+        assert data.ids == ["0", "1", "2", "3"]
+        return [batch["id"] for batch in data.predict_dataloader()]
+
+    assert batches("blur", kernels=str(k)) == [["0", "3"], ["1"], ["2"]]
+    assert batches("downsample", factor=2) == batches("own") == [["0", "1"], ["3"], ["2"]]

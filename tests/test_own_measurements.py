@@ -171,7 +171,7 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     refused("Cannot read the array")
     np.save(tmp_path / "a.npy", np.zeros((2, 2)))
     np.save(tmp_path / "b.npy", np.zeros((2, 3)))
-    refused(r"'a' is of shape \(2, 2\) and 'b' \(2, 3\)")
+    refused(r"'a' is of shape \(2, 2\) and 'b' \(2, 3\)", shape=SHAPE)
     save(tmp_path, "a", torch.zeros(2, 2), ".pt")
     refused("would share the id 'a'")
     refused("data.sigmas=estimate is for images", sigmas="estimate")

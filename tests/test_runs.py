@@ -19,6 +19,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from predicting import files, items, restore
 from torch import Tensor
@@ -27,7 +28,8 @@ from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
 from cmi_lightning.callbacks import ImageWriter, RestorationMetrics, SamplingProgress
 from cmi_lightning.callbacks import TrajectoryLogger as Trajectory
 from cmi_lightning.cli import main
-from cmi_lightning.denoisers import Denoiser
+from cmi_lightning.data import ImageFolderData
+from cmi_lightning.denoisers import Denoiser, Prediction
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.files import mark, write
 from cmi_lightning.guidance import CMI, DPS, Guidance
@@ -40,6 +42,7 @@ from cmi_lightning.predict.fingerprint import differences, options
 from cmi_lightning.predict.records import Run
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
+from cmi_lightning.schedule import Schedule
 from cmi_lightning.solvers import DDPM
 
 STEPS = 3
@@ -108,6 +111,49 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, prior, shipped_imag
     whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
     assert set(whole) == set(cut)
     assert [name for name in whole if whole[name] != cut[name]] == []
+
+
+class Smooth(Denoiser):
+    """Blurs x_t; images of any size, wide ones in windows."""
+
+    schedule, image_shape, trained_side = Schedule.linear(), (1, None, None), 8
+
+    def forward(self, x, level):
+        return Prediction(F.avg_pool2d(level.alpha * x, 3, 1, 1))
+
+
+def test_images_of_three_sizes_are_restored_as_each_is_alone(tmp_path):
+    sizes = {"0": (8, 8), "1": (16, 24), "2": (8, 8), "10": (8, 12), "3": (16, 24), "4": (8, 8)}
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, (name, size) in enumerate(sizes.items()):
+        x = torch.rand(size, generator=torch.Generator().manual_seed(i)) * 255
+        Image.fromarray(x.byte().numpy()).save(images / f"{name}.png")
+
+    def run(folder: str, batch_size: int, *callbacks: L.Callback) -> dict[str, Tensor]:
+        module = PosteriorSampler(Smooth(), BoxMask(4, 1), None, [DPS()], STEPS)
+        data = ImageFolderData(str(images), batch_size=batch_size)
+        writers = [RestorationMetrics(lpips=None, fid=False), ImageWriter(), *callbacks]
+        results = restore(tmp_path / folder, module, data, *writers)
+        return {name: x for r in results for name, x in zip(r["id"], r["restored"], strict=True)}
+
+    alone, count = run("alone", 1), Count()
+    with pytest.raises(RuntimeError, match="crash"):
+        run("cut", 4, Count((1, 0), crash))
+    together = run("cut", 4, count)
+    assert count.batches == [["1", "3"], ["10"]]
+    assert list(together) == ["0", "2", "4", "1", "3", "10"]
+    for name, x in together.items():
+        assert x.shape == (1, *sizes[name])
+        torch.testing.assert_close(x, alone[name], rtol=0, atol=1.01 / 127.5)  # read back: 8 bits
+    run("whole", 4)
+    whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
+    assert whole == cut
+    rows = whole["metrics.csv"].decode().splitlines()[1:]
+    assert [row.partition(",")[0] for row in rows] == ["0", "1", "2", "3", "4", "10"]
+    left = np.asarray(Image.open(tmp_path / "alone/restored/1.png")).astype(int)
+    right = np.asarray(Image.open(tmp_path / "whole/restored/1.png")).astype(int)
+    assert abs(left - right).max() <= 1
 
 
 @pytest.mark.parametrize("lost", ["records/set/4.json", "restored/set/4.png"])

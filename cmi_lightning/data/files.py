@@ -180,30 +180,23 @@ def report(skipped: dict[str, str], left: int, notes: Iterable[str]) -> None:
     print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
 
 
-def check_alike(shapes: dict[str, Shape], what: str, channels: str, size: str) -> Shape:
-    """Return the one shape (C, H, W) that all of a folder's images have.
+def check_channels(shapes: dict[str, Shape], what: str) -> None:
+    """Refuse a folder whose images (C, H, W) differ in channels.
 
     Args:
         shapes: shape of each image, by name.
         what: the option the images come from, for the message.
-        channels: what to do about mixed channel counts.
-        size: what to do about mixed sizes.
 
     Raises:
         InputError: naming the first two that differ.
     """
-    first, shape = next(iter(shapes.items()))
-    for name, other in shapes.items():
-        if other[0] != shape[0]:
+    first, (channels, *_) = next(iter(shapes.items()))
+    for name, (other, *_) in shapes.items():
+        if other != channels:
             raise InputError(
-                f"{what}: '{first}' has {shape[0]} channels and '{name}' {other[0]}; {channels}."
+                f"{what}: '{first}' has {channels} channels and '{name}' {other}; set "
+                "data.channels to 1, 3 or 4."
             )
-        if other != shape:
-            raise InputError(
-                f"{what}: '{first}' is {shape[1]}×{shape[2]} (height×width) and '{name}' "
-                f"{other[1]}×{other[2]}; {size}."
-            )
-    return shape
 
 
 def check_least(least: int, **options: int | None) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
 
 from cmi_lightning.data.base import RestorationData
 from cmi_lightning.data.files import (
     Shape,
     Survey,
-    check_alike,
+    check_channels,
     check_least,
     check_pixels,
     find_images,
@@ -23,12 +25,13 @@ from cmi_lightning.data.files import (
     report,
 )
 from cmi_lightning.data.images import Channels, Decoding, Note, read_image
+from cmi_lightning.denoisers.base import size_text
 from cmi_lightning.errors import InputError, printable
 from cmi_lightning.paths import SHIPPED
 
 
 class ImageFolder(Dataset):
-    """Images of a folder as ``{"x": (C, H, W) in [−1, 1], "id": "sub/name"}``, all of one shape.
+    """Images of a folder as ``{"x": (C, H, W) in [−1, 1], "id": "sub/name"}``.
 
     Every file is decoded once at construction: a restoration takes seconds an image and a decoding
     milliseconds, so this costs little, and no bad file can stop a long run half-way.
@@ -57,12 +60,10 @@ class ImageFolder(Dataset):
         self.survey = read_all(files, self._measure, data.strict, "data.folder")
         self.survey.notes.extend(passed)
         self.files = [(name, files[name]) for name in self.survey.read]
-        self.image_shape = check_alike(
-            {printable(files[name]): shape for name, shape in self.survey.read.items()},
-            "data.folder",
-            "set data.channels to 1, 3 or 4",
-            "set data.size to resize them",
-        )
+        self.shapes = list(self.survey.read.values())
+        self.image_shapes = list(dict.fromkeys(self.shapes))
+        shown = [printable(file) for _, file in self.files]
+        check_channels(dict(zip(shown, self.shapes, strict=True)), "data.folder")
 
     def _measure(self, _: str, file: Path, note: Note) -> Shape:
         channels, height, width = self._read(file, note).shape
@@ -102,8 +103,48 @@ def crop_to(x: Tensor, size: int) -> Tensor:
     return x[:, top : top + size, left : left + size]
 
 
+class BatchesOfOneShape(BatchSampler):
+    """Batches of items that can be stacked: all of the first item's shape, then the next one's.
+
+    >>> list(BatchesOfOneShape(range(4), 2, shapes=[(8, 8), (9, 9), (8, 8), (8, 8)]))
+    [[0, 2], [3], [1]]
+
+    Args:
+        sampler: the order of the items.
+        batch_size: items in a batch, at most.
+        drop_last: leave out batches of fewer.
+        shapes: of each item, what all items of a batch must share.
+    """
+
+    def __init__(
+        self,
+        sampler: Iterable[int],
+        batch_size: int,
+        drop_last: bool = False,
+        shapes: Sequence[Hashable] = (),
+    ) -> None:
+        super().__init__(sampler, batch_size, drop_last)  # type: ignore[arg-type]
+        self.shapes = shapes
+
+    @property
+    def _groups(self) -> Iterable[BatchSampler]:
+        groups: dict[Hashable, list[int]] = {}
+        for index in self.sampler:
+            groups.setdefault(self.shapes[index], []).append(index)
+        return [BatchSampler(group, self.batch_size, self.drop_last) for group in groups.values()]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return chain.from_iterable(self._groups)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._groups))
+
+
 class FolderData(RestorationData):
-    """What data modules of folders share: they read all files at set-up, and report once."""
+    """What data modules of folders share: they read all files at set-up, and report once.
+
+    Images of one size make a batch. Results keep the order of the names.
+    """
 
     images: Any = None
     survey: Survey = Survey({}, {}, [])
@@ -121,18 +162,37 @@ class FolderData(RestorationData):
         self.images, self.survey, self.skipped = images, images.survey, images.survey.skipped
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image, known after set-up."""
-        return self.images.image_shape
+    def ids(self) -> list[str]:
+        """The images' names, in the order of the results."""
+        return [name for name, _ in self.images.files]
+
+    @property
+    def image_shapes(self) -> list[Shape]:
+        """The different (C, H, W) of the images, known after set-up."""
+        return self.images.image_shapes
+
+    @property
+    def image_shape(self) -> Shape | None:
+        """(C, H, W) of every image, known after set-up.
+
+        Raises:
+            InputError: if there are several.
+        """
+        shapes = self.image_shapes
+        if len(shapes) > 1:
+            raise InputError(
+                f"data: one size of images is needed here, and there are {len(shapes)}, such as "
+                f"{size_text(shapes[0][1:])} and {size_text(shapes[1][1:])} (height×width); set "
+                "data.size to resize them."
+            )
+        return shapes[0] if shapes else None
 
     def predict_dataloader(self) -> DataLoader:
         """The images to restore."""
-        return self._loader(self.images)
-
-    def _loader(self, images: Dataset, shuffle: bool = False) -> DataLoader:
-        return DataLoader(
-            images, batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers
+        batches = BatchesOfOneShape(
+            range(len(self.images)), self.batch_size, shapes=self.images.shapes
         )
+        return DataLoader(self.images, batch_sampler=batches, num_workers=self.num_workers)
 
 
 class ImageFolderData(FolderData):
@@ -160,9 +220,9 @@ class ImageFolderData(FolderData):
 
     Raises:
         InputError: at set-up, before any sampling: for a missing or empty folder, one with no
-            readable image (with ``strict``: with an unreadable one), mixed sizes without ``size``,
-            mixed channel counts without ``channels``, two files of one id, or an option out of
-            range.
+            readable image (with ``strict``: with an unreadable one), mixed channel counts without
+            ``channels``, two files of one id, or an option out of range. For ``fit`` also for mixed
+            sizes without ``size``.
 
     Example:
         >>> data = ImageFolderData("fashion-mnist-test", limit=3, batch_size=2)
@@ -213,3 +273,9 @@ class ImageFolderData(FolderData):
                 f"{len(self.images)}."
             )
         return len(self.images) - self.val_count
+
+    def _loader(self, images: Dataset, shuffle: bool = False) -> DataLoader:
+        assert self.image_shape is not None  # refuses several
+        return DataLoader(
+            images, batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers
+        )

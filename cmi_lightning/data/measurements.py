@@ -14,7 +14,7 @@ from cmi_lightning.data.base import measured, own
 from cmi_lightning.data.extras import Convention, companions, read_kernel, read_mask
 from cmi_lightning.data.files import (
     Shape,
-    check_alike,
+    check_channels,
     check_least,
     check_pixels,
     find_images,
@@ -65,7 +65,7 @@ class MeasurementFolder(Dataset):
         )
         files = dict(list(found.items())[: data.limit])
         self.extras: dict[str, Path] = {}
-        self.kernel_sizes: dict[str, Shape] = {}
+        self.kernel_sizes: dict[str, tuple[int, ...]] = {}
         self.missing: list[float] = []
         self._last: tuple[Path | None, Tensor] = None, torch.empty(0)
         if source is not None:
@@ -75,17 +75,12 @@ class MeasurementFolder(Dataset):
         self.survey = read_all(files, self._measure, data.strict, "data.measurements")
         self.survey.notes.extend(passed)
         self.files = [(name, found[name]) for name in self.survey.read]
-        channels, height, width = check_alike(
-            {printable(found[name]): shape for name, shape in self.survey.read.items()},
-            "data.measurements",
-            "set data.channels to 1, 3 or 4",
-            "restore each size in a run of its own",
-        )
-        if self.kernel_sizes:
-            check_alike(self.kernel_sizes, "data.kernels", "", "pad the smaller ones with zeros")
-        scale = self.factor or 1
-        check_pixels(height * scale, width * scale, "data.factor", "choose a smaller one")
-        self.image_shape = (channels, height * scale, width * scale)
+        read, scale = self.survey.read, self.factor or 1
+        check_channels({printable(found[name]): s for name, s in read.items()}, "data.measurements")
+        self.shapes = [(*shape, *self.kernel_sizes.get(name, ())) for name, shape in read.items()]
+        self.image_shapes = [(c, h * scale, w * scale) for c, h, w in dict.fromkeys(read.values())]
+        for _, height, width in self.image_shapes:
+            check_pixels(height, width, "data.factor", "choose a smaller one")
         self.sigmas, self.clipped = self._noise_levels(data, found)
 
     def _measure(self, name: str, file: Path, note: Note) -> Shape:
@@ -93,8 +88,7 @@ class MeasurementFolder(Dataset):
         y = read_image(file, self.how, note)
         channels, height, width = y.shape
         if self.kind == "blur":
-            sides = self._extra(name).shape
-            self.kernel_sizes[printable(self.extras[name])] = (1, sides[0], sides[1])
+            self.kernel_sizes[name] = tuple(self._extra(name).shape)
         elif self.kind == "inpaint":
             known = self._extra(name, (height, width))
             self.missing.append(1 - float(known.float().mean()))
@@ -152,7 +146,7 @@ class MeasurementFolderData(FolderData):
     ``sigmas`` gives each image its own. Everything is checked at set-up, before any sampling.
 
     Args:
-        measurements: folder of the degraded images, all of one size; subfolders are searched too.
+        measurements: folder of the degraded images; subfolders are searched too.
         kind: what was done to them. "denoise": noise only. "inpaint": pixels are missing (whatever
             the image shows there is not used). "blur": correlation with a kernel, k_j x_{i+j−c}
             (as torch's conv2d and DPS have it), with reflected borders. "downsample": antialiased
@@ -163,7 +157,7 @@ class MeasurementFolderData(FolderData):
             (:func:`cmi_lightning.data.extras.read_mask` has the rules). Files within
             ``measurements`` are not measurements then; so with ``kernels``.
         kernels: for "blur": one gray image or 2-D ``.npy`` for all, or a folder with one of the
-            same relative name for each, all of one size; divided by their sum.
+            same relative name for each; divided by their sum.
         factor: for "downsample": ≥ 2; restored images are this much larger.
         sigmas: a CSV file with the columns id,sigma, one line for each image; or "estimate", by
             wavelets (:func:`cmi_lightning.data.noise_levels.estimate_sigma`, which says how far to
@@ -188,8 +182,8 @@ class MeasurementFolderData(FolderData):
     Raises:
         InputError: at construction, if the kind's option is missing or another kind's is given; at
             set-up, for a missing or empty folder, one with no readable image (with ``strict``: with
-            an unreadable one), mixed sizes or channel counts, a missing mask or kernel, or one of
-            the wrong size, and a CSV file with a missing, unknown, repeated or senseless entry.
+            an unreadable one), mixed channel counts, a missing mask or kernel, or one of the wrong
+            size, and a CSV file with a missing, unknown, repeated or senseless entry.
 
     Example:
         >>> from cmi_lightning.paths import SHIPPED

@@ -85,14 +85,16 @@ class OwnMeasurements(Dataset):
         self.survey = read_all(files, self._shape, data.strict, option)
         self.survey.notes.extend(passed)
         self.files = [(name, files[name]) for name in self.survey.read]
+        self.shapes = list(self.survey.read.values())
+        self.image_shapes = [] if data.shape is None else [data.shape]
         (first, shape), *others = self.survey.read.items()
-        for name, other in others:
+        for name, other in others if data.shape else ():
             if other != shape:
                 raise InputError(
-                    f"data.measurements: '{first}' is of shape {shape} and '{name}' {other}; "
-                    "restore each shape in a run of its own."
+                    f"data.measurements: '{first}' is of shape {shape} and '{name}' {other}, and "
+                    f"all images are of data.shape={list(data.shape or ())}; restore each shape in "
+                    "a run of its own."
                 )
-        self.image_shape = data.shape
         self.maps: dict[str, Path] = {}
         self.sigmas: dict[str, float] = {}
         if apart is not None:

@@ -16,6 +16,7 @@ FORM = (
     'A batch must be a tensor of images (B, C, H, W) in [−1, 1], or {"x": images, "id": names} '
     '(for measurements "y_image" in place of "x", or "y" of the sampler\'s own operator)'
 )
+KEYS = ("y", "x", "y_image")
 ROUNDING = 1e-3  # on [−1, 1]: what resizing and float16 leave
 
 
@@ -42,8 +43,7 @@ def as_batch(batch: Any, first: int) -> tuple[dict[str, Any], list[str]]:
         batch = {"x": batch[0]}  # (image, label)
     elif _is_images(batch):
         batch = {"x": batch}
-    keys = ("y", "x", "y_image")
-    key = next((k for k in keys if isinstance(batch, Mapping) and k in batch), None)
+    key = next((k for k in KEYS if isinstance(batch, Mapping) and k in batch), None)
     if key == "y":
         return _measurements(batch, first)
     if key is None or not _is_images(batch[key]):
@@ -123,6 +123,11 @@ def _form(value: Any) -> str:
         shown = ", ".join(map(_form, value[:3]))
         return f"[{shown}{', …' if len(value) > 3 else ''}]"
     return type(value).__name__
+
+
+def images_of(batch: Mapping[str, Any]) -> Tensor:
+    """Return what a batch in the form of :func:`as_batch` holds of its samples."""
+    return next(batch[key] for key in KEYS if key in batch)
 
 
 def take(batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:

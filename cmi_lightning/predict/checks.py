@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cmi_lightning.denoisers.tiled import suited
 from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
@@ -24,7 +26,7 @@ def check(module: PosteriorSampler, trainer: Any, datamodule: Any) -> None:
 
     Raises:
         InputError: for a precision that would round the measurement, if the trainer's folder
-            belongs to other options, or if the datamodule's ``image_shape`` does not suit the
+            belongs to other options, or if an image shape of the datamodule does not suit the
             network or the operator.
     """
     precision = str(trainer.precision)
@@ -33,9 +35,10 @@ def check(module: PosteriorSampler, trainer: Any, datamodule: Any) -> None:
             f"trainer.precision={precision} would round the measurement; use "
             f"{precision.removesuffix('-true')}-mixed, which lowers the network alone."
         )
-    shape = getattr(datamodule, "image_shape", None)
-    if shape is not None:
-        module.suit(tuple(shape))  # first: it is one of the options that are compared
+    shapes = image_shapes(datamodule)
+    module.shapes = dict.fromkeys(shapes)
+    if len(shapes) == 1:
+        module.suit(shapes[0])  # first: it is one of the options that are compared
     if trainer.limit_predict_batches == 0:
         raise InputError("trainer.limit_predict_batches=0 leaves nothing to restore.")
     if recorders(trainer):
@@ -47,11 +50,20 @@ def check(module: PosteriorSampler, trainer: Any, datamodule: Any) -> None:
     given = getattr(datamodule, "given", None)
     if given and not getattr(datamodule, "takes_operator", False):
         refuse_operator(module.operator, f"the data are {given}")
-    if shape is None:
-        return
-    module.denoiser.rehearse(tuple(shape))
+    for shape in dict.fromkeys([*shapes[:1], *shapes[-1:]]):  # the smallest and the largest
+        suited(module.denoiser, shape).rehearse(shape)
     ids = [f"check/{row}" for row in range(module.operator.images or 1)]
-    module.operator.bind(shape, SampleNoise(module.seed, ids), torch.zeros(1))
+    for shape in shapes:
+        suited(module.denoiser, shape).check(shape)
+        module.operator.bind(shape, SampleNoise(module.seed, ids), torch.zeros(1))
+
+
+def image_shapes(datamodule: Any) -> list[tuple[int, ...]]:
+    """Return the different shapes (C, H, W) of the images that are known, small ones first."""
+    found = getattr(datamodule, "image_shapes", None)
+    if found is None and (one := getattr(datamodule, "image_shape", None)) is not None:
+        found = [one]
+    return sorted(map(tuple, found or ()), key=math.prod)
 
 
 def refuse_operator(operator: Operator, reason: str) -> None:

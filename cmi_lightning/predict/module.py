@@ -19,7 +19,7 @@ from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
 from cmi_lightning.measurement_noise import GaussianNoise, MeasurementNoise
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
-from cmi_lightning.predict.batch import as_batch, checksums, take
+from cmi_lightning.predict.batch import as_batch, checksums, images_of, take
 from cmi_lightning.predict.callback import recorders, tell
 from cmi_lightning.predict.checks import check, refuse_operator
 from cmi_lightning.predict.fingerprint import of_run
@@ -89,7 +89,9 @@ class PosteriorSampler(L.LightningModule):
             raise InputError(f"samples_per_image must be at least 1, got {samples_per_image}.")
         self.samples_per_image = samples_per_image
         self.overwrite = overwrite
-        self.run, self.parts, self.fits = Run(), Parts(), Fits()
+        self.run, self.fits = Run(), Fits()
+        self.parts: dict[torch.Size, Parts] = {}  # by the shape of an image
+        self.shapes: dict[tuple[int, ...], None] = {}  # of the images, as far as they are known
         self._said: set[str] = set()
         self._done: dict[str, Any] | None = None  # a batch that was finished before
         self.denoiser = denoiser if tile is None else Tiled(denoiser, tile)
@@ -107,9 +109,12 @@ class PosteriorSampler(L.LightningModule):
                     f"{type(part).__name__} needs measurement noise: set noise.sigma above 0."
                 )
 
-    def sampler(self, dtype: torch.dtype | None = None) -> Sampler:
-        """Return the sampler, with the network under autocast to ``dtype`` if given."""
-        denoiser = self.denoiser if dtype is None else Autocast(self.denoiser, dtype)
+    def sampler(
+        self, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None
+    ) -> Sampler:
+        """Return the sampler for images (C, H, W), with the network under autocast to ``dtype``."""
+        denoiser = self.denoiser if shape is None else suited(self.denoiser, shape)
+        denoiser = denoiser if dtype is None else Autocast(denoiser, dtype)
         return Sampler(denoiser, self.solver, self.guidances or (), self.num_steps, self.clamp)
 
     def describe(self) -> dict[str, str]:
@@ -119,8 +124,9 @@ class PosteriorSampler(L.LightningModule):
             std = self.measurement_noise.level
             noise = f"σ = {std:g} on [−1, 1] = {std / 2:g} on [0, 1]"
         size, sampler = size_text(shape) if shape else "any", self.sampler()
-        if isinstance(self.denoiser, Tiled):
-            size += f", in windows of {size_text(self.denoiser.window)}"
+        seen = [suited(self.denoiser, shape) for shape in self.shapes] or [self.denoiser]
+        if windows := dict.fromkeys(size_text(d.window) for d in seen if isinstance(d, Tiled)):
+            size += f", in windows of {' or '.join(windows)}"
         datamodule = getattr(self._trainer, "datamodule", None)
         given = getattr(datamodule, "given", None)
         parts = [given] if given else []
@@ -155,7 +161,8 @@ class PosteriorSampler(L.LightningModule):
         # every number of processes, and refuses to have fewer samples than processes. A Trainer
         # that was made without use_distributed_sampler=False has no public way to change it.
         trainer._accelerator_connector.use_distributed_sampler = False
-        self.run, self.parts, self.fits = Run(), Parts(), Fits()
+        self.run, self.fits = Run(getattr(trainer.datamodule, "ids", ())), Fits()
+        self.parts = {}
         self._said = set()
         kept = recorders(trainer)
         fingerprint = self.fingerprint(trainer, trainer.datamodule) if kept else {}
@@ -201,7 +208,8 @@ class PosteriorSampler(L.LightningModule):
             self._done = None if rows else whole
             if rows:
                 work = lambda part: self._restore(take(batch, part), dtype)  # noqa: E731
-                result = joined(self.parts.of(len(rows), work))
+                parts = self.parts.setdefault(images_of(batch).shape[1:], Parts())
+                result = joined(parts.of(len(rows), work))
         for i, name, record in zip(rows, result["id"], result["records"], strict=True):
             cost, failed = result["details"].cost, result["failed"].get(name)
             steps = self.samples_per_image * len(self.sampler().schedule)
@@ -247,9 +255,10 @@ class PosteriorSampler(L.LightningModule):
         if "x" not in batch and "y" not in batch:
             reason = "the batch holds measurements, which say how they were made"
             refuse_operator(self.operator, reason)
-        self.suit(tuple(like.shape[1:]))
-        self.denoiser.check(tuple(like.shape[1:]))
-        chain, ids = (lambda: self.sampler(dtype)), batch["id"]
+        shape = tuple(like.shape[1:])
+        suited(self.denoiser, shape).check(shape)
+        self.shapes |= {shape: None}
+        chain, ids = (lambda: self.sampler(dtype, shape)), batch["id"]
         draws = {"seed": self.seed, "draws": self.samples_per_image}
         steps = restoring(problem, like, batch.get("x"), ids, sampler=chain, **draws)
         while True:

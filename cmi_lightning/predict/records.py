@@ -70,6 +70,9 @@ def refuse_foreign_logs(trainer: L.Trainer, folder: Path) -> None:
 class Run:
     """The samples of one prediction run.
 
+    Args:
+        names: the samples that will come, in the order of the results; others follow as they come.
+
     Attributes:
         folder: where records are kept; None if no callback writes any.
         ids: the samples seen so far, in the loader's order, on every process the same.
@@ -78,8 +81,9 @@ class Run:
         options: the checksum of all options, which every record has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Iterable[str] = ()) -> None:
         self.folder: Path | None = None
+        self._order = {name: i for i, name in enumerate(names)}
         self.ids: list[str] = []
         self.done: dict[str, str] = {}
         self.failures: dict[str, str] = {}
@@ -186,7 +190,7 @@ class Run:
         for name in ids:
             if name in self._position:
                 raise InputError(f"Two samples have the id '{name}'; ids must be unique.")
-            self._position[name] = len(self.ids)
+            self._position[name] = self._order.get(name, len(self.ids))
             self.ids.append(name)
         pieces = math.ceil(world_size / batches) if 0 < batches < world_size else 1
         cuts = [round(i * len(ids) / pieces) for i in range(pieces + 1)]
@@ -200,7 +204,7 @@ class Run:
         return mine
 
     def position(self, name: str) -> int:
-        """Return a sample's place in the loader's order."""
+        """Return a sample's place among the results."""
         return self._position[name]
 
     def check_input(self, name: str, checksum: str) -> None:
@@ -231,7 +235,7 @@ class Run:
         return sum(1 for _ in (self.folder / "records").rglob("*.json"))
 
     def collect(self, trainer: L.Trainer, wait: bool = True) -> list[dict[str, Any]]:
-        """Return the records of this run's samples, in the loader's order, on every process.
+        """Return the records of this run's samples, in order, on every process.
 
         What an earlier run of the same options did beyond them, as with a higher ``data.limit``,
         follows.
@@ -250,7 +254,7 @@ class Run:
                 self._wait(trainer)
             records = []
             further = sorted(set(self.done) - set(self.ids), key=natural)
-            for name in [*self.ids, *further]:
+            for name in [*sorted(self.ids, key=self.position), *further]:
                 with contextlib.suppress(FileNotFoundError, ValueError):
                     records.append(json.loads(self.record_path(name).read_text(encoding="utf-8")))
             self.failures = {r["id"]: r["failed"] for r in records if r["failed"]}

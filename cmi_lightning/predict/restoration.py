@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
+from cmi_lightning.predict.batch import images_of
 from cmi_lightning.predict.memory import keep_memory, peak_memory, reset_peak_memory
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
@@ -123,7 +124,7 @@ def restoring(
 
 def nothing(batch: dict[str, Any]) -> Restoration:
     """Return the restoration of a batch of which nothing is to be done."""
-    images = next(batch[key] for key in ("x", "y_image", "y") if key in batch)[:0]
+    images = images_of(batch)[:0]
     none = images.new_zeros(0)
     return Restoration(
         id=[],
