@@ -78,7 +78,8 @@ class SamplingProgress(ProgressBar, SamplingCallback):
         images = f"{self.total}" if self.total else "not known"
         if done := len(pl_module.run.done):
             images += f"; {done} are done in {pl_module.run.folder}"
-        machine = {"device": str(pl_module.device), "precision": str(trainer.precision)}
+        precision = pl_module.chosen.precision or str(trainer.precision)
+        machine = {"device": str(pl_module.device), "precision": precision}
         for name, text in {**pl_module.describe(), "images": images, **machine}.items():
             table.add_row(name, escape(text))
         console.print(table)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, default_collate
 
 from cmi_lightning.data.base import RestorationData
 from cmi_lightning.data.files import (
@@ -144,12 +146,21 @@ class FolderData(RestorationData):
     """What data modules of folders share: they read all files at set-up, and report once.
 
     Images of one size make a batch. Results keep the order of the names.
+
+    Attributes:
+        at_once: images per batch, chosen by the sampler where ``batch_size`` is "auto".
     """
 
     images: Any = None
     survey: Survey = Survey({}, {}, [])
-    batch_size: int
+    batch_size: int | Literal["auto"]
     num_workers: int
+    at_once: int | None = None
+
+    def check_loader(self) -> None:
+        """Refuse options of the loader that are out of range."""
+        check_least(1, batch_size=None if self.batch_size == "auto" else self.batch_size)
+        check_least(0, num_workers=self.num_workers)
 
     def take(self, images: Any) -> None:
         """Keep a folder's images, and report on them unless that was done.
@@ -187,11 +198,37 @@ class FolderData(RestorationData):
             )
         return shapes[0] if shapes else None
 
+    @property
+    def per_batch(self) -> int:
+        """Images per batch.
+
+        Raises:
+            InputError: if nothing has chosen it yet.
+        """
+        size = self.at_once if self.batch_size == "auto" else self.batch_size
+        if size is None:
+            raise InputError(
+                "data.batch_size=auto is chosen by PosteriorSampler when it predicts: give a "
+                "number here."
+            )
+        return size
+
+    @property
+    def most_alike(self) -> int:
+        """How many images there are of the shape that most have."""
+        return max(Counter(self.images.shapes).values())
+
+    def some(self, count: int) -> dict[str, Any]:
+        """Return a batch of ``count`` of the largest images, in turn where they are fewer."""
+        shapes = self.images.shapes
+        largest = max(shapes, key=math.prod)
+        chosen = islice(cycle(i for i, shape in enumerate(shapes) if shape == largest), count)
+        return default_collate([{**self.images[i], "id": f"{k}"} for k, i in enumerate(chosen)])
+
     def predict_dataloader(self) -> DataLoader:
         """The images to restore."""
-        batches = BatchesOfOneShape(
-            range(len(self.images)), self.batch_size, shapes=self.images.shapes
-        )
+        places, shapes = range(len(self.images)), self.images.shapes
+        batches = BatchesOfOneShape(places, self.per_batch, shapes=shapes)
         return DataLoader(self.images, batch_sampler=batches, num_workers=self.num_workers)
 
 
@@ -209,7 +246,7 @@ class ImageFolderData(FolderData):
             centre; None takes the images as they are.
         channels: convert to 1 (gray), 3 (RGB) or 4 (RGBA) channels; None keeps what the files have.
         limit: restore only the first ``limit`` images.
-        batch_size: images per batch.
+        batch_size: images per batch; "auto" lets ``predict`` choose by measuring.
         num_workers: worker processes of the loader.
         val_count: for ``fit``: the last ``val_count`` images are not trained on but validate.
         strict: refuse a folder with a file that cannot be decoded; else such files are reported,
@@ -237,7 +274,7 @@ class ImageFolderData(FolderData):
         size: int | None = None,
         channels: Channels | None = None,
         limit: int | None = None,
-        batch_size: int = 16,
+        batch_size: int | Literal["auto"] = 16,
         num_workers: int = 0,
         val_count: int = 0,
         strict: bool = False,
@@ -253,8 +290,7 @@ class ImageFolderData(FolderData):
 
     def setup(self, stage: str) -> None:
         """Find and check the images."""
-        check_least(1, batch_size=self.batch_size)
-        check_least(0, num_workers=self.num_workers)
+        self.check_loader()
         self.take(ImageFolder(self))
 
     def train_dataloader(self) -> DataLoader:
@@ -277,5 +313,5 @@ class ImageFolderData(FolderData):
     def _loader(self, images: Dataset, shuffle: bool = False) -> DataLoader:
         assert self.image_shape is not None  # refuses several
         return DataLoader(
-            images, batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers
+            images, batch_size=self.per_batch, shuffle=shuffle, num_workers=self.num_workers
         )

@@ -167,7 +167,7 @@ class MeasurementFolderData(FolderData):
             is [0, 1].
         channels: convert to 1 (gray), 3 (RGB) or 4 (RGBA) channels; None keeps what the files have.
         limit: restore only the first ``limit`` images.
-        batch_size: images per batch.
+        batch_size: images per batch; "auto" lets ``predict`` choose by measuring.
         num_workers: worker processes of the loader.
         strict: refuse a folder with a file that cannot be decoded; else such files, and images
             whose own mask or kernel is one, are reported, left out and listed in ``skipped``,
@@ -207,7 +207,7 @@ class MeasurementFolderData(FolderData):
         sigma_range: Range = "signed",
         channels: Channels | None = None,
         limit: int | None = None,
-        batch_size: int = 16,
+        batch_size: int | Literal["auto"] = 16,
         num_workers: int = 0,
         strict: bool = False,
         background: str = "white",
@@ -251,8 +251,8 @@ class MeasurementFolderData(FolderData):
 
     def setup(self, stage: str) -> None:
         """Find and check the files."""
-        check_least(1, batch_size=self.batch_size, limit=self.limit)
-        check_least(0, num_workers=self.num_workers)
+        self.check_loader()
+        check_least(1, limit=self.limit)
         self.take(OwnMeasurements(self) if self.kind == "own" else MeasurementFolder(self))
         if self.sigmas == ESTIMATE and self.images.sigmas != self.estimates:
             rank_zero_only(report_estimates)(self.images.sigmas, self.images.clipped)

@@ -12,6 +12,7 @@ from cmi_lightning.denoisers.tiled import suited
 from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
+from cmi_lightning.predict.auto import earlier
 from cmi_lightning.predict.callback import recorders
 from cmi_lightning.predict.fingerprint import inputs
 from cmi_lightning.predict.folder import RunFolder
@@ -35,6 +36,7 @@ def check(module: PosteriorSampler, trainer: Any, datamodule: Any) -> None:
             f"trainer.precision={precision} would round the measurement; use "
             f"{precision.removesuffix('-true')}-mixed, which lowers the network alone."
         )
+    module.chosen = earlier(module, trainer, datamodule)
     shapes = image_shapes(datamodule)
     module.shapes = dict.fromkeys(shapes)
     if len(shapes) == 1:

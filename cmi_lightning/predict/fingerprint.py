@@ -25,6 +25,7 @@ SHOWN, LONG = 5, 60  # differences, and characters of a value, that a message sh
 # Options that leave a finished sample's result as it is.
 FREE = (
     "model.overwrite",
+    "model.precision",
     "model.denoiser.network.checkpoint",
     "data.batch_size",
     "data.num_workers",
@@ -41,7 +42,7 @@ def of_run(module: Any, trainer: Any, data: Any) -> dict[str, str]:
     noise = module.measurement_noise
     found.update({"model.noise": str(getattr(noise, "level", noise))})
     found.update(options("data", data))
-    found["trainer.precision"] = str(trainer.precision)
+    found["trainer.precision"] = module.chosen.precision or str(trainer.precision)
     return {name: value for name, value in found.items() if name not in FREE}
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -19,6 +19,7 @@ from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
 from cmi_lightning.measurement_noise import GaussianNoise, MeasurementNoise
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
+from cmi_lightning.predict.auto import Choice, choose
 from cmi_lightning.predict.batch import as_batch, checksums, images_of, take
 from cmi_lightning.predict.callback import recorders, tell
 from cmi_lightning.predict.checks import check, refuse_operator
@@ -65,6 +66,8 @@ class PosteriorSampler(L.LightningModule):
         overwrite: start afresh in a folder that has results: what a run wrote there is removed.
         tile: side of the windows in which :class:`cmi_lightning.denoisers.Tiled` sees the image.
             None tiles where a network of one size gets larger images, and only there.
+        precision: of the network. None is the trainer's. "auto" measures two steps and takes the
+            faster of float32 and bfloat16 (:func:`cmi_lightning.predict.auto.faster`).
 
     Raises:
         InputError: for parts that do not fit together, at construction or before sampling starts.
@@ -83,12 +86,14 @@ class PosteriorSampler(L.LightningModule):
         samples_per_image: int = 1,
         overwrite: bool = False,
         tile: int | None = None,
+        precision: Literal["auto"] | None = None,
     ) -> None:
         super().__init__()
         if samples_per_image < 1:
             raise InputError(f"samples_per_image must be at least 1, got {samples_per_image}.")
         self.samples_per_image = samples_per_image
-        self.overwrite = overwrite
+        self.overwrite, self.precision = overwrite, precision
+        self.chosen = Choice()
         self.run, self.fits = Run(), Fits()
         self.parts: dict[torch.Size, Parts] = {}  # by the shape of an image
         self.shapes: dict[tuple[int, ...], None] = {}  # of the images, as far as they are known
@@ -162,11 +167,11 @@ class PosteriorSampler(L.LightningModule):
         # that was made without use_distributed_sampler=False has no public way to change it.
         trainer._accelerator_connector.use_distributed_sampler = False
         self.run, self.fits = Run(getattr(trainer.datamodule, "ids", ())), Fits()
-        self.parts = {}
-        self._said = set()
-        kept = recorders(trainer)
+        self.parts, self._said = {}, set()
+        self.chosen, kept = choose(self, trainer), recorders(trainer)
         fingerprint = self.fingerprint(trainer, trainer.datamodule) if kept else {}
-        self.run.open(trainer, kept, fingerprint, self.overwrite)
+        self.run.open(trainer, kept, fingerprint, self.overwrite, self.chosen.kept)
+        self._say(self.chosen.told)
 
     def fingerprint(self, trainer: L.Trainer, datamodule: Any) -> dict[str, str]:
         """Return every option that decides the results, by name, with checksums of weights."""
@@ -188,7 +193,7 @@ class PosteriorSampler(L.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Restoration:
         """Measure and restore one batch, or what of it is this process's to do."""
-        dtype = None
+        dtype = self.chosen.dtype
         if torch.is_autocast_enabled(self.device.type):
             dtype = torch.get_autocast_dtype(self.device.type)
         with _plain_autograd(self.device.type):
@@ -242,7 +247,7 @@ class PosteriorSampler(L.LightningModule):
         """Let the next run into the folder."""
         self.run.close(finished=True)
 
-    def _problem(self, batch: dict[str, Any]) -> tuple[Problem, Tensor]:
+    def problem(self, batch: dict[str, Any]) -> tuple[Problem, Tensor]:
         """Return a batch's problem, and a tensor like its images."""
         data = getattr(self._trainer, "datamodule", None)
         data = data if isinstance(data, RestorationData) else LoaderData()
@@ -251,7 +256,7 @@ class PosteriorSampler(L.LightningModule):
 
     def _restore(self, batch: dict[str, Any], dtype: torch.dtype | None) -> Restoration:
         """Restore a batch that fits into memory."""
-        problem, like = self._problem(batch)
+        problem, like = self.problem(batch)
         if "x" not in batch and "y" not in batch:
             reason = "the batch holds measurements, which say how they were made"
             refuse_operator(self.operator, reason)
@@ -274,7 +279,7 @@ class PosteriorSampler(L.LightningModule):
             return None  # another process's
         writer = next((c for c in recorders(self.trainer) if c.key == "images"), None)
         records = [self.run.record_path(name) for name in batch["id"]]
-        result = read_back(writer, records, self._problem(batch)[0], batch.get("x"))
+        result = read_back(writer, records, self.problem(batch)[0], batch.get("x"))
         remedy = "overwrite=True restores it again"
         if result is None:
             remedy = f"ImageWriter, which keeps images, was not among the callbacks; {remedy}"
@@ -282,7 +287,7 @@ class PosteriorSampler(L.LightningModule):
         self._say([f"What was finished before in '{self.run.folder}' {how}; {remedy}."])
         return result
 
-    def _say(self, notes: list[str]) -> None:
+    def _say(self, notes: Iterable[str]) -> None:
         """Print each note once."""
         for note in notes:
             if note not in self._said and getattr(self._trainer, "is_global_zero", True):

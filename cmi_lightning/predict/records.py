@@ -10,13 +10,14 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cmi_lightning.data.files import natural
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import write_json
 from cmi_lightning.paths import inside
-from cmi_lightning.predict.fingerprint import differences, digest
+from cmi_lightning.predict.fingerprint import FREE, differences, digest
 from cmi_lightning.predict.folder import RunFolder, afresh
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def refuse_other(folder: Path, fingerprint: Mapping[str, str]) -> None:
         before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return
+    before = {name: value for name, value in before.items() if name not in FREE}
     if differ := differences(before, fingerprint):
         raise InputError(
             f"The folder '{folder}' holds the results of other options: {differ}. Set another "
@@ -106,6 +108,7 @@ class Run:
         recorders: Sequence[SamplingCallback],
         fingerprint: Mapping[str, str],
         overwrite: bool,
+        chosen: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Look up what is done, on the first process for all: no process may see later records."""
         self.folder = Path(trainer.default_root_dir).expanduser() if recorders else None
@@ -124,7 +127,7 @@ class Run:
                 refuse_other(self.folder, fingerprint)
                 records = list(self._read_all())
                 self._refuse_strangers(records, overwrite)
-                write_json(self.folder / "run.json", dict(fingerprint))
+                write_json(self.folder / "run.json", {**fingerprint, **chosen})
                 for record in records:
                     if all(r.recorded(record) for r in recorders):
                         self.done[record["id"]] = record["input"]
