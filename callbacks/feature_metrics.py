@@ -35,6 +35,7 @@ from cmi_lightning.predict.module import Restoration
 
 FEW = 10  # images per feature below which a covariance is poorly known
 STABLE_FID = 2048  # fewer images leave the covariance of Inception's 2048 features singular
+NO_TRUTH = "left out: there is no ground truth."
 KEYS = ("perceptual", "frechet", "kernel")  # of a network without a published metric
 KINDS = ("", "_measurement", "_draws")  # of the restoration, of A⁺y, of the single draws
 LABELS = {
@@ -146,7 +147,7 @@ class FeatureMetrics(RecordingCallback):
         values: dict[str, float] = {}
         features, notes, draws = None, [], outputs["draws"]
         if outputs["truth"] is None:
-            notes.append(f"{subject} left out: there is no ground truth.")
+            notes.append(f"{subject} {NO_TRUTH}")
         elif not self.missing:
             each = None if draws is None else draws[i]
             both = outputs["restored"][i], outputs["measurement"][i]
@@ -242,8 +243,10 @@ class FeatureMetrics(RecordingCallback):
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         used = [r for r in records if r[self.key] and not r["failed"]]
         failed = failures(records)
-        notes = [*getattr(self.network, "notes", ())]
-        notes += [note for r in records for note in r[f"{self.key}_notes"]]
+        told = [r[f"{self.key}_notes"] for r in records]
+        compared = not all(any(note.endswith(NO_TRUTH) for note in notes) for notes in told)
+        notes = [*getattr(self.network, "notes", ())] if compared else []
+        notes += [note for notes_of_one in told for note in notes_of_one]
         metrics, odd = statistics([r[self.key] for r in used])
         of_sets, few = self.of_sets(records)
         return {

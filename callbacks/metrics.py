@@ -193,7 +193,8 @@ class RestorationMetrics(RecordingCallback):
         failed, skipped = failures(records), self.skipped
         metrics, odd = statistics([row for row in self._rows(records) if not row["failed"]])
         protocol = {**PROTOCOL, "torchmetrics": version("torchmetrics")}
-        notes = [note for n in self.networks for note in n.network.notes]
+        compared = not all(NO_TRUTH in record["notes"] for record in records)
+        notes = [note for n in self.networks if compared for note in n.network.notes]
         notes += [note for record in records for note in record["notes"]]
         for network in self._at_hand.values():
             of_sets, few = network.of_sets([self._as(network, r) for r in records])

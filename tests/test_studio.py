@@ -247,6 +247,8 @@ class Page:
     def click(self, selector: str) -> None:
         element = self.wait(lambda: self.one(selector))
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+        places: list[Any] = [None]  # until it stands still
+        self.wait(lambda: places.append(element.rect) or places[-1] == places[-2])
         element.click()
 
     def choose(self, group: str, text: str) -> None:
@@ -428,11 +430,20 @@ def test_on_a_phone_and_by_keyboard_alone(driver, address):
         page.wait(lambda: "PSNR" in page.status())
         page.wait(lambda: page.one("#compare [role=slider]"))
         reach("#compare [role=slider]")
-        at = int(page.one("#compare [role=slider]").get_attribute("aria-valuenow"))
+
+        def told(name: str) -> int:
+            return int(page.one("#compare [role=slider]").get_attribute(f"aria-value{name}"))
+
+        assert (told("min"), told("now"), told("max")) == (0, 50, 100)
         press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-        page.wait(
-            lambda: int(page.one("#compare [role=slider]").get_attribute("aria-valuenow")) > at + 5
-        )
+        page.wait(lambda: told("now") == 60)
+        press(Keys.END)
+        page.wait(lambda: told("now") == 100)
+        press(Keys.ARROW_LEFT)
+        page.wait(lambda: told("now") == 95)
+        for held in (Keys.CONTROL, Keys.ALT, Keys.META):  # the browser's own
+            ActionChains(driver).key_down(held).send_keys(Keys.ARROW_DOWN).key_up(held).perform()
+        assert told("now") == 95
         assert "50%" not in page.one("#compare img.fixed").get_attribute("style")
     finally:
         driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

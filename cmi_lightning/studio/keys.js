@@ -1,36 +1,44 @@
-// What gradio's parts lack for the keyboard: arrow keys among choices, and on the before/after slider.
+// What gradio's parts lack for the keyboard: arrow keys among choices, and on before/after sliders.
 () => {
-  const moves = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 };
-  const share = (slider) => {
-    const line = slider.getBoundingClientRect(), all = slider.parentNode.getBoundingClientRect();
-    return Math.round((100 * (line.left + line.width / 2 - all.left)) / all.width);
+  const steps = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 };
+  const ends = { Home: -20, End: 20 }; // of a slider, in steps
+  const middle = (slider) => slider.getBoundingClientRect().left + slider.offsetWidth / 2;
+  const image = (slider) => { // its sides on the page
+    const box = slider.parentNode.getBoundingClientRect(), shown = slider.parentNode.querySelector("img");
+    const ratio = shown?.naturalHeight ? shown.naturalWidth / shown.naturalHeight : Infinity;
+    const width = Math.min(box.width, box.height * ratio);
+    return { left: box.left + (box.width - width) / 2, width };
   };
-  document.addEventListener("keydown", (event) => {
-    const at = event.target, move = moves[event.key];
-    if (!move) return;
-    if (at.type === "radio") {
-      const all = [...at.closest(".block").querySelectorAll("input[type=radio]")];
-      const next = all[(all.indexOf(at) + move + all.length) % all.length];
-      next.focus();
-      next.click();
-    } else if (at.dataset.testid === "slider") {
-      const box = at.getBoundingClientRect(), from = box.left + box.width / 2;
-      const drag = (kind, target, clientX) =>
-        target.dispatchEvent(new MouseEvent(kind, { clientX, clientY: box.top + 5, bubbles: true, view: window }));
-      const to = from + (move * at.parentNode.clientWidth) / 20;
-      drag("mousedown", at, from);
-      drag("mousemove", window, to);
-      drag("mouseup", window, to);
-      requestAnimationFrame(() => at.setAttribute("aria-valuenow", share(at)));
-    } else return;
-    event.preventDefault();
-  });
-  new MutationObserver(() => {
-    for (const slider of document.querySelectorAll("[data-testid=slider]:not([tabindex])")) {
-      const told = { tabindex: 0, role: "slider", "aria-label": "before and after", "aria-valuenow": share(slider) };
+  const tell = () => {
+    for (const slider of document.querySelectorAll("[data-testid=slider]")) {
+      const { left, width } = image(slider);
+      const told = {
+        tabindex: 0, role: "slider", "aria-label": "before and after", "aria-valuemin": 0, "aria-valuemax": 100,
+        "aria-valuenow": Math.round((100 * (middle(slider) - left)) / width),
+      };
       for (const [name, value] of Object.entries(told)) slider.setAttribute(name, value);
       const images = slider.parentNode.querySelectorAll("img");
       ["before", "after"].forEach((name, k) => images[k] && (images[k].alt = name));
     }
-  }).observe(document.body, { childList: true, subtree: true });
+  };
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.altKey || event.metaKey) return; // the browser's own
+    const at = event.target, step = steps[event.key];
+    if (at.type === "radio" && step) {
+      const all = [...(at.closest("fieldset, .block") ?? at.parentNode).querySelectorAll("input[type=radio]")];
+      const next = all[(all.indexOf(at) + step + all.length) % all.length];
+      next.focus();
+      next.click();
+    } else if (at.dataset?.testid === "slider" && (step ?? ends[event.key])) {
+      const from = middle(at), to = from + ((step ?? ends[event.key]) * image(at).width) / 20;
+      const drag = (kind, target, clientX) =>
+        target.dispatchEvent(new MouseEvent(kind, { clientX, clientY: 5, bubbles: true, view: window }));
+      drag("mousedown", at, from);
+      drag("mousemove", window, to);
+      drag("mouseup", window, to);
+    } else return;
+    event.preventDefault();
+  });
+  // A slider moves by its style, whoever moves it.
+  new MutationObserver(tell).observe(document.body, { childList: true, subtree: true, attributeFilter: ["style"] });
 };
