@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from cmi_lightning.api import example
 from cmi_lightning.cli import main
+from cmi_lightning.data.pictures import Picture, psnr
 
 ESTIMATED = "--data.sigmas estimate"
 ROOT, DOCS = Path("runs/damage"), Path(__file__).parent.parent / "docs"
@@ -80,12 +81,6 @@ def given(sigma: float) -> list[str]:
     return ["--model.noise", f"{{sigma: {sigma}, range: signed}}"]
 
 
-def psnr(image: Image.Image, truth: Image.Image) -> float:
-    """Return PSNR in dB of two pictures of 8 bits."""
-    error = np.square(np.asarray(image, np.float64) - np.asarray(truth, np.float64)).mean()
-    return 10 * np.log10(255**2 / error)
-
-
 def restore(name: str, y: Image.Image, options: list[str], **files: object) -> Image.Image:
     """Write a case's files, run its command, return what it restored."""
     folder = ROOT / name
@@ -116,7 +111,9 @@ def run(bird: Path | None, fish: Path | None) -> None:
     def case(name, truth, y, options, more=(), **files):  # type: ignore[no-untyped-def]
         restored = restore(name, y, [*options.split(), *more], **files)
         seen = y.resize(truth.size, Image.Resampling.BICUBIC)
-        print(f"{name}: {psnr(seen, truth):.1f} dB damaged, {psnr(restored, truth):.1f} restored")
+        x, *others = (Picture.of(image).x for image in (truth, seen, restored))
+        before, after = (float(psnr(other, x)) for other in others)
+        print(f"{name}: {before:.1f} dB damaged, {after:.1f} restored")
         if truth in photo.values():  # others' licences forbid
             cases.append((name, truth, seen, restored))
 

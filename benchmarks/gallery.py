@@ -13,10 +13,9 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 from cmi_lightning import configs
 from cmi_lightning.callbacks.drawing import beside, to_tile
+from cmi_lightning.data.pictures import psnr
 from cmi_lightning.predict.options import prediction_cli
 
 FOLDER = Path(__file__).parents[1] / "docs" / "gallery"
@@ -25,11 +24,6 @@ METHODS = {"motion_blur": "solver/ddnm", "super_resolution": "solver/ddrm"}
 METHODS |= {"phase_retrieval": "solver/daps"}
 USUAL = "guidance/pigdm"
 PHOTOGRAPHS = ("photos-test", 128)  # folder, side
-
-
-def psnr(image: torch.Tensor, truth: torch.Tensor) -> float:
-    """Return the PSNR in dB of images in [−1, 1]."""
-    return float(10 * torch.log10(4 / (image.clamp(-1, 1) - truth).square().mean()))
 
 
 def restore(task: str, index: int) -> dict:
@@ -45,7 +39,7 @@ def restore(task: str, index: int) -> dict:
     pictures = [to_tile(x) for x in shown]
     FOLDER.mkdir(exist_ok=True)
     beside(pictures).save(FOLDER / f"{task}.jpg", quality=88, subsampling=0)
-    seen, restored = (round(psnr(x, image["x"]), 1) for x in shown[1:])
+    seen, restored = (round(float(psnr(x[None], image["x"][None])), 1) for x in shown[1:])
     return {"method": method, "photograph": image["id"], "seen": seen, "restored": restored}
 
 

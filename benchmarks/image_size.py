@@ -28,6 +28,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from cmi_lightning.callbacks.networks import Alex, load_lpips
 from cmi_lightning.data.crops import PHOTOGRAPHS, crop
+from cmi_lightning.data.pictures import psnr
 from cmi_lightning.denoisers import Denoiser, Tiled, shipped_prior
 from cmi_lightning.guidance import DPS, Guidance, PiGDM
 from cmi_lightning.noise import SampleNoise
@@ -68,13 +69,12 @@ def measure(
         started = time.process_time()
         restored = sampler.run(problem, noise, x).clamp(-1, 1)
         seconds, memory = time.process_time() - started, peak("cpu") - before
-        psnr = -10 * ((restored - x) / 2).square().mean().log10()
-        rows.append((psnr, lpips(restored, x).mean(), seconds, memory))
-    psnr, distance, seconds, memory = (
+        rows.append((psnr(restored, x), lpips(restored, x).mean(), seconds, memory))
+    quality, distance, seconds, memory = (
         torch.tensor([float(v) for v in c]) for c in zip(*rows, strict=True)
     )
     return {
-        "psnr": float(psnr.mean()),
+        "psnr": float(quality.mean()),
         "lpips": float(distance.mean()),
         "seconds": float(seconds.mean()),
         "mib": float(memory.max()),

@@ -9,10 +9,10 @@ several draws of an image the one of smallest ‖y − A(x)‖ is kept; the trut
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from cmi_lightning import Problem, Sampler
 from cmi_lightning.data import ImageFolderData
+from cmi_lightning.data.pictures import psnr
 from cmi_lightning.denoisers import shipped_prior
 from cmi_lightning.guidance import DPS
 from cmi_lightning.linalg import norm
@@ -21,11 +21,6 @@ from cmi_lightning.operators import HDR, Operator, PhaseRetrieval
 from cmi_lightning.solvers import DDPM
 
 CASES: list[tuple[Operator, float, int]] = [(HDR(), 0.5, 1), (PhaseRetrieval(), 2.0, 4)]
-
-
-def psnr(x: Tensor, truth: Tensor) -> Tensor:
-    """Return PSNR in dB (B,) of images in [−1, 1]."""
-    return 10 * (4 / (x.clamp(-1, 1) - truth).square().flatten(1).mean(1)).log10()
 
 
 def main() -> None:

@@ -166,6 +166,15 @@ def to_uint8(x: Tensor) -> Tensor:
     return levels(x).nan_to_num(0.0).to(torch.uint8)
 
 
+def psnr(x: Tensor, truth: Tensor) -> Tensor:
+    """Return the PSNR in dB (B,) of images (B, C, H, W) in [−1, 1], clamped: 10 log₁₀(4 / MSE).
+
+    >>> psnr(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
+    tensor([6.0206])
+    """
+    return 10 * (4 / (x.clamp(-1, 1) - truth).square().flatten(1).mean(1)).log10()
+
+
 def _last(x: Tensor) -> np.ndarray:
     """Return an array with the channels last."""
     return np.ascontiguousarray(x.detach().movedim(-3, -1).cpu().numpy())

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from cmi_lightning.api import examples
-from cmi_lightning.data.pictures import as_images
+from cmi_lightning.data.pictures import Picture, as_images, psnr
 from cmi_lightning.errors import InputError, first_line, one_sentence
 from cmi_lightning.studio import work
 from cmi_lightning.studio.work import Choice
@@ -290,7 +290,8 @@ def _restore(photograph: Any, values: dict[str, Any]) -> Iterator[tuple[Any, ...
             if choice.estimates:
                 told += f" Its noise is estimated at {result.sigma[0]:.3f}."
             if choice.sound:
-                told += f" PSNR {_psnr(result, choice.fitted(image.convert('RGB'))):.1f} dB."
+                seen = result.image, choice.fitted(image.convert("RGB"))  # of 8 bits
+                told += f" PSNR {float(psnr(*(Picture.of(i).x for i in seen))):.1f} dB."
             pair = (_large(result.pil("before")), _large(result.pil("after")))
             maps = gr.update(visible=False)
             if "std" in result.pixels:
@@ -389,9 +390,3 @@ def _large(image: Image.Image, side: int = 512) -> Image.Image:
     """Return a picture enlarged to about ``side`` pixels, each pixel a square."""
     times = max(1, side // max(image.size))
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-
-
-def _psnr(result: Any, truth: Image.Image) -> float:
-    """Return the PSNR in dB of a restored image of 8 bits."""
-    difference = np.asarray(result.image, float) - np.asarray(truth, float)
-    return float(10 * np.log10(255**2 / max((difference**2).mean(), 1e-9)))
