@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cmi_lightning.denoisers import NetworkDenoiser, ffhq_unet
+from cmi_lightning.denoisers import NetworkDenoiser, card_unet
 from cmi_lightning.guidance import CMI, DPS, Guidance
 from cmi_lightning.information import Lanczos
 from cmi_lightning.noise import SampleNoise
@@ -50,7 +50,7 @@ def random_network(checkpoint: bool, device: str) -> NetworkDenoiser:
     """The FFHQ network, its zero-initialised layers made small random ones."""
     torch.manual_seed(0)
     with torch.device(device):
-        network = ffhq_unet(checkpoint=checkpoint)
+        network = card_unet("ffhq-256", checkpoint)
         for p in network.parameters():
             if p.ndim > 1 and not p.any():
                 nn.init.normal_(p, std=0.1 * p[0].numel() ** -0.5)

@@ -17,7 +17,7 @@ from torch import nn
 
 from cmi_lightning import configs
 from cmi_lightning.cli import main
-from cmi_lightning.denoisers import ffhq_unet
+from cmi_lightning.denoisers import card_unet
 from cmi_lightning.predict.options import prediction_cli, resolved
 
 TASKS = [
@@ -152,7 +152,7 @@ def test_missing_weights_and_images_are_named(name, capsys, tmp_path):
 def weights(tmp_path_factory):
     """A random checkpoint whose every layer contributes."""
     torch.manual_seed(0)
-    network = ffhq_unet()
+    network = card_unet("ffhq-256")
     for p in network.parameters():
         if p.ndim > 1 and not p.any():
             nn.init.normal_(p, std=0.1 * p[0].numel() ** -0.5)

@@ -13,7 +13,7 @@ from cmi_lightning.denoisers import (
     EDMDenoiser,
     NetworkDenoiser,
     UNet,
-    ffhq_unet,
+    card_unet,
     shipped_prior,
 )
 from cmi_lightning.errors import InputError
@@ -275,7 +275,7 @@ def test_sizes_that_do(network):
 
 def test_large_networks_are_tried_without_arithmetic():
     with torch.device("meta"):  # whose weights have no numbers to compute with
-        denoiser = NetworkDenoiser(ffhq_unet(), None, image_shape=(3, None, None))
+        denoiser = NetworkDenoiser(card_unet("ffhq-256"), None, image_shape=(3, None, None))
     denoiser.rehearse((3, 256, 256))
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import graph_bytes
 from torch import Tensor, nn
 
-from cmi_lightning.denoisers import Autocast, NetworkDenoiser, UNet, ffhq_unet, imagenet_unet
+from cmi_lightning.denoisers import Autocast, NetworkDenoiser, UNet, card_unet
 from cmi_lightning.denoisers.blocks import (
     AttentionBlock,
     GroupNorm32,
@@ -35,7 +35,6 @@ from cmi_lightning.solvers import DDPM
 from cmi_lightning.step import Step
 
 MANIFESTS = Path(__file__).parent / "manifests"
-PRESETS = {"ffhq": ffhq_unet, "imagenet": imagenet_unet}
 SMALL = dict(in_channels=2, model_channels=32, channel_mult=(1, 2), attention_levels=(1,))
 
 
@@ -69,7 +68,7 @@ def test_presets_have_the_published_tensors(name, tensors, parameters):
     assert len(published) == tensors
     assert sum(math.prod(shape) for shape in published.values()) == parameters
     with torch.device("meta"):
-        network = PRESETS[name]()
+        network = card_unet(f"{name}-256")
     assert {n: tuple(v.shape) for n, v in network.state_dict().items()} == published
     assert network.learn_variance
     assert network.size_multiple == 32
@@ -85,7 +84,7 @@ def test_manifests_are_what_their_script_writes(name):
 
 def test_heads_have_64_channels():
     with torch.device("meta"):
-        blocks = [m for m in imagenet_unet().modules() if isinstance(m, AttentionBlock)]
+        blocks = [m for m in card_unet("imagenet-256").modules() if isinstance(m, AttentionBlock)]
     assert {(b.qkv.in_channels, b.num_heads) for b in blocks} == {(512, 8), (1024, 16)}
 
 

@@ -6,13 +6,7 @@ from cmi_lightning.denoisers.diffusers_models import DiffusersDenoiser
 from cmi_lightning.denoisers.edm import EDMDenoiser
 from cmi_lightning.denoisers.latent import Autoencoder, Decoder, LatentPrior
 from cmi_lightning.denoisers.network import NetworkDenoiser
-from cmi_lightning.denoisers.presets import (
-    ffhq,
-    ffhq_unet,
-    imagenet,
-    imagenet_unet,
-    shipped_prior,
-)
+from cmi_lightning.denoisers.presets import card_unet, ffhq, imagenet, shipped_prior
 from cmi_lightning.denoisers.tiled import Tiled
 from cmi_lightning.denoisers.unet import UNet
 from cmi_lightning.denoisers.weights import load_weights
@@ -32,10 +26,9 @@ __all__ = [
     "Prediction",
     "Tiled",
     "UNet",
+    "card_unet",
     "ffhq",
-    "ffhq_unet",
     "imagenet",
-    "imagenet_unet",
     "load_weights",
     "shipped_prior",
 ]

@@ -41,7 +41,7 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class DenoiserSpec:
-    """What a denoiser says of itself; wrappers take it over by ``dataclasses.replace``.
+    """What a denoiser says of itself.
 
     Attributes:
         schedule: the noise levels that the denoiser knows.
@@ -73,7 +73,7 @@ class Denoiser(nn.Module, ABC):
     """A prior p(x₀), given by its posterior mean at every noise level.
 
     A subclass sets the attributes of :class:`DenoiserSpec`, of which only ``schedule`` has no
-    default. A wrapper sets ``spec``, and so all of them, from those of the denoiser it wraps.
+    default. A denoiser around another one is a :class:`Wrapper`.
 
     >>> class Normal(Denoiser):  # x₀ ~ N(0, I): x̂₀ = α x_t / (α² + σ²)
     ...     schedule = Schedule.linear()
@@ -143,14 +143,48 @@ class Denoiser(nn.Module, ABC):
         self.check(shape)
 
 
-def refuse_latent(wrapper: Denoiser, denoiser: Denoiser) -> None:
-    """Refuse a prior of latents inside a wrapper that acts on pixels."""
-    if denoiser.latent:
-        name = type(wrapper).__name__
-        raise InputError(
-            f"{name} acts on pixels, and the prior's chain runs on latents: put it inside, "
-            f"LatentPrior({name}(denoiser), decoder), or leave it out."
-        )
+class Wrapper(Denoiser):
+    """Another denoiser with a change around it: its spec too, but for what a subclass sets.
+
+    Attributes:
+        of_latents: it suits priors of latents, too.
+
+    Args:
+        denoiser: the other one.
+
+    Raises:
+        InputError: for a prior of latents inside a wrapper that acts on pixels.
+    """
+
+    of_latents = False
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        if denoiser.latent and not self.of_latents:
+            name = type(self).__name__
+            raise InputError(
+                f"{name} acts on pixels, and the prior's chain runs on latents: put it inside, "
+                f"LatentPrior({name}(denoiser), decoder), or leave it out."
+            )
+        self.denoiser, self.spec = denoiser, denoiser.spec
+
+    def inner(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape that the other denoiser sees of images of ``shape`` (C, H, W)."""
+        return shape
+
+    def state(self, problem: Problem, like: Tensor) -> tuple[Problem, Tensor]:
+        return self.denoiser.state(problem, like)
+
+    def image(self, x: Tensor) -> Tensor:
+        return self.denoiser.image(x)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        super().check(shape)
+        self.denoiser.check(self.inner(shape))
+
+    def rehearse(self, shape: tuple[int, ...]) -> None:
+        self.check(shape)
+        self.denoiser.rehearse(self.inner(shape))
 
 
 def size_text(shape: tuple[int | None, ...]) -> str:
@@ -158,7 +192,7 @@ def size_text(shape: tuple[int | None, ...]) -> str:
     return "×".join("any" if n is None else str(n) for n in shape)
 
 
-class Autocast(Denoiser):
+class Autocast(Wrapper):
     """Another denoiser, its network run in low precision; x̂₀ comes back in the dtype of x_t.
 
     Args:
@@ -171,24 +205,13 @@ class Autocast(Denoiser):
     torch.float32
     """
 
+    of_latents = True
+
     def __init__(self, denoiser: Denoiser, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.denoiser, self.dtype, self.spec = denoiser, dtype, denoiser.spec
+        super().__init__(denoiser)
+        self.dtype = dtype
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
-        """Return the denoiser's prediction of x_t (B, *)."""
         with torch.autocast(x.device.type, dtype=self.dtype):
             prediction = self.denoiser(x, level)
         return prediction.map(lambda part: part.to(x.dtype))
-
-    def state(self, problem: Problem, like: Tensor) -> tuple[Problem, Tensor]:
-        """Return what the wrapped denoiser does."""
-        return self.denoiser.state(problem, like)
-
-    def image(self, x: Tensor) -> Tensor:
-        """Return the wrapped denoiser's images."""
-        return self.denoiser.image(x)
-
-    def rehearse(self, shape: tuple[int, ...]) -> None:
-        """Rehearse the wrapped denoiser."""
-        self.denoiser.rehearse(shape)

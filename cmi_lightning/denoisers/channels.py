@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from cmi_lightning.denoisers.base import Denoiser, DenoiserSpec, Prediction, refuse_latent
+from cmi_lightning.denoisers.base import Denoiser, Prediction, Wrapper
 from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Level
 
 
-def _spec(wrapper: Denoiser, denoiser: Denoiser, channels: int, needed: int) -> DenoiserSpec:
-    """Return a denoiser's spec for images of other channels."""
-    refuse_latent(wrapper, denoiser)
-    shape = denoiser.image_shape or (None, None, None)
+def _shape(wrapper: Wrapper, channels: int, needed: int) -> tuple[int | None, ...]:
+    """Return the image shape of a wrapper whose denoiser has the channels that it needs."""
+    shape = wrapper.image_shape or (None, None, None)
     if shape[0] not in (needed, None):
         raise InputError(
             f"{type(wrapper).__name__} wraps a prior for images of {needed} channels, and this "
             f"one's have {shape[0]}."
         )
-    return replace(denoiser.spec, image_shape=(channels, *shape[1:]))
+    return (channels, *shape[1:])
 
 
-class AsGray(Denoiser):
+class AsGray(Wrapper):
     """Gray images under an RGB prior: the mean over channels of its x̂₀ of a gray RGB image.
 
     A gray image as RGB has three equal channels. Noise at an RGB level (α, σ_c) splits into its
@@ -52,10 +50,9 @@ class AsGray(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__()
-        gray = denoiser.schedule.scale_noise(1 / math.sqrt(3))
-        self.spec = replace(_spec(self, denoiser, channels=1, needed=3), schedule=gray)
-        self.denoiser = denoiser
+        super().__init__(denoiser)
+        self.image_shape = _shape(self, channels=1, needed=3)
+        self.schedule = denoiser.schedule.scale_noise(1 / math.sqrt(3))
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
         sigma = math.sqrt(3) * level.sigma
@@ -68,13 +65,11 @@ class AsGray(Denoiser):
         prediction = self.denoiser(x + colour, Level(level.alpha, sigma, level.time))
         return prediction.map(lambda part: part.mean(dim=1, keepdim=True))
 
-    def rehearse(self, shape: tuple[int, ...]) -> None:
-        """Refuse images (1, H, W) whose colour version the RGB prior refuses."""
-        self.check(shape)
-        self.denoiser.rehearse((3, *shape[1:]))
+    def inner(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (3, *shape[1:])
 
 
-class AsRGB(Denoiser):
+class AsRGB(Wrapper):
     """Colour images under a gray prior: every channel is a gray image of its own.
 
     Exact for a prior under which the channels are independent. It does not use what real channels
@@ -93,15 +88,12 @@ class AsRGB(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser, channels: int = 3) -> None:
-        super().__init__()
-        self.spec = _spec(self, denoiser, channels=channels, needed=1)
-        self.denoiser = denoiser
+        super().__init__(denoiser)
+        self.image_shape = _shape(self, channels=channels, needed=1)
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
         gray = self.denoiser(x.flatten(0, 1)[:, None], level)
         return gray.map(lambda part: part.reshape(x.shape))
 
-    def rehearse(self, shape: tuple[int, ...]) -> None:
-        """Refuse images (C, H, W) whose channels the gray prior refuses."""
-        self.check(shape)
-        self.denoiser.rehearse((1, *shape[1:]))
+    def inner(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (1, *shape[1:])

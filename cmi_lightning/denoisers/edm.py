@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,12 +35,9 @@ class EDMDenoiser(WrappedNetwork):
         sigma_data: standard deviation of the images, s, which F was trained with.
         image_shape: (C, H, W), with None where the network takes any size.
         value_range: see :class:`NetworkDenoiser`.
-        sha256: checksum of the weights file.
-        weights_part: see :class:`NetworkDenoiser`.
-        condition: see :class:`NetworkDenoiser`; a class is told as NVlabs' networks take it, as a
-            vector of ``label_dim`` numbers.
-        unconditional: see :class:`NetworkDenoiser`.
-        guidance_scale: see :class:`NetworkDenoiser`.
+        options: ``sha256``, ``weights_part``, ``condition``, ``unconditional``, ``guidance_scale``,
+            see there. A class is told as NVlabs' networks take it, as a vector of ``label_dim``
+            numbers.
 
     Raises:
         InputError: see :class:`NetworkDenoiser`.
@@ -57,25 +54,10 @@ class EDMDenoiser(WrappedNetwork):
         sigma_data: float = 0.5,
         image_shape: tuple[int | None, int | None, int | None] | None = None,
         value_range: tuple[float, float] | None = (-1.0, 1.0),
-        sha256: str | None = None,
-        weights_part: str | None = None,
-        condition: Mapping[str, Any] | None = None,
-        unconditional: Mapping[str, Any] | None = None,
-        guidance_scale: float = 1.0,
+        **options: Any,
     ) -> None:
         super().__init__(
-            network,
-            weights,
-            schedule,
-            "x0",
-            image_shape,
-            value_range,
-            False,
-            sha256,
-            weights_part,
-            condition,
-            unconditional,
-            guidance_scale,
+            network, weights, schedule, "x0", image_shape, value_range, False, **options
         )
         if sigma_data <= 0:
             raise InputError(f"sigma_data must be positive, got {sigma_data:g}.")

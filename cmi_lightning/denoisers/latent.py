@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmi_lightning.denoisers.base import Denoiser, Prediction, size_text
+from cmi_lightning.denoisers.base import Denoiser, Prediction, Wrapper, size_text
 from cmi_lightning.denoisers.conditions import called
 from cmi_lightning.denoisers.recompute import Recomputed
 from cmi_lightning.denoisers.wrapped import private
@@ -118,7 +118,7 @@ class Decode(Operator):
         return self.decoder.encode(y)
 
 
-class LatentPrior(Denoiser):
+class LatentPrior(Wrapper):
     """The prior of x = D(z) where p(z) is a denoiser's: chain and guidance act on z.
 
     A sampler asks :meth:`state` for the problem as latents see it, with A∘D in place of A, and
@@ -137,10 +137,11 @@ class LatentPrior(Denoiser):
     Source: Rombach et al. (2022); DPS on latents: Rout et al. (2023), Eq. 6.
     """
 
+    of_latents = True
+
     def __init__(self, denoiser: Denoiser, decoder: Any) -> None:
-        super().__init__()
+        super().__init__(denoiser)
         self.decoder = decoder if isinstance(decoder, Decoder) else Autoencoder(decoder)
-        self.denoiser = denoiser
         channels, *sides = denoiser.image_shape or (None, None, None)
         factor = self.decoder.factor
         if channels not in (None, self.decoder.latent_channels):
@@ -149,15 +150,10 @@ class LatentPrior(Denoiser):
                 f"{self.decoder.latent_channels}: give the autoencoder that the network was "
                 "trained with."
             )
-        shape = (self.decoder.channels, *(None if n is None else n * factor for n in sides))
-        multiple = factor * denoiser.size_multiple
-        self.spec = replace(
-            denoiser.spec,
-            image_shape=shape,
-            value_range=None,
-            size_multiple=multiple,
-            latent=True,
-        )
+        sides = [None if n is None else n * factor for n in sides]
+        self.image_shape = (self.decoder.channels, *sides)
+        self.size_multiple = factor * denoiser.size_multiple
+        self.value_range, self.latent = None, True
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
         prediction: Prediction = self.denoiser(x, level)
@@ -165,7 +161,7 @@ class LatentPrior(Denoiser):
 
     def state(self, problem: Problem, like: Tensor) -> tuple[Problem, Tensor]:
         """Return the problem of latents, y = A(D(z)) + n, and zeros like latents of the images."""
-        shape = self._latents(tuple(like.shape[1:]))
+        shape = self.inner(tuple(like.shape[1:]))
         decode = Decode(self.decoder)
         decode.image_shape = shape
         lifted = replace(problem, operator=problem.operator @ decode)
@@ -177,19 +173,14 @@ class LatentPrior(Denoiser):
             image: Tensor = self.decoder(x)
         return image
 
-    def _latents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def inner(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape (c, h, w) of the latents of images."""
         return (self.decoder.latent_channels, *(n // self.decoder.factor for n in shape[1:]))
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Refuse images of ``shape`` (C, H, W) whose latents the network excludes."""
-        super().check(shape)
-        self.denoiser.check(self._latents(shape))
 
     def rehearse(self, shape: tuple[int, ...]) -> None:
         """Rehearse the network and the decoder on the latents of one image."""
-        self.check(shape)
-        latents = self._latents(shape)
-        self.denoiser.rehearse(latents)
+        super().rehearse(shape)
+        latents = self.inner(shape)
         own = (*self.decoder.parameters(), *self.decoder.buffers(), torch.empty(0))[0]
         try:
             image = self.image(own.new_zeros(1, *latents))

@@ -43,7 +43,7 @@ def ffhq(
     fused_attention: bool = False,
     sha256: str | None = None,
 ) -> NetworkDenoiser:
-    """Return the prior of 256×256 faces, with the network :func:`ffhq_unet`.
+    """Return the prior of 256×256 faces.
 
     Args:
         weights: the published file, ``ffhq_10m.pt``; see :class:`NetworkDenoiser`.
@@ -63,32 +63,15 @@ def imagenet(
     fused_attention: bool = False,
     sha256: str | None = None,
 ) -> NetworkDenoiser:
-    """Return the unconditional prior of ImageNet at 256×256, with :func:`imagenet_unet`.
-
-    Args:
-        weights: the published file, ``256x256_diffusion_uncond.pt``; see :class:`NetworkDenoiser`.
-        checkpoint: see :func:`ffhq`.
-        fused_attention: see :func:`ffhq`.
-        sha256: see :func:`ffhq`.
-
-    Raises:
-        InputError: if the weights are missing, unreadable or do not fit.
-    """
+    """Return the unconditional prior of ImageNet at 256×256; arguments as in :func:`ffhq`."""
     return unet_prior("imagenet-256", weights, checkpoint, fused_attention, sha256)
 
 
-def ffhq_unet(checkpoint: bool = False, fused_attention: bool = False) -> UNet:
-    """Return that of ``ffhq_10m.pt``: 93,563,910 parameters in 362 tensors."""
-    return card_unet("ffhq-256", checkpoint, fused_attention)
-
-
-def imagenet_unet(checkpoint: bool = False, fused_attention: bool = False) -> UNet:
-    """Return that of ``256x256_diffusion_uncond.pt``: 552,814,086 parameters in 566 tensors."""
-    return card_unet("imagenet-256", checkpoint, fused_attention)
-
-
 def card_unet(name: str, checkpoint: bool = False, fused_attention: bool = False) -> UNet:
-    """Return the network of a card, without its weights."""
+    """Return the network of a card, without its weights.
+
+    "ffhq-256" has 93,563,910 parameters in 362 tensors, "imagenet-256" 552,814,086 in 566.
+    """
     options = {k: v for k, v in card(name).network.items() if k != "class"}
     return UNet(**options, checkpoint=checkpoint, fused_attention=fused_attention)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from cmi_lightning.denoisers.base import Denoiser, Prediction, refuse_latent, size_text
+from cmi_lightning.denoisers.base import Denoiser, Prediction, Wrapper, size_text
 from cmi_lightning.denoisers.recompute import Recomputed
 from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Level
@@ -16,7 +15,7 @@ from cmi_lightning.schedule import Level
 MANY = 2**20  # pixels of an image that a network sees in windows
 
 
-class Tiled(Denoiser):
+class Tiled(Wrapper):
     """x̂₀ = Σ_k w_k D(x_t in window k), with smooth weights w_k ≥ 0 that sum to 1 at every pixel.
 
     Windows of one size cover the image at even distances. Across an overlap of o pixels a window's
@@ -52,8 +51,7 @@ class Tiled(Denoiser):
         overlap: int | None = None,
         tiles_at_once: int = 8,
     ) -> None:
-        super().__init__()
-        refuse_latent(self, denoiser)
+        super().__init__(denoiser)
         channels, *sides = denoiser.image_shape or (None, None, None)
         window = [side if size is None else size for side in sides]
         if size is None and None in window:
@@ -74,11 +72,9 @@ class Tiled(Denoiser):
             )
         if tiles_at_once < 1:
             raise InputError(f"tiles_at_once must be at least 1, got {tiles_at_once}.")
-        self.denoiser, self.size = denoiser, size
-        self.overlap, self.tiles_at_once = overlap, tiles_at_once
-        self.spec = replace(
-            denoiser.spec, image_shape=(channels, None, None), size_multiple=1, trained_side=None
-        )
+        self.size, self.overlap, self.tiles_at_once = size, overlap, tiles_at_once
+        self.image_shape = (channels, None, None)
+        self.size_multiple, self.trained_side = 1, None
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
         height, width = self._shape(x.shape)
@@ -140,15 +136,8 @@ class Tiled(Denoiser):
             total[start : start + side] += bump
         return [(start, bump / total[start : start + side]) for start in starts]
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Refuse images (C, H, W) of a side below the window's that the network does not take."""
-        super().check(shape)
-        self.denoiser.check((shape[0], *self._shape(shape)))
-
-    def rehearse(self, shape: tuple[int, ...]) -> None:
-        """Rehearse the network on a window."""
-        self.check(shape)
-        self.denoiser.rehearse((shape[0], *self._shape(shape)))
+    def inner(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0], *self._shape(shape))
 
 
 def suited(denoiser: Denoiser, shape: tuple[int, ...]) -> Denoiser:

@@ -13,13 +13,9 @@ from cmi_lightning.exact.dense import (
     covariance,
     exact_posterior,
     gradient,
-    gradient_autograd,
-    gradient_theorem_2,
     information,
-    information_theorem_1,
     jacobian,
     spectral_information,
-    third_order,
 )
 from cmi_lightning.exact.gaussian import GaussianPrior, power_law_prior
 from cmi_lightning.exact.law import sampler_law, wasserstein
@@ -38,15 +34,11 @@ __all__ = [
     "covariance",
     "exact_posterior",
     "gradient",
-    "gradient_autograd",
-    "gradient_theorem_2",
     "information",
-    "information_theorem_1",
     "jacobian",
     "load_mixture",
     "power_law_prior",
     "sampler_law",
     "spectral_information",
-    "third_order",
     "wasserstein",
 ]

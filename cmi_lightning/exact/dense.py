@@ -7,7 +7,6 @@ functions treat dimension 0 as a batch of separate problems.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,9 +53,9 @@ def as_matrix(operator: Operator, y: Tensor, row: int = 0) -> Tensor:
     if not isinstance(operator, LinearOperator):
         raise InputError(f"{type(operator).__name__} has no matrix: it is not linear.")
     keep = operator.zero_padding(torch.ones_like(y))[row].flatten() > 0
-    columns = []
+    columns, size = [], torch.Size(operator.image_shape).numel()
     with torch.no_grad():
-        for unit in torch.eye(_size(operator.image_shape), dtype=y.dtype, device=y.device):
+        for unit in torch.eye(size, dtype=y.dtype, device=y.device):
             images = unit.reshape(operator.image_shape).expand(len(y), *operator.image_shape)
             columns.append(operator(images)[row].flatten()[keep])
     return torch.stack(columns, dim=1)
@@ -120,7 +119,8 @@ def information(
 
     Source: Hamidi & Yang (2025), Theorem 1, by the determinant lemma.
     """
-    return _value(covariance(denoiser, x, level), _whitened(x, matrix, std))
+    S = _measured(covariance(denoiser, x, level), _whitened(x, matrix, std))
+    return 0.5 * torch.logdet(S)
 
 
 def spectral_information(
@@ -132,21 +132,8 @@ def spectral_information(
     what :class:`cmi_lightning.information.Lanczos` estimates for a network, whose P may be
     indefinite. Args and errors as there.
     """
-    return _spectral_value(covariance(denoiser, x, level), _whitened(x, matrix, std))
-
-
-def information_theorem_1(
-    denoiser: Denoiser, x: Tensor, level: Level, matrix: Tensor, std: Tensor | float
-) -> Tensor:
-    """Return I = ½ log det P − ½ log det Q in nats, (B,), with Q = (P⁻¹ + Aᵀ Σ_n⁻¹ A)⁻¹.
-
-    The same number as :func:`information`, from n×n matrices; P must have an inverse. Args and
-    errors as there.
-
-    Source: Hamidi & Yang (2025), Theorem 1.
-    """
-    P = covariance(denoiser, x, level)
-    return 0.5 * torch.logdet(P) - 0.5 * torch.logdet(_posterior(P, _whitened(x, matrix, std)))
+    S = _measured(covariance(denoiser, x, level), _whitened(x, matrix, std))
+    return 0.5 * torch.linalg.eigvalsh(0.5 * (S + S.mT)).clamp_min(1).log().sum(1)
 
 
 def gradient(
@@ -156,7 +143,9 @@ def gradient(
 
     Theorem 2 by Woodbury's identity. M = Aᵀ S⁻¹ A is held fixed, so that ½ tr[M P] is
     differentiated once and the third-order tensor ∇P is never formed. Args and errors as in
-    :func:`information`.
+    :func:`information`. In the scan of the paper that we have, Eq. 14b has lost the second inverse.
+
+    Source: Hamidi & Yang (2025), Theorem 2 and Eq. 14.
     """
     W = _whitened(x, matrix, std)
     with torch.enable_grad():
@@ -167,85 +156,9 @@ def gradient(
         return _gradients(value[:, None], x).reshape(x.shape)
 
 
-def gradient_theorem_2(
-    denoiser: Denoiser, x: Tensor, level: Level, matrix: Tensor, std: Tensor | float
-) -> Tensor:
-    """Return ∇_{x_t} I (B, *), ∂_k I = ½ tr[P⁻¹ ∂_k P] − ½ tr[Q⁻¹ ∂_k Q], by the whole tensor ∇P.
-
-    ∂_k P = (σ²/α) ∂_k J and ∂_k Q = Q P⁻¹ (∂_k P) P⁻¹ Q, Q as in :func:`information_theorem_1`. In
-    the scan of the paper that we have, Eq. 14b has lost the second inverse. n² derivatives and n³
-    memory. Args and errors as in :func:`information`.
-
-    Source: Hamidi & Yang (2025), Theorem 2 and Eq. 14.
-    """
-    W = _whitened(x, matrix, std)
-    P, dP = third_order(denoiser, x, level)
-    Q = _posterior(P, W)
-    QP = torch.linalg.solve(P, Q, left=False)  # Q P⁻¹
-    PQ = torch.linalg.solve(P, Q)  # P⁻¹ Q
-    dQ = torch.einsum("bij,bjlk,blm->bimk", QP, dP, PQ)
-
-    def trace(E: Tensor, F: Tensor) -> Tensor:  # tr(E⁻¹ ∂_k F) for every k
-        return torch.einsum("bij,bjik->bk", torch.linalg.inv(E), F)
-
-    return 0.5 * (trace(P, dP) - trace(Q, dQ)).reshape(x.shape)
-
-
-def gradient_autograd(
-    denoiser: Denoiser,
-    x: Tensor,
-    level: Level,
-    matrix: Tensor,
-    std: Tensor | float,
-    spectral: bool = False,
-) -> Tensor:
-    """Return ∇_{x_t} of :func:`information` (B, *) by automatic differentiation of its value.
-
-    Args:
-        denoiser: as in :func:`information`, like all but the last.
-        x: x_t (B, *).
-        level: the noise level of x_t.
-        matrix: A.
-        std: noise standard deviation.
-        spectral: differentiate :func:`spectral_information` instead.
-    """
-    W = _whitened(x, matrix, std)
-    value: Callable[[Tensor, Tensor], Tensor] = _spectral_value if spectral else _value
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        P = covariance(denoiser, x, level, create_graph=True)
-        return _gradients(value(P, W)[:, None], x).reshape(x.shape)
-
-
-def third_order(denoiser: Denoiser, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-    """Return P (B, n, n) and ∇P (B, n, n, n), the last dimension being that of x_t.
-
-    By Tweedie's formula σ²/α times ∇P is the third central moment of x₀ | x_t, where it is exact.
-    """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        P = covariance(denoiser, x, level, create_graph=True)
-        slopes = _gradients(P.flatten(1), x)
-    return P.detach(), slopes.unflatten(1, P.shape[1:])
-
-
-def _value(P: Tensor, W: Tensor) -> Tensor:
-    return 0.5 * torch.logdet(_measured(P, W))
-
-
-def _spectral_value(P: Tensor, W: Tensor) -> Tensor:
-    S = _measured(P, W)
-    return 0.5 * torch.linalg.eigvalsh(0.5 * (S + S.mT)).clamp_min(1).log().sum(1)
-
-
 def _measured(P: Tensor, W: Tensor) -> Tensor:
     """Return 1 + W P Wᵀ (B, m, m)."""
     return torch.eye(W.shape[1], dtype=P.dtype, device=P.device) + W @ P @ W.mT
-
-
-def _posterior(P: Tensor, W: Tensor) -> Tensor:
-    """Return Q = (P⁻¹ + Wᵀ W)⁻¹ (B, n, n)."""
-    return torch.linalg.inv(torch.linalg.inv(P) + W.mT @ W)
 
 
 def _whitened(x: Tensor, matrix: Tensor, std: Tensor | float) -> Tensor:
@@ -278,7 +191,3 @@ def _gradients(values: Tensor, x: Tensor, create_graph: bool = False) -> Tensor:
         for value in values.unbind(1)
     ]
     return torch.stack(rows, dim=1).flatten(2)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())

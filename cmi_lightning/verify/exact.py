@@ -107,9 +107,10 @@ def _truth(estimator: Estimator, step: Step) -> tuple[Tensor, Tensor]:
         alpha, sigma = step.t.alpha, step.t.sigma
         std = math.sqrt(STD**2 + (estimator.delta * sigma) ** 2 / (alpha**2 + sigma**2))
     if isinstance(estimator, TraceLimit):
-        P, slopes = exact.third_order(*at)
+        x = at[1].requires_grad_()
         M = 0.5 * matrix.mT @ matrix / std**2
-        return (M * P[0]).sum()[None], torch.einsum("ij,bjik->bk", M, slopes)
+        value = (M * exact.covariance(*at, create_graph=True)[0]).sum()
+        return value.detach()[None], torch.autograd.grad(value, x)[0]
     return exact.information(*at, matrix, std), exact.gradient(*at, matrix, std)
 
 
