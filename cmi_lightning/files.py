@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cmi_lightning.errors import InputError
 
@@ -20,25 +22,95 @@ CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, e
 # Called with every path before it is written: a run notes what it owns, and refuses what it
 # does not.
 claims: list[Callable[[Path], None]] = []
+_held: dict[Path, Path] | None = None  # what files are named until they are published
+T = TypeVar("T")
 
 
 def write(path: Path, data: bytes) -> None:
     """Write a file that is whole or absent, making its folders, and see it onto the disk.
+
+    Between :func:`hold` and :func:`publish` that is left to `publish`.
 
     Raises:
         InputError: if the disk is full, or lets nobody write there.
     """
     temporary = path.with_name(f".{mark(path)}.{uuid.uuid4().hex}.tmp")
     try:
-        for ask in claims:
-            ask(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with _refusals(path):
+            for ask in claims:
+                ask(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as file:
+                file.write(data)
+            if _held is None:
+                _publish({temporary: path})
+            else:
+                _held[temporary] = path
+    finally:
+        if temporary not in (_held or ()):
+            _discard({temporary: path})
+
+
+def settle(path: Path) -> None:
+    """See what was added to a file onto the disk, now or in :func:`publish`."""
+    if _held is None:
+        sync([path])
+    else:
+        _held[path] = path
+
+
+def hold() -> None:
+    """Let files that are written from now on appear together, in :func:`publish`."""
+    global _held
+    drop()
+    _held = {}
+
+
+def publish() -> None:
+    """Let the held files appear, in the order of writing, and see them onto the disk.
+
+    A power cut leaves none that is cut short: all their bytes are there before the first has its
+    name. It costs two requests to the disk, whatever the number of files.
+
+    Raises:
+        InputError: as :func:`write`.
+    """
+    global _held
+    held, _held = _held or {}, None
+    try:
+        with _refusals(next(iter(held.values()), Path())):
+            _publish(held)
+    finally:
+        _discard(held)
+
+
+def drop() -> None:
+    """Forget the held files."""
+    global _held
+    _discard(_held or {})
+    _held = None
+
+
+def _publish(moves: dict[Path, Path]) -> None:
+    sync(moves)
+    for temporary, path in moves.items():
+        if temporary != path:
+            os.replace(temporary, path)
+    sync({path.parent for path in moves.values()})
+
+
+def _discard(moves: dict[Path, Path]) -> None:
+    for temporary, path in moves.items():
+        if temporary != path:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Tell in a sentence why a file cannot be written."""
+    try:
+        yield
     except OSError as error:
         if error.errno in FULL:
             raise InputError(
@@ -50,9 +122,6 @@ def write(path: Path, data: bytes) -> None:
                 f"Cannot write '{path}' ({error.strerror}): choose another folder."
             ) from error
         raise
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def claim(path: Path) -> None:
@@ -91,14 +160,32 @@ def remove_temporary(paths: Iterable[Path]) -> None:
                     Path(left.path).unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """See a new name onto the disk, where the system can."""
-    with contextlib.suppress(PermissionError, IsADirectoryError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def sync(paths: Collection[Path]) -> None:
+    """See files or folders onto the disk: of several, their whole file system where it can be."""
+    whole = {os.stat(path).st_dev: path for path in paths} if len(paths) > 1 else {}
+    if whole and all(_with_handle(path, _syncfs()) for path in whole.values()):
+        return
+    for path in paths:
+        with contextlib.suppress(PermissionError):  # Windows opens no folders
+            _with_handle(path, os.fsync)
+
+
+def _with_handle(path: Path, call: Callable[[int], T]) -> T:
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # as Windows wants it
+    try:
+        return call(handle)
+    finally:
+        os.close(handle)
+
+
+@functools.cache
+def _syncfs() -> Callable[[int], bool]:
+    """Return Linux's syncfs, which is True if it worked; elsewhere what is False."""
+    try:
+        call = ctypes.CDLL(None).syncfs
+    except (AttributeError, TypeError):
+        return lambda handle: False
+    return lambda handle: call(handle) == 0
 
 
 def write_json(path: Path, value: Any) -> None:

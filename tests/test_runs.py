@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import errno
 import itertools
 import json
@@ -11,7 +12,8 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from predicting import files, items, restore
 from torch import Tensor
 
 from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
+from cmi_lightning import files as disk
 from cmi_lightning.callbacks import ImageWriter, RestorationMetrics, SamplingProgress
 from cmi_lightning.callbacks import TrajectoryLogger as Trajectory
 from cmi_lightning.cli import main
@@ -284,24 +287,55 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
         assert path.read_bytes() == b"one"
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["syncfs", "without"])
+def test_a_batch_asks_the_disk_twice(tmp_path, prior, shipped_images, monkeypatch, whole):
+    if whole and not hasattr(ctypes.CDLL(None), "syncfs"):
+        pytest.skip("Linux has syncfs")
+    asked, fsync, syncfs = Counter(), os.fsync, disk._syncfs()
+    monkeypatch.setattr(os, "fsync", lambda handle: asked.update(["file"]) or fsync(handle))
+    monkeypatch.setattr(
+        disk,
+        "_syncfs",
+        lambda: lambda handle: whole and not asked.update(["whole"]) and syncfs(handle),
+    )
+    runs = {}
+    for count, batch in ((2, 2), (6, 6), (6, 2)):
+        asked.clear()
+        folder = tmp_path / f"{count}-{batch}"
+        predict(sampler(prior), folder, shipped_images[:count], batch_size=batch)
+        runs[count, batch] = Counter(asked)
+        written = len((folder / "manifest.txt").read_text().splitlines())
+        runs[count, batch]["written"] = written
+    few, many, batches = runs.values()
+    assert many["written"] - few["written"] >= 4 * 4  # image, its row, record, timing
+    if whole:
+        assert many["file"] == few["file"] == batches["file"]
+        assert (few["whole"], many["whole"], batches["whole"]) == (2, 2, 6)
+    else:  # every file once, and once a batch the manifest and the folders
+        assert many["file"] - few["file"] == many["written"] - few["written"]
+        folders = {"restored/set", "records/set", "timings/set", ""}
+        assert batches["file"] - many["file"] == 2 * (1 + len(folders))
+
+
 def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, prior, shipped_images, monkeypatch):
-    x, module, real = shipped_images[:6], sampler(prior, DPS()), os.fsync
+    x, module, real = shipped_images[:6], sampler(prior, DPS()), disk.sync
     predict(module, tmp_path / "whole", x)
-    room = itertools.count()
+    batches = itertools.count()
 
-    def full(handle: int) -> None:
-        if next(room) > 40:
+    def full(paths: Collection[Path]) -> None:
+        if len(paths) > 9 and next(batches):  # the second batch's
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(handle)
+        real(paths)
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(disk, "sync", full)
     with pytest.raises(InputError, match=r"disk of .* is full; what was finished is kept"):
         predict(module, tmp_path / "cut", x)
     monkeypatch.undo()
-    assert len(list((tmp_path / "cut/records").rglob("*.json"))) >= 1
+    assert len(list((tmp_path / "cut/records").rglob("*.json"))) == 3
     for path in (tmp_path / "cut").rglob("*.png"):
         with Image.open(path) as image:
             image.load()
+    assert not list((tmp_path / "cut").rglob("*.tmp"))
     predict(module, tmp_path / "cut", x)
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 

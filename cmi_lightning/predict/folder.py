@@ -93,8 +93,7 @@ class RunFolder:
         own = self.path / (MANIFEST if self.rank == 0 else f"{MANIFEST}.{self.rank}")
         with own.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.write(f"{name}\n")
-            file.flush()
-            os.fsync(file.fileno())
+        files.settle(own)
         self.owned.add(name)
 
     def open(self) -> None:
@@ -103,6 +102,7 @@ class RunFolder:
 
     def close(self, finished: bool = False) -> None:
         """Let others in; a finished run leaves one manifest."""
+        files.drop()
         if self.claim in files.claims:
             files.claims.remove(self.claim)
             if finished and self.rank == 0:

@@ -227,8 +227,7 @@ class PosteriorSampler(L.LightningModule):
         self, outputs: Restoration, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Write the records, after all callbacks' files; return what was finished before too."""
-        for record in outputs["records"]:
-            self.run.finish(record)
+        self.run.finish(outputs["records"])
         batch, self._done = self._done, None
         if batch and self.trainer.predict_loop.return_predictions:
             with _plain_autograd(self.device.type):

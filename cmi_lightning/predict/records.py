@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from cmi_lightning import files
 from cmi_lightning.data.files import natural
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import write_json
@@ -179,7 +180,8 @@ class Run:
         A batch is one piece of work, or several where there are fewer batches than processes. Work
         that is not done yet goes round the processes. A piece with any sample missing is restored
         whole: a network's result depends, in its last digits, on what else is in the batch, and so
-        a resumed run equals an uninterrupted one.
+        a resumed run equals an uninterrupted one. Files that are written from now on appear
+        with the records, in :meth:`finish`.
 
         Args:
             ids: the batch's samples; every process must be shown every batch.
@@ -195,6 +197,8 @@ class Run:
                 raise InputError(f"Two samples have the id '{name}'; ids must be unique.")
             self._position[name] = self._order.get(name, len(self.ids))
             self.ids.append(name)
+        if self.folder is not None:
+            files.hold()
         pieces = math.ceil(world_size / batches) if 0 < batches < world_size else 1
         cuts = [round(i * len(ids) / pieces) for i in range(pieces + 1)]
         mine: list[int] = []
@@ -224,12 +228,14 @@ class Run:
 
     # Records ---------------------------------------------------------------------------------
 
-    def finish(self, record: dict[str, Any]) -> None:
-        """Write a sample's record: it is done."""
-        if record["failed"]:
-            self.failures[record["id"]] = record["failed"]
-        if self.folder is not None:
-            write_json(self.record_path(record["id"]), {**record, "options": self.options})
+    def finish(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write a batch's records, and let them appear with the batch's files: it is done."""
+        for record in records:
+            if record["failed"]:
+                self.failures[record["id"]] = record["failed"]
+            if self.folder is not None:
+                write_json(self.record_path(record["id"]), {**record, "options": self.options})
+        files.publish()
 
     def count(self) -> int:
         """Return how many records the folder has."""
@@ -255,6 +261,8 @@ class Run:
         if self._collected is None or not wait:
             if wait:
                 self._wait(trainer)
+            else:
+                files.drop()  # an error broke the batch off
             records = []
             further = sorted(set(self.done) - set(self.ids), key=natural)
             for name in [*sorted(self.ids, key=self.position), *further]:
