@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+from collections import Counter
 from pathlib import Path
 
 import lightning as L
@@ -16,6 +19,7 @@ from cmi_lightning.data import (
     ImageFolderData,
     MeasurementFolderData,
 )
+from cmi_lightning.data import files as data_files
 from cmi_lightning.data.extras import read_kernel
 from cmi_lightning.data.fashion import DEBIAN_FOLDER
 from cmi_lightning.data.folder import FolderData, crop_to
@@ -189,6 +193,70 @@ def test_lightning_takes_the_loaders(tmp_path, source):
         enable_checkpointing=False,
     )
     assert trainer.predict(Count(), datamodule=data) == [2, 2, 1]
+
+
+class Reads:
+    """How often files of a folder are opened as images, and folders are searched."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.images, self.searches = Counter(), Counter()
+        opened, walk = Image.open, os.walk
+
+        def count(path, *args, **kwargs):
+            self.images.update([Path(path).relative_to(folder).as_posix()])
+            return opened(path, *args, **kwargs)
+
+        def search(top, *args, **kwargs):
+            self.searches.update([Path(top).relative_to(folder).as_posix()])
+            return walk(top, *args, **kwargs)
+
+        monkeypatch.setattr(Image, "open", count)
+        monkeypatch.setattr(os, "walk", search)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_run_searches_once_and_decodes_every_image_once(tmp_path, monkeypatch, given):
+    for i in range(5):
+        save(tmp_path / f"y/{i}.png", 32, 32)
+        known = RNG.random((32, 32)) > 0.02
+        (tmp_path / "m").mkdir(exist_ok=True)
+        Image.fromarray((known * 255).astype(np.uint8)).save(tmp_path / f"m/{i}.png")
+    reads, folder = Reads(tmp_path, monkeypatch), str(tmp_path / "y")
+    data: FolderData = ImageFolderData(folder, batch_size=2)
+    if given:
+        masks = str(tmp_path / "m")
+        data = MeasurementFolderData(folder, "inpaint", masks=masks, sigmas="estimate")
+    data.setup("predict")  # as the command line does, before the trainer
+    trainer = L.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path / "out")
+    data.trainer = trainer
+    data.setup("predict")
+    batches = list(data.predict_dataloader())
+    assert sum(len(batch["id"]) for batch in batches) == 5
+    files = {f"{kind}/{i}.png" for kind in ("ym" if given else "y") for i in range(5)}
+    assert reads.images == dict.fromkeys(files, 1)
+    assert reads.searches == {kind: 1 for kind in ("ym" if given else "y")}
+    data.setup("predict")  # of another run, which may find another folder
+    assert set(reads.images.values()) == {2}
+
+
+def test_options_that_change_before_the_trainer_comes_count():
+    data = ready(ImageFolderData("fashion-mnist-test", limit=4))
+    data.limit = 2
+    assert len(ready(data).images) == 2
+
+
+def test_what_is_kept_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_files, "MAX_KEPT", 2 * 4 * 8 * 8)  # two images
+    for i in range(3):
+        save(tmp_path / f"{i}.png", 8, 8)
+    data = ready(ImageFolderData(str(tmp_path)))
+    reads = Reads(tmp_path, monkeypatch)
+    first, second = (torch.stack([item["x"] for item in data.images]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert reads.images == {"2.png": 2}
+    copied = pickle.loads(pickle.dumps(data.images))  # as a worker process gets it
+    assert torch.equal(copied[0]["x"], first[0])
+    assert reads.images == {"2.png": 2, "0.png": 1}
 
 
 def test_denoise_and_downsample_measurements(tmp_path):

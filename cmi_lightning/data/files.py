@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from torch import Tensor
 
 from cmi_lightning.data.images import FOREIGN, SUFFIXES, Note, UnreadableError
 from cmi_lightning.errors import InputError, printable
@@ -14,6 +17,7 @@ from cmi_lightning.errors import InputError, printable
 T = TypeVar("T")
 MAX_PIXELS = 1024**3 // 12  # Pillow's default limit of an image, for images made here as well
 NUM_REPORTED = 5
+MAX_KEPT = 2**30
 Shape = tuple[int, int, int]
 
 
@@ -49,18 +53,20 @@ def by_id(
         suffixes: lower-case suffixes; a file's own may be in capitals.
         apart: a file or folder within, which is left out.
     """
+    paths = []
+    for here, folders, names in os.walk(folder):
+        if "run.json" in names and here != str(folder):
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(here, name) for name in names if not name.startswith(".")]
     found: dict[str, list[Path]] = {}
-    runs = {path.parent for path in folder.rglob("run.json")} - {folder}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.suffix.lower() not in suffixes or any(p.startswith(".") for p in relative.parts):
-            continue
-        if runs & set(path.parents):
-            continue
+    for path in sorted(path for path in paths if path.suffix.lower() in suffixes):
         if apart is not None and (path.resolve() == apart or apart in path.resolve().parents):
             continue
         if path.is_file() or (path.is_symlink() and not path.exists()):  # that cannot be read
-            found.setdefault(printable(relative.with_suffix("").as_posix()), []).append(path)
+            relative = path.relative_to(folder).with_suffix("")
+            found.setdefault(printable(relative.as_posix()), []).append(path)
     return found
 
 
@@ -87,13 +93,18 @@ def find_images(
         raise InputError(
             f"{option}: there is no folder '{printable(folder)}'; give a folder with image files."
         )
-    foreign = [path for paths in by_id(folder, FOREIGN, apart).values() for path in paths]
+    searched = by_id(folder, (*FOREIGN, *arrays, *SUFFIXES), apart)
+    foreign = [p for paths in searched.values() for p in paths if p.suffix.lower() in FOREIGN]
     passed = ""
     if foreign:
         kinds = ", ".join(sorted({path.suffix.lower() for path in foreign}))
         passed = f"{len(foreign)} image(s) of kinds that are not read here ({kinds}), such as "
         passed += f"'{printable(foreign[0])}'; convert them to PNG"
-    found = by_id(folder, (*arrays, *SUFFIXES), apart)
+    kept = {
+        name: [p for p in paths if p.suffix.lower() not in FOREIGN]
+        for name, paths in searched.items()
+    }
+    found = {name: paths for name, paths in kept.items() if paths}
     for name, (first, *others) in found.items():
         if others:
             raise InputError(
@@ -116,6 +127,38 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     """Return a key that sorts names with numbers as people do: 2 before 10."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+class Kept:
+    """Reads files once: what was read is kept while it takes no more than :data:`MAX_KEPT` bytes.
+
+    A copy in a loader's worker process starts empty.
+
+    >>> from cmi_lightning.data.images import read_image
+    >>> from cmi_lightning.paths import SHIPPED
+    >>> kept, path = Kept(read_image), SHIPPED["fashion-mnist-test"] / "00000.png"
+    >>> kept(path) is kept(path)
+    True
+
+    Args:
+        read: returns the tensor of a file; it may take more arguments.
+    """
+
+    def __init__(self, read: Callable[..., Tensor]) -> None:
+        self.read, self.held, self.room = read, dict[Path, Tensor](), MAX_KEPT
+
+    def __call__(self, path: Path, **further: Any) -> Tensor:
+        """Return what a file holds, kept or read."""
+        if path in self.held:
+            return self.held[path]
+        x = self.read(path, **further)
+        if x.nbytes <= self.room:
+            self.held[path] = x
+            self.room -= x.nbytes
+        return x
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "held": {}, "room": 0}
 
 
 class Survey(NamedTuple, Generic[T]):

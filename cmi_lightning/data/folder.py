@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, default_
 
 from cmi_lightning.data.base import RestorationData
 from cmi_lightning.data.files import (
+    Kept,
     Shape,
     Survey,
     check_channels,
@@ -35,8 +37,8 @@ from cmi_lightning.paths import SHIPPED
 class ImageFolder(Dataset):
     """Images of a folder as ``{"x": (C, H, W) in [−1, 1], "id": "sub/name"}``.
 
-    Every file is decoded once at construction: a restoration takes seconds an image and a decoding
-    milliseconds, so this costs little, and no bad file can stop a long run half-way.
+    Every file is decoded at construction, so that no bad file can stop a long run half-way, and the
+    first GiB of images is kept: a run decodes each of them once.
 
     Args:
         data: the options, and what they may be: :class:`ImageFolderData`.
@@ -55,6 +57,7 @@ class ImageFolder(Dataset):
             check_pixels(data.size, data.size, "data.size", "choose a smaller one")
         self.size = data.size
         self.how = Decoding(data.channels, data.background, data.white_level, data.range)
+        self.read = Kept(self._read)
         known = data.folder in SHIPPED
         path = SHIPPED[data.folder] if known else local_path(data.folder, "data.folder")
         found, passed = find_images(path, "data.folder", data.strict)
@@ -68,7 +71,7 @@ class ImageFolder(Dataset):
         check_channels(dict(zip(shown, self.shapes, strict=True)), "data.folder")
 
     def _measure(self, _: str, file: Path, note: Note) -> Shape:
-        channels, height, width = self._read(file, note).shape
+        channels, height, width = self.read(file, note=note).shape
         return channels, height, width
 
     def _read(self, file: Path, note: Note = bool) -> Tensor:
@@ -84,7 +87,7 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         name, file = self.files[index]
-        return {"x": self._read(file), "id": name}
+        return {"x": self.read(file), "id": name}
 
 
 def scaled(x: Tensor, size: int) -> tuple[int, int]:
@@ -102,7 +105,7 @@ def crop_to(x: Tensor, size: int) -> Tensor:
     if x.shape[1:] != (height, width):
         x = F.interpolate(x[None], (height, width), mode="bicubic", antialias=True)[0].clamp(-1, 1)
     top, left = (height - size) // 2, (width - size) // 2
-    return x[:, top : top + size, left : left + size]
+    return x[:, top : top + size, left : left + size].contiguous()
 
 
 class BatchesOfOneShape(BatchSampler):
@@ -156,17 +159,22 @@ class FolderData(RestorationData):
     batch_size: int | Literal["auto"]
     num_workers: int
     at_once: int | None = None
+    _options: dict[str, Any] | None = None  # of what was set up before the trainer came
 
-    def check_loader(self) -> None:
-        """Refuse options of the loader that are out of range."""
+    def found(self) -> Any:
+        """Search and read the folder, and return its images."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Find and check the images, and report on them: once, before or in the trainer."""
         check_least(1, batch_size=None if self.batch_size == "auto" else self.batch_size)
         check_least(0, num_workers=self.num_workers)
-
-    def take(self, images: Any) -> None:
-        """Keep a folder's images, and report on them unless that was done.
-
-        Set-up runs twice: before and in the trainer.
-        """
+        names = inspect.signature(type(self)).parameters
+        options = {name: getattr(self, name) for name in names}
+        before, self._options = self._options, None if self.trainer else options
+        if before == options:
+            return
+        images = self.found()
         if images.survey[1:] != self.survey[1:]:
             told = images.survey.skipped, len(images), images.survey.notes
             rank_zero_only(report)(*told)
@@ -288,10 +296,9 @@ class ImageFolderData(FolderData):
         self.strict, self.background = strict, background
         self.white_level, self.range = white_level, range
 
-    def setup(self, stage: str) -> None:
-        """Find and check the images."""
-        self.check_loader()
-        self.take(ImageFolder(self))
+    def found(self) -> ImageFolder:
+        """Search and read the folder."""
+        return ImageFolder(self)
 
     def train_dataloader(self) -> DataLoader:
         """All but the last ``val_count`` images, shuffled."""

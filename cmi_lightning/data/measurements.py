@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 from cmi_lightning.data.base import measured, own
 from cmi_lightning.data.extras import Convention, companions, read_kernel, read_mask
 from cmi_lightning.data.files import (
+    Kept,
     Shape,
     check_channels,
     check_least,
@@ -50,7 +52,6 @@ class MeasurementFolder(Dataset):
 
     def __init__(self, data: MeasurementFolderData) -> None:
         self.kind, self.factor = data.kind, data.factor
-        self.convention = data.kernel_convention
         self.how = Decoding(data.channels, data.background, data.white_level, data.range)
         folder = local_path(data.measurements, "data.measurements")
         source, option = None, f"data.{NEEDS.get(self.kind)}"
@@ -67,7 +68,9 @@ class MeasurementFolder(Dataset):
         self.extras: dict[str, Path] = {}
         self.kernel_sizes: dict[str, tuple[int, ...]] = {}
         self.missing: list[float] = []
-        self._last: tuple[Path | None, Tensor] = None, torch.empty(0)
+        self.read = Kept(partial(read_image, how=self.how))
+        kernel = partial(read_kernel, convention=data.kernel_convention)
+        self.read_extra = Kept(read_mask if self.kind == "inpaint" else kernel)
         if source is not None:
             self.extras = companions(files, folder, source, option)
             if source.is_file():  # it belongs to all: refused, not skipped
@@ -85,7 +88,7 @@ class MeasurementFolder(Dataset):
 
     def _measure(self, name: str, file: Path, note: Note) -> Shape:
         """Return the shape of a measurement, and look at what goes with it."""
-        y = read_image(file, self.how, note)
+        y = self.read(file, note=note)
         channels, height, width = y.shape
         if self.kind == "blur":
             self.kernel_sizes[name] = tuple(self._extra(name).shape)
@@ -98,13 +101,9 @@ class MeasurementFolder(Dataset):
         return channels, height, width
 
     def _extra(self, name: str, size: tuple[int, int] | None = None) -> Tensor:
-        """Return the mask or the kernel of a measurement; the last one read is kept."""
-        path = self.extras[name]
-        if path != self._last[0] or size not in (None, self._last[1].shape):
-            inpaint = self.kind == "inpaint"
-            extra = read_mask(path, size) if inpaint else read_kernel(path, self.convention)
-            self._last = path, extra
-        return self._last[1]
+        """Return the mask, which must be of the measurement's size, or the kernel."""
+        extra = self.read_extra(self.extras[name], **({"size": size} if size else {}))
+        return extra if size in (None, extra.shape) else read_mask(self.extras[name], size)
 
     def _noise_levels(
         self, data: MeasurementFolderData, found: dict[str, Path]
@@ -120,7 +119,7 @@ class MeasurementFolder(Dataset):
         clipped = []
         for name, file in self.files:
             known = self._extra(name) if self.kind == "inpaint" else None
-            sigmas[name], cut = estimate_of(name, read_image(file, self.how), known)
+            sigmas[name], cut = estimate_of(name, self.read(file), known)
             clipped += [name] * cut
         return sigmas, clipped
 
@@ -129,7 +128,7 @@ class MeasurementFolder(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str | int]:
         name, file = self.files[index]
-        item: dict[str, Tensor | str | int] = {"y_image": read_image(file, self.how), "id": name}
+        item: dict[str, Tensor | str | int] = {"y_image": self.read(file), "id": name}
         if self.kind in ("inpaint", "blur"):
             item["mask" if self.kind == "inpaint" else "kernel"] = self._extra(name)
         elif self.kind == "downsample" and self.factor is not None:
@@ -249,11 +248,14 @@ class MeasurementFolderData(FolderData):
         if factor is not None and factor < 2:
             raise InputError(f"data.factor must be at least 2, got {factor}.")
 
-    def setup(self, stage: str) -> None:
-        """Find and check the files."""
-        self.check_loader()
+    def found(self) -> OwnMeasurements | MeasurementFolder:
+        """Search and read the folder."""
         check_least(1, limit=self.limit)
-        self.take(OwnMeasurements(self) if self.kind == "own" else MeasurementFolder(self))
+        return OwnMeasurements(self) if self.kind == "own" else MeasurementFolder(self)
+
+    def setup(self, stage: str) -> None:
+        """Find and check the files, and report the levels that were estimated."""
+        super().setup(stage)
         if self.sigmas == ESTIMATE and self.images.sigmas != self.estimates:
             rank_zero_only(report_estimates)(self.images.sigmas, self.images.clipped)
             self.estimates = self.images.sigmas

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmi_lightning.data.extras import companions
-from cmi_lightning.data.files import find_images, local_path, read_all
+from cmi_lightning.data.files import Kept, find_images, local_path, read_all
 from cmi_lightning.data.images import Decoding, Note, UnreadableError, read_image
 from cmi_lightning.data.noise_levels import sigmas_of
 from cmi_lightning.errors import InputError, first_line, printable
@@ -75,7 +76,8 @@ class OwnMeasurements(Dataset):
     clipped = ()
 
     def __init__(self, data: MeasurementFolderData) -> None:
-        self.how = Decoding(data.channels, data.background, data.white_level, data.range)
+        how = Decoding(data.channels, data.background, data.white_level, data.range)
+        self.read = Kept(partial(read_array, how=how))
         folder = local_path(data.measurements, "data.measurements")
         levels = local_path(data.sigmas, "data.sigmas") if data.sigmas is not None else None
         apart = levels.resolve() if levels is not None and levels.is_dir() else None
@@ -105,16 +107,16 @@ class OwnMeasurements(Dataset):
         self.scale = 2.0 if data.sigma_range == "unit" else 1.0
 
     def _shape(self, name: str, file: Path, note: Note) -> tuple[int, ...]:
-        return tuple(read_array(file, self.how).shape)
+        return tuple(self.read(file).shape)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         name, file = self.files[index]
-        item: dict[str, Tensor | str] = {"y": read_array(file, self.how), "id": name}
+        item: dict[str, Tensor | str] = {"y": self.read(file), "id": name}
         if name in self.maps:
-            item["sigma"] = self.scale * read_array(self.maps[name], self.how)
+            item["sigma"] = self.scale * self.read(self.maps[name])
         elif name in self.sigmas:
             item["sigma"] = torch.tensor(self.sigmas[name])
         return item
