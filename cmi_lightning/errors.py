@@ -32,11 +32,14 @@ def printable(text: object) -> str:
 
     Controls and bytes that are not UTF-8 become escapes such as ``\x1b``.
     """
+    seen = unicodedata.normalize("NFC", str(text))
+    if seen.isascii() and seen.isprintable():
+        return seen
     return "".join(
         c.encode("unicode_escape", "surrogatepass").decode()
         if unicodedata.category(c) in UNSEEN or c in DIRECTIONS
         else c
-        for c in unicodedata.normalize("NFC", str(text))
+        for c in seen
     )
 
 

@@ -39,8 +39,9 @@ def write(path: Path, data: bytes) -> None:
         with _refusals(path):
             for ask in claims:
                 ask(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("xb") as file:
+            if not os.path.isdir(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb") as file:
                 file.write(data)
             if _held is None:
                 _publish({temporary: path})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import unicodedata
+from functools import lru_cache
 from pathlib import Path
 
 from cmi_lightning.errors import UNSEEN, InputError, printable
@@ -33,8 +35,11 @@ def inside(folder: Path, name: str, suffix: str) -> Path:
     Raises:
         InputError: if a link in the folder leads out of it.
     """
-    path = folder / f"{safe_name(name, suffix)}{suffix}"
-    if not path.parent.resolve().is_relative_to(folder.resolve()):
+    safe = safe_name(name, suffix)
+    path, here = folder / f"{safe}{suffix}", folder
+    below = [here := here / part for part in safe.split("/")[:-1]]
+    linked = any(map(os.path.islink, below))
+    if linked and not path.parent.resolve().is_relative_to(folder.resolve()):
         raise InputError(
             f"'{printable(path.parent)}' leads out of the folder '{printable(folder)}' by a link; "
             "remove that link."
@@ -42,6 +47,7 @@ def inside(folder: Path, name: str, suffix: str) -> Path:
     return path
 
 
+@lru_cache(2**12)
 def safe_name(name: str, suffix: str = "") -> str:
     """Return a relative path with slashes that depends on the id alone; see :func:`inside`."""
     text = unicodedata.normalize("NFC", name)

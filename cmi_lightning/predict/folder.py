@@ -79,7 +79,9 @@ class RunFolder:
         Raises:
             InputError: if it is there and the run did not write it.
         """
-        name = os.path.relpath(path, self.path)
+        start = f"{self.path}{os.sep}"
+        name = str(path)
+        name = name[len(start) :] if name.startswith(start) else os.path.relpath(path, self.path)
         if name == MANIFEST or name in self.owned:
             return
         if os.path.lexists(path):

@@ -93,6 +93,7 @@ class Run:
         self.options = ""
         self._position: dict[str, int] = {}
         self._turn = 0
+        self._finished: set[str] = set()  # by this process
         self._collected: list[dict[str, Any]] | None = None
         self._files: RunFolder | None = None
 
@@ -228,7 +229,7 @@ class Run:
 
     # Records ---------------------------------------------------------------------------------
 
-    def finish(self, records: Iterable[dict[str, Any]]) -> None:
+    def finish(self, records: Sequence[dict[str, Any]]) -> None:
         """Write a batch's records, and let them appear with the batch's files: it is done."""
         for record in records:
             if record["failed"]:
@@ -236,6 +237,7 @@ class Run:
             if self.folder is not None:
                 write_json(self.record_path(record["id"]), {**record, "options": self.options})
         files.publish()
+        self._finished.update(record["id"] for record in records)
 
     def count(self) -> int:
         """Return how many records the folder has."""
@@ -277,7 +279,7 @@ class Run:
 
         A barrier alone would not do: its timeout, minutes, may be less than a batch takes.
         """
-        missing, news = set(self.ids), time.monotonic()
+        missing, news = set(self.ids) - self._finished, time.monotonic()
         while True:
             left = {name for name in missing if not self.record_path(name).is_file()}
             news = time.monotonic() if left < missing else news
