@@ -82,7 +82,7 @@ def measure(prior: Denoiser, base: str, batch: int, size: int, args: argparse.Na
         return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
     each = 1000 * statistics.median(spent["base"]) / args.steps / batch
-    plan = samplers["cmi"].guidances[-1].plan
+    plan = samplers["cmi"].guidances[-1].plan()
     line = f"| {base} | {batch} | {size} | {each:.1f} | {ratio('base', 'raw')} | "
     line += f"{ratio('cmi', 'base')} | {plan} |"
     return line

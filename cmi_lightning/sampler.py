@@ -84,8 +84,12 @@ class Sampler:
         self.denoiser, self.solver, self.clamp = denoiser, solver, clamp
         self.schedule: Schedule = solver.levels(denoiser.schedule, num_steps)
         active = [g for g in guidances if g.active]
-        passes = 1 + sum(g.passes for g in active)
-        self.guidances = tuple(g.for_chain(self.schedule, passes - g.passes) for g in active)
+        asked, steps = solver.evaluations(self.schedule, denoiser.schedule), len(self.schedule)
+        passes = [g.passes(asked if "guide_denoised" in g.hooks else steps) for g in active]
+        self.guidances = tuple(
+            g.for_chain(self.schedule, asked + sum(passes) - own)
+            for g, own in zip(active, passes, strict=True)
+        )
 
     @property
     def differentiable(self) -> bool:

@@ -376,6 +376,8 @@ def test_step_is_left_alone(mixture, dense, quiet):
         ("max_signal", 1.5),
         ("interval", 0),
         ("budget", 0.0),
+        ("max_step", math.nan),
+        ("interval", 2.5),
     ],
 )
 def test_bad_options_are_named(option, value):

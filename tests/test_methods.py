@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from inspect import isabstract
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from conftest import make_step
 from torch import Tensor
 
+from cmi_lightning import guidance, information, solvers
 from cmi_lightning.errors import InputError
 from cmi_lightning.exact import (
     DenseCovariance,
@@ -32,6 +34,7 @@ from cmi_lightning.guidance import (
     DDNM,
     DMPS,
     DPS,
+    DSG,
     LAMP,
     LLE,
     MCG,
@@ -60,6 +63,7 @@ from cmi_lightning.solvers import (
     DDNMPlus,
     DPMSolver,
     Euler,
+    Heun,
     PnPDM,
     REDDiff,
     Renoise,
@@ -789,27 +793,101 @@ def test_cmi_is_refused_where_there_is_nothing_to_move(mixture, solver):
         Sampler(mixture, solver, [CMI()])
 
 
+# ---------------------------------------------------------------------------------------------
+# Options and cost
+
+NEEDED = {Discrepancy: {"guidance": DPS()}, Resampled: {"solver": DDPM()}}
+
+
+def numbers() -> list[tuple[type, str, bool]]:
+    """Every number that a guidance, solver or estimator takes, and whether it is a whole one."""
+    found = []
+    for module in (guidance, information, solvers):
+        for cls in (vars(module)[name] for name in module.__all__):
+            for option in fields(cls) if is_dataclass(cls) and not isabstract(cls) else ():
+                kinds = set(str(option.type).split(" | "))
+                if kinds & {"int", "float"}:
+                    found.append((cls, option.name, "float" not in kinds))
+    return found
+
+
 @pytest.mark.parametrize(
-    "make",
+    ("cls", "option", "whole"), numbers(), ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_what_is_no_number_of_its_kind_is_refused(cls, option, whole):
+    wrong = [math.nan, "1", True, *([2.5, math.inf] if whole else [])]
+    for value in wrong:
+        with pytest.raises(InputError, match=rf"^{cls.__name__}\.{option} must be .*number.* got "):
+            cls(**NEEDED.get(cls, {}), **{option: value})
+
+
+def test_numbers_at_the_ends_of_their_range_are_taken():
+    assert len(numbers()) > 50
+    PiGDM(prior_variance=math.inf), DiffPIR(prior_variance=math.inf)
+    CMI(max_step=math.inf, min_signal=0, max_signal=1, budget=math.inf)
+    DAPS(ode_steps=0, high=math.inf), DDIM(1), Renoise(0), CDPS(0), DPS(0), DPS(-1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
     [
-        lambda: DDRM(eta=1.5),
-        lambda: DAPS(ode_steps=-1),
-        lambda: DAPS(low=2.0, high=1.0),
-        lambda: DAPS(spread=0.0),
-        lambda: PnPDM(decay=1.0),
-        lambda: REDDiff(rate=0.0),
-        lambda: DPMSolver("third"),
-        lambda: Euler(1.0),
-        lambda: FPS(0),
-        lambda: DiffPIR(weight=0.0),
-        lambda: CADPS("neither"),
-        lambda: CADPS(shrink=2.0),
-        lambda: CDPS(2.0),
-        lambda: SITCOM(iterations=0),
-        lambda: Discrepancy(DPS(), 0.0),
-        lambda: LAMP(warmup=0),
+        (lambda: DDRM(eta=1.5), "DDRM.eta must be a number, between 0 and 1, got 1.5"),
+        (lambda: DAPS(ode_steps=-1), "DAPS.ode_steps must be a whole number, at least 0, got -1"),
+        (lambda: DAPS(low=2.0, high=1.0), "DAPS.low must be below DAPS.high, got 2.0 and 1.0"),
+        (lambda: DAPS(spread=0.0), "DAPS.spread must be a number, above 0 and finite, got 0.0"),
+        (lambda: PnPDM(decay=1.0), "PnPDM.decay must be a number, above 0 and below 1, got 1.0"),
+        (lambda: PnPDM(low=9.0, high=9.0), "PnPDM.low must be below PnPDM.high"),
+        (lambda: REDDiff(rate=0.0), "REDDiff.rate"),
+        (lambda: DPMSolver("third"), "DPMSolver.kind must be one of midpoint, heun, sde, got 'thi"),
+        (lambda: DPMSolver(order=3), "DPMSolver.order must be a whole number, between 1 and 2"),
+        (
+            lambda: Euler(1.0),
+            "Euler.start_signal must be a number, at least 0 and below 1, got 1.0",
+        ),
+        (lambda: FPS(0), "FPS.particles"),
+        (lambda: DiffPIR(weight=0.0), "DiffPIR.weight"),
+        (lambda: DiffPIR(prior_variance=0.0), "variance must be a number, above 0, got 0.0"),
+        (lambda: DPS(math.inf), "DPS.scale must be a number, finite, got inf"),
+        (lambda: CADPS("neither"), "CADPS.reading must be one of paper, code"),
+        (lambda: CADPS(shrink=2.0), "CADPS.shrink"),
+        (lambda: CDPS(2.0), "CDPS.fresh"),
+        (lambda: SITCOM(iterations=0), "SITCOM.iterations"),
+        (lambda: Discrepancy(DPS(), 0.0), "Discrepancy.factor"),
+        (lambda: LAMP(warmup=0), "LAMP.warmup"),
     ],
 )
-def test_bad_options_are_refused(make):
-    with pytest.raises(InputError):
+def test_bad_options_are_refused(make, words):
+    with pytest.raises(InputError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    ("solver", "guidances"),
+    [
+        *((s, [DPS()]) for s in (DDPM(), Heun(), DAPS(), DAPS(0), DAPS(3, 0.5), DPMSolver())),
+        *((s, []) for s in (PnPDM(inner=7), FPS(3), REDDiff(), DDRM())),
+        (Resampled(Heun(), 2, 2), [MomentMatching()]),
+        (Heun(), [MomentMatching(1), PiGDM(), TMPD()]),
+        (DDPM(), [DSG(), DSG(interval=3), MCG(0.0), PiGDM(weight="posterior")]),
+        (DDIM(), [AnnealedDPS(), CADPS(probes=2), CADPS("code"), Discrepancy(MCG(), 1e-6)]),
+        (Renoise(), [SITCOM(3, 1e-9)]),
+        (Renoise(), [DDNM(), LAMP(), DMPS(), CDPS(), DiffPIR()]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Solver) else f"{len(value)}",
+)
+def test_a_chain_costs_what_solver_and_guidances_say(mixture, dense, solver, guidances):
+    """So that a budget is a share of all that the network is asked for."""
+    told = []
+
+    class Spy(Guidance):
+        differentiable = False
+
+        def for_chain(self, schedule, passes):
+            told.append(passes)
+            return self
+
+    noise, like = SampleNoise(0, ["a"]), torch.zeros(1, 1, 2, 3, dtype=torch.float64)
+    problem = Problem(torch.ones(1, 3, dtype=torch.float64), dense, 0.1)
+    sampler = Sampler(mixture, solver, [*guidances, Spy()], 7, clamp=False)
+    *_, record = sampler.iterate(problem, noise, like)
+    assert record.forwards + record.vjps == solver.repeats * told[0]

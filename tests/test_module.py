@@ -15,7 +15,7 @@ from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import CMI, DPS
 from cmi_lightning.information import Lanczos
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import BoxMask, Downsample, Identity
+from cmi_lightning.operators import BoxMask, Downsample, Gamma, Identity
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDPM
@@ -244,3 +244,5 @@ def test_a_run_says_at_which_steps_cmi_acts(prior):
     module = PosteriorSampler(prior, guidances=[CMI(), DPS()], num_steps=20)
     assert module.describe()["CMI"].startswith("acts at 4 of 20 steps, for 0.30 of the 40 passes")
     assert "CMI" not in PosteriorSampler(prior, guidances=[DPS()], num_steps=20).describe()
+    module = PosteriorSampler(prior, Gamma(2.2), guidances=[CMI(), DPS()], num_steps=20)
+    assert module.describe()["CMI"].startswith("acts at 2 of 20 steps, for 0.30 of the 40 passes")

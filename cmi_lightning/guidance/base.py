@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cmi_lightning.checked import Checked
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import unit
 from cmi_lightning.operators.base import LinearOperator, Operator
@@ -23,7 +24,7 @@ HOOKS = {
 NONLINEAR = "DPS, DSG, PiGDM, MomentMatching or DAPS"  # as docs/methods.md has them
 
 
-class Guidance(ABC):  # noqa: B024
+class Guidance(Checked, ABC):
     """Steers a solver towards the measurement. Override the one hook that the method edits.
 
     x_t → x̂₀ → :meth:`guide_denoised` → solver → :meth:`guide_transition` → x_s →
@@ -76,26 +77,32 @@ class Guidance(ABC):  # noqa: B024
         """False if the guidance leaves every step as it is; it is then skipped, at no cost."""
         return True
 
-    @property
-    def passes(self) -> float:
-        """Network passes of a step, at least: vector-Jacobian products, and forwards beyond one."""
-        return float(self.differentiable)
+    def passes(self, calls: int) -> float:
+        """Return the network passes of a chain, beyond the x̂₀ that the solver asks for.
+
+        Args:
+            calls: how often the hook is called: once a step, or once an x̂₀ if it edits that.
+        """
+        return calls * self.differentiable
 
     def for_chain(self, schedule: Schedule, passes: float) -> Guidance:
         """Return the guidance as it acts on a chain; called before sampling starts.
 
         Args:
             schedule: the chain's levels.
-            passes: network passes of a step without this guidance, at least.
+            passes: network passes of the chain without this guidance.
 
         Raises:
             InputError: to refuse the chain.
         """
         return self
 
-    @property
-    def plan(self) -> str | None:
-        """What the guidance does on its chain, for people."""
+    def plan(self, linear: bool = True) -> str | None:
+        """Return what the guidance does on its chain, for people.
+
+        Args:
+            linear: whether A is.
+        """
         return None
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import number
 from cmi_lightning.guidance.base import Guidance, residual_gradient
 from cmi_lightning.linalg import conjugate_gradient, per_sample
 from cmi_lightning.schedule import Level
@@ -49,18 +49,19 @@ class CADPS(Guidance):
     """
 
     reading: Literal["paper", "code"] = "paper"
-    probes: int = 1
-    shrink: float = 0.5
+    probes: int = number(1, "[1, inf)")
+    shrink: float = number(0.5, "[0, 1]")
     scale: float = 0.3
-    iterations: int = 50
+    iterations: int = number(50, "[1, inf)")
 
-    def __post_init__(self) -> None:
-        if self.reading not in ("paper", "code") or min(self.probes, self.iterations) < 1:
-            raise InputError(
-                f"{self}: reading must be paper or code, probes and iterations at least 1."
-            )
-        if not 0 <= self.shrink <= 1:
-            raise InputError(f"CADPS.shrink must be between 0 and 1, got {self.shrink}.")
+    @property
+    def hooks(self) -> set[str]:
+        """The one of the reading."""
+        return {"guide_denoised" if self.reading == "paper" else "guide_transition"}
+
+    def passes(self, calls: int) -> float:
+        """Return those that the docstring names; at the first level "code" lacks one."""
+        return calls * (self.probes + 1) if self.reading == "paper" else 2 * calls - 1
 
     @property
     def needs_noise(self) -> bool:  # type: ignore[override]

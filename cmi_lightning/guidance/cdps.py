@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.step import Step, Transition
@@ -40,14 +41,10 @@ class CDPS(Guidance):
     Source: Hamidi, Yang & Liang (2025).
     """
 
-    fresh: float = 1.0
+    fresh: float = number(1.0, "[0, 1]")
     differentiable = False
     stochastic = True
     needs_linear = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.fresh <= 1:
-            raise InputError(f"CDPS.fresh must be between 0 and 1, got {self.fresh}.")
 
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
         """Condition the proposal on y_s."""

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.information import Estimator, Information, Lanczos
@@ -39,7 +40,7 @@ class CMI(Guidance):
     >>> from cmi_lightning.guidance import DPS
     >>> from cmi_lightning.solvers import DDPM
     >>> sampler = Sampler(shipped_prior(), DDPM(), [CMI(), DPS()], num_steps=100)
-    >>> sampler.guidances[0].plan
+    >>> sampler.guidances[0].plan()
     'at 20 of 100 steps, for 0.30 of the 200 passes without it'
 
     Args:
@@ -55,11 +56,10 @@ class CMI(Guidance):
         interval: act every ``interval``-th step, in place of a budget.
         estimator: of I and ∇I; default: :class:`~cmi_lightning.information.Lanczos` with one Krylov
             vector and a forward difference, the largest effect per pass (docs/method.md).
-        budget: network passes of all steps together, as a share of what the steps take without
+        budget: network passes of all steps together, as a share of what the chain takes without
             CMI; inf acts at every step. How many steps that is follows from the estimator's passes,
-            at least one; they are spread evenly over those that the signal allows. Passes beyond
-            one forward that a solver takes by itself are not counted. Default: 0.3, if no interval
-            is given.
+            at least one; they are spread evenly over those that the signal allows. Default: 0.3, if
+            no interval is given.
 
     Raises:
         InputError: if an option is out of range, interval and budget are given, or the measurement
@@ -70,28 +70,21 @@ class CMI(Guidance):
 
     scale: float = 0.02
     step_size: Literal["beta", "noise"] = "beta"
-    max_step: float = 0.01
-    min_signal: float = 0.003
-    max_signal: float = 0.9
-    interval: int | None = None
+    max_step: float = number(0.01, "[0, inf]")
+    min_signal: float = number(0.003, "[0, 1]")
+    max_signal: float = number(0.9, "[0, 1]")
+    interval: int | None = number(None, "[1, inf)")
     estimator: Estimator | None = None
-    budget: float | None = None
+    budget: float | None = number(None, "(0, inf]")
     needs_noise = True
-    passes = 0.0  # no base for another one
-    plan = None
 
     def __post_init__(self) -> None:
-        checks = {
-            "step_size must be beta or noise": self.step_size in ("beta", "noise"),
-            "max_step must be at least 0": self.max_step >= 0,
-            "min_signal must be between 0 and max_signal": 0 <= self.min_signal <= self.max_signal,
-            "max_signal must be at most 1": self.max_signal <= 1,
-            "interval must be at least 1": self.interval is None or self.interval >= 1,
-            "budget must be above 0": self.budget is None or self.budget > 0,
-        }
-        for rule, kept in checks.items():
-            if not kept:
-                raise InputError(f"CMI.{rule}, got {getattr(self, rule.split()[0])!r}.")
+        super().__post_init__()
+        if self.min_signal > self.max_signal:
+            raise InputError(
+                f"CMI.min_signal must be at most CMI.max_signal, got {self.min_signal} and "
+                f"{self.max_signal}."
+            )
         if self.budget is not None and self.interval is not None:
             raise InputError("CMI.budget and CMI.interval say the same thing twice: give one.")
         if self.estimator is None:
@@ -112,24 +105,34 @@ class CMI(Guidance):
         signal = t.alpha**2 / (t.alpha**2 + t.sigma**2)
         return self.min_signal <= signal <= self.max_signal and s.sigma != 0
 
+    def passes(self, calls: int) -> float:
+        """Return 0: CMI is no base of another one."""
+        return 0.0
+
     def for_chain(self, schedule: Schedule, passes: float) -> CMI:
         """Return it with the steps at which it acts: these are the same for every sample."""
-        allowed = [index for index, t, s in schedule.pairs() if self.allows(t, s)]
-        base, planned = passes * len(schedule), copy(self)
-        steps = {linear: self._choose(allowed, base, linear) for linear in (True, False)}
-        plan = f"at {len(steps[True])} of {len(schedule)} steps"
-        if each := self._passes():
-            share = len(steps[True]) * each / base
-            plan += f", for {share:.2f} of the {base:.0f} passes without it"
-        vars(planned).update(_steps=steps, plan=plan)  # no options: no fields of the dataclass
+        planned = copy(self)
+        chosen = {linear: self._choose(schedule, passes, linear) for linear in (True, False)}
+        vars(planned).update(_steps=chosen, _chain=(len(schedule), passes))  # no options: no fields
         return planned
 
-    def _passes(self, linear: bool = True) -> float | None:
+    def plan(self, linear: bool = True) -> str | None:
+        """Return at how many steps CMI acts, and what that costs."""
+        if "_steps" not in vars(self):
+            return None
+        count, (steps, base) = len(vars(self)["_steps"][linear]), vars(self)["_chain"]
+        text = f"at {count} of {steps} steps"
+        if each := self._each(linear):
+            text += f", for {count * each / base:.2f} of the {base:.0f} passes without it"
+        return text
+
+    def _each(self, linear: bool) -> float | None:
         return self.estimator.passes(linear) if self.estimator is not None else None
 
-    def _choose(self, allowed: list[int], base: float, linear: bool) -> frozenset[int]:
-        """Return at which of the allowed steps CMI acts where the others take ``base`` passes."""
-        budget, each = 0.3 if self.budget is None else self.budget, self._passes(linear)
+    def _choose(self, schedule: Schedule, passes: float, linear: bool) -> frozenset[int]:
+        """Return at which steps CMI acts where the others take ``passes``."""
+        allowed = [index for index, t, s in schedule.pairs() if self.allows(t, s)]
+        budget, each = 0.3 if self.budget is None else self.budget, self._each(linear)
         if self.interval is not None:
             return frozenset(index for index in allowed if index % self.interval == 0)
         if not allowed or budget == math.inf:
@@ -139,7 +142,7 @@ class CMI(Guidance):
                 f"{type(self.estimator).__name__}.passes does not say what an estimate costs: set "
                 "CMI.interval in place of a budget."
             )
-        affordable = math.floor(budget * base / each + 1e-9)  # 0.3·200/3 is 20, up to rounding
+        affordable = math.floor(budget * passes / each + 1e-9)  # 0.3·200/3 is 20, up to rounding
         return frozenset(spread(allowed, max(affordable, 1)))
 
     def _acts(self, step: Step) -> bool:

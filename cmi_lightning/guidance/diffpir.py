@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import number
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.step import Step
 
@@ -40,16 +40,9 @@ class DiffPIR(Guidance):
     Source: Zhu et al. (2023), Alg. 1.
     """
 
-    weight: float = 1.0
-    prior_variance: float = math.inf
+    weight: float = number(1.0, "(0, inf)")
+    prior_variance: float = number(math.inf, "(0, inf]")
     differentiable = False
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0 < self.prior_variance:
-            raise InputError(
-                f"DiffPIR.weight and DiffPIR.prior_variance must be above 0, got {self.weight} and "
-                f"{self.prior_variance}."
-            )
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
         """Take the proximal step."""

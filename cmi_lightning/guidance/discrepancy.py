@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import number
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.schedule import Schedule
@@ -38,12 +38,11 @@ class Discrepancy(Guidance):
     """
 
     guidance: Guidance
-    factor: float = 1.0
+    factor: float = number(1.0, "(0, inf)")
     needs_noise = True
 
     def __post_init__(self) -> None:
-        if not self.factor > 0:
-            raise InputError(f"Discrepancy.factor must be above 0, got {self.factor}.")
+        super().__post_init__()
         for name in ("differentiable", "stochastic", "needs_linear"):
             object.__setattr__(self, name, getattr(self.guidance, name))
 
@@ -62,19 +61,17 @@ class Discrepancy(Guidance):
         """Whether the guidance is."""
         return self.guidance.active
 
-    @property
-    def passes(self) -> float:
-        """The guidance's."""
-        return self.guidance.passes
+    def passes(self, calls: int) -> float:
+        """Return the guidance's."""
+        return self.guidance.passes(calls)
 
     def for_chain(self, schedule: Schedule, passes: float) -> Discrepancy:
         """Return it with the guidance as that acts on the chain."""
         return replace(self, guidance=self.guidance.for_chain(schedule, passes))
 
-    @property
-    def plan(self) -> str | None:
-        """The guidance's."""
-        return self.guidance.plan
+    def plan(self, linear: bool = True) -> str | None:
+        """Return the guidance's."""
+        return self.guidance.plan(linear)
 
     def _where_far(self, step: Step, moved: Tensor, left: Tensor) -> Tensor:
         _ = step.residual

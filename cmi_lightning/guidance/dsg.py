@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import number
 from cmi_lightning.guidance.base import Guidance, residual_gradient
 from cmi_lightning.linalg import unit
 from cmi_lightning.step import Step, Transition
@@ -38,20 +38,13 @@ class DSG(Guidance):
     Source: Yang et al. (2024), Alg. 1.
     """
 
-    rate: float = 0.2
-    interval: int = 1
+    rate: float = number(0.2, "[0, 1]")
+    interval: int = number(1, "[1, inf)")
     stochastic = True
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1:
-            raise InputError(f"DSG.rate must be between 0 and 1, got {self.rate}.")
-        if self.interval < 1:
-            raise InputError(f"DSG.interval must be at least 1, got {self.interval}.")
-
-    @property
-    def passes(self) -> float:
-        """A product at every ``interval``-th step."""
-        return 1 / self.interval
+    def passes(self, calls: int) -> float:
+        """Return one product at every ``interval``-th step but the last, which is index 0."""
+        return (calls - 1) // self.interval
 
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
         """Replace the noise."""

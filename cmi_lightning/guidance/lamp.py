@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import number
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.step import Step
 
@@ -41,12 +41,8 @@ class LAMP(Guidance):
     """
 
     gamma: float = -6.0
-    warmup: int = 3
+    warmup: int = number(3, "[1, inf)")
     differentiable = False
-
-    def __post_init__(self) -> None:
-        if self.warmup < 1:
-            raise InputError(f"LAMP.warmup must be at least 1, got {self.warmup}.")
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
         """Average x̂₀ with the last one."""

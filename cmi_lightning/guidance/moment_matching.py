@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.information.base import Whitened, clipped_inverse
@@ -46,18 +47,13 @@ class MomentMatching(Guidance):
     Source: Boys et al. (2023); Rozet et al. (2024), Alg. 3 (MMPS).
     """
 
-    krylov: int = 3
+    krylov: int = number(3, "[1, inf)")
     scale: float = 1.0
     needs_noise = True
 
-    def __post_init__(self) -> None:
-        if self.krylov < 1:
-            raise InputError(f"MomentMatching.krylov must be at least 1, got {self.krylov}.")
-
-    @property
-    def passes(self) -> float:
-        """The products of the Krylov space."""
-        return float(self.krylov)
+    def passes(self, calls: int) -> float:
+        """Return the products of the Krylov spaces."""
+        return calls * self.krylov
 
     @property
     def active(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import number
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.step import Step, Transition
 
@@ -43,17 +43,14 @@ class PiGDM(Guidance):
     Source: Song et al. (2023), Alg. 1.
     """
 
-    prior_variance: float = 1.0
+    prior_variance: float = number(1.0, "(0, inf]")
     weight: Literal["canonical", "paper", "posterior"] = "canonical"
     scale: float = 1.0
 
-    def __post_init__(self) -> None:
-        if self.weight not in ("canonical", "paper", "posterior"):
-            raise InputError(
-                f"PiGDM.weight must be canonical, paper or posterior, got '{self.weight}'."
-            )
-        if not self.prior_variance > 0:
-            raise InputError(f"PiGDM.prior_variance must be > 0, got {self.prior_variance}.")
+    @property
+    def hooks(self) -> set[str]:
+        """The one that the weight moves."""
+        return {"guide_denoised" if self.weight == "posterior" else "guide_transition"}
 
     @property
     def active(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import number
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.linalg import norm, per_sample
 from cmi_lightning.step import Step
@@ -47,21 +47,13 @@ class ReSample(Guidance):
     500 iterations of latents as in its code.
     """
 
-    interval: int = 10
-    share: float = 2 / 3
-    gamma: float = 40.0
-    iterations: int = 500
-    rate: float = 5e-3
+    interval: int = number(10, "[1, inf)")
+    share: float = number(2 / 3, "[0, 1]")
+    gamma: float = number(40.0, "(0, inf)")
+    iterations: int = number(500, "[1, inf)")
+    rate: float = number(5e-3, "(0, inf)")
     differentiable = False
     needs_noise = True
-
-    def __post_init__(self) -> None:
-        small = self.interval < 1 or self.iterations < 1
-        if small or not 0 <= self.share <= 1 or self.gamma <= 0 or self.rate <= 0:
-            raise InputError(
-                f"{self}: interval and iterations are at least 1, share is between 0 and 1, gamma "
-                "and rate are above 0."
-            )
 
     def guide_sample(self, step: Step, x: Tensor) -> Tensor:
         """Return the resampled z_s."""

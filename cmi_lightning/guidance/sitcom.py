@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import number
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.linalg import norm, per_sample
 from cmi_lightning.step import Step
@@ -45,16 +45,14 @@ class SITCOM(Guidance):
     Source: Alkhouri et al. (2025), Alg. 1.
     """
 
-    iterations: int = 30
-    rate: float = 0.02
-    closeness: float = 0.0
+    iterations: int = number(30, "[1, inf)")
+    rate: float = number(0.02, "(0, inf)")
+    closeness: float = number(0.0, "[0, inf)")
     optimiser: Literal["adam", "descent"] = "adam"
 
-    def __post_init__(self) -> None:
-        if self.optimiser not in ("adam", "descent") or self.iterations < 1 or self.rate <= 0:
-            raise InputError(
-                f"{self}: optimiser must be adam or descent, iterations at least 1, rate above 0."
-            )
+    def passes(self, calls: int) -> float:
+        """Return K evaluations and products a call, as if no sample came to rest."""
+        return calls * 2 * self.iterations
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
         """Return x̂₀ of the optimised x_t."""

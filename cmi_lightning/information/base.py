@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cmi_lightning.errors import InputError, warn_once
+from cmi_lightning.checked import Checked, number
+from cmi_lightning.errors import warn_once
 from cmi_lightning.linalg import dot, norm, per_sample
 from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.step import Step
@@ -49,7 +50,7 @@ class Information(NamedTuple):
     residual: Tensor | None = None
 
 
-class Estimator(ABC):
+class Estimator(Checked, ABC):
     """Estimates I(x₀; y | x_t) and ∇_{x_t} I at a step, per sample.
 
     With x₀ | x_t taken as Gaussian of covariance Σ = (σ_t²/α_t) ∂x̂₀/∂x_t (Tweedie's formula),
@@ -115,21 +116,8 @@ class ProbeEstimator(Estimator):
     """
 
     curved = False  # without annotation: no option; whether ∇I has what a nonlinear A' changes
-    probes: int = 1
+    probes: int = number(1, "[1, inf)")
     derivative: Literal["autograd", "difference", "forward"] = "autograd"
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        if self.derivative not in CONTRACTIONS:
-            known = ", ".join(CONTRACTIONS)
-            raise InputError(f"{name}.derivative must be one of {known}, got '{self.derivative}'.")
-        for option in ("probes", "krylov"):
-            if getattr(self, option, 1) < 1:
-                raise InputError(
-                    f"{name}.{option} must be at least 1, got {getattr(self, option)}."
-                )
-        if not 0 <= (delta := getattr(self, "delta", 0.0)) < math.inf:
-            raise InputError(f"{name}.delta must be at least 0 and finite, got {delta}.")
 
     @property
     def derivatives(self) -> int:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import number
 from cmi_lightning.information.base import (
     Information,
     ProbeEstimator,
@@ -57,7 +57,7 @@ class ImageProbes(ProbeEstimator):
     Source: Hamidi & Yang (2025), Theorem 2 and Eq. 20 to 22, rearranged.
     """
 
-    krylov: int = 6
+    krylov: int = number(6, "[1, inf)")
 
     @property
     def products(self) -> int:
@@ -115,13 +115,8 @@ class TwoTraces(ProbeEstimator):
     Source: Hamidi & Yang (2025), Theorem 2 and Eq. 20 to 22.
     """
 
-    krylov: int = 6
-    floor: float = 1e-3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.floor > 0:
-            raise InputError(f"TwoTraces.floor must be above 0, got {self.floor}.")
+    krylov: int = number(6, "[1, inf)")
+    floor: float = number(1e-3, "(0, inf)")
 
     @property
     def products(self) -> int:

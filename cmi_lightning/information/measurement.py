@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.information.base import (
     Information,
     ProbeEstimator,
@@ -64,7 +65,7 @@ class Lanczos(ProbeEstimator):
     Saad (2017) for log det by Lanczos' method.
     """
 
-    krylov: int = 6
+    krylov: int = number(6, "[1, inf)")
     curved = True
 
     @property
@@ -122,7 +123,7 @@ class Ridge(Lanczos):
         InputError: if an option is out of range.
     """
 
-    delta: float = 1.0
+    delta: float = number(1.0, "[0, inf)")
 
     def noise_std(self, step: Step) -> Tensor:
         """Return (Σ_n + δ_t²)^{1/2}, broadcastable to y."""
@@ -155,7 +156,7 @@ class TraceLimit(ProbeEstimator):
         InputError: if an option is out of range.
     """
 
-    delta: float = 1.0
+    delta: float = number(1.0, "[0, inf)")
     curved = True
 
     @property

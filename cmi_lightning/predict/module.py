@@ -18,7 +18,7 @@ from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
 from cmi_lightning.measurement_noise import GaussianNoise, MeasurementNoise
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import Identity, Operator
+from cmi_lightning.operators import Identity, LinearOperator, Operator
 from cmi_lightning.predict.auto import Choice, choose
 from cmi_lightning.predict.batch import as_batch, checksums, images_of, take
 from cmi_lightning.predict.callback import recorders, tell
@@ -134,9 +134,10 @@ class PosteriorSampler(L.LightningModule):
             size += f", in windows of {' or '.join(windows)}"
         datamodule = getattr(self._trainer, "datamodule", None)
         given = getattr(datamodule, "given", None)
-        parts = [given] if given else []
+        parts, linear = [given] if given else [], not self.denoiser.latent
         if not given or getattr(datamodule, "takes_operator", False):
             parts.append(_name(self.operator))
+            linear = linear and isinstance(self.operator, LinearOperator)
         return {
             "prior": f"{_name(self.denoiser)}, images {size}",
             "operator": ", ".join(parts),
@@ -144,7 +145,11 @@ class PosteriorSampler(L.LightningModule):
             "solver": _name(self.solver),
             "guidances": ", ".join(map(_name, self.guidances or ()))
             or ("none" if self.solver.conditional else DRAWS),
-            **{type(g).__name__: f"acts {g.plan}" for g in sampler.guidances if g.plan},
+            **{
+                type(g).__name__: f"acts {plan}"
+                for g in sampler.guidances
+                if (plan := g.plan(linear))
+            },
             "steps": str(len(sampler.schedule)),
             "seed": str(self.seed),
             **({"samples per image": str(k)} if (k := self.samples_per_image) > 1 else {}),

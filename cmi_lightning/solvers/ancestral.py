@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.solvers.base import GuidedX0, Solver
 from cmi_lightning.step import Step, Transition
@@ -36,12 +37,6 @@ class DDPM(Solver):
 
     variance: Literal["small", "large", "learned"] = "small"
     stochastic = True  # type: ignore[misc]
-
-    def __post_init__(self) -> None:
-        if self.variance not in ("small", "large", "learned"):
-            raise InputError(
-                f"solver.variance must be small, large or learned, got '{self.variance}'."
-            )
 
     @property
     def needs_variance(self) -> bool:  # type: ignore[override]
@@ -90,11 +85,7 @@ class DDIM(Solver):
     Source: Song et al. (2021), Eq. 12 and 16.
     """
 
-    eta: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"solver.eta must be between 0 and 1, got {self.eta}.")
+    eta: float = number(0.0, "[0, 1]")
 
     @property
     def stochastic(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from cmi_lightning.checked import Checked
 from cmi_lightning.errors import warn_once
 from cmi_lightning.guidance.base import HOOKS
 from cmi_lightning.noise import SampleNoise
@@ -19,7 +20,7 @@ GuidedX0 = Callable[[Step], Tensor]
 SIGNAL_LEFT = 0.1
 
 
-class Solver(ABC):
+class Solver(Checked, ABC):
     """Turns x̂₀ into a transition; it alone decides how often the network is asked.
 
     >>> class Direct(Solver):  # to x̂₀, in every step
@@ -60,6 +61,15 @@ class Solver(ABC):
             num_steps: what :meth:`Schedule.respace` takes; None for all levels.
         """
         return schedule if num_steps is None else schedule.respace(num_steps)
+
+    def evaluations(self, chain: Schedule, prior: Schedule) -> int:
+        """Return how often a walk down the chain asks the network for x̂₀.
+
+        Args:
+            chain: the levels of the walk.
+            prior: those that the prior knows.
+        """
+        return len(chain)
 
     def start(self, level: Level, problem: Problem, noise: SampleNoise, like: Tensor) -> Tensor:
         """Return x_N at the chain's first level, (B, *) like ``like``.

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.schedule import Schedule
@@ -55,28 +56,36 @@ class DAPS(Solver):
     Source: Zhang et al. (2024), Alg. 1.
     """
 
-    ode_steps: int = 5
-    ode_end: float = 0.01
-    high: float = 100.0
-    low: float = 0.1
-    spread: float = 0.3
-    langevin_steps: int = 100
-    langevin_size: float = 1e-4
+    ode_steps: int = number(5, "[0, inf)")
+    ode_end: float = number(0.01, "(0, inf)")
+    high: float = number(100.0, "(0, inf]")
+    low: float = number(0.1, "(0, inf)")
+    spread: float = number(0.3, "(0, inf)")
+    langevin_steps: int = number(100, "[1, inf)")
+    langevin_size: float = number(1e-4, "(0, inf)")
     stochastic = True  # type: ignore[misc]
     conditional = True
     hooks = ("guide_transition", "guide_sample")
 
     def __post_init__(self) -> None:
-        sizes = (self.spread, self.langevin_size, self.ode_end, self.langevin_steps)
-        positive = min(sizes) > 0
-        if self.ode_steps < 0 or not positive or not 0 < self.low < self.high:
-            raise InputError(f"{self}: steps and sizes must be positive, and low below high.")
+        super().__post_init__()
+        if self.low >= self.high:
+            raise InputError(f"DAPS.low must be below DAPS.high, got {self.low} and {self.high}.")
 
     def levels(self, schedule: Schedule, num_steps: int | str | None) -> Schedule:
         """Return levels from ``high`` to ``low`` whose seventh roots are evenly spaced."""
         low, high = schedule.range
         count = 200 if num_steps is None else len(schedule.respace(num_steps))
         return schedule.at(power_grid(max(self.low, low), min(self.high, high), count))
+
+    def evaluations(self, chain: Schedule, prior: Schedule) -> int:
+        """Return those of the flow at every level, at least one."""
+        rhos = (t.sigma / t.alpha for _, t, _ in chain.pairs())
+        return sum((self._end(prior, rho) < rho and self.ode_steps) or 1 for rho in rhos)
+
+    def _end(self, prior: Schedule, rho: float) -> float:
+        """Return σ/α at which the flow from ϱ ends."""
+        return min(max(self.ode_end, prior.range[0]), rho)
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
         """Return the drawn image at level s."""
@@ -92,7 +101,7 @@ class DAPS(Solver):
     def _flow(self, step: Step, rho: float) -> Tensor:
         """Return x̂ of x_t."""
         schedule, x = step.denoiser.schedule, step.x.detach() / step.t.alpha
-        end = min(max(self.ode_end, schedule.range[0]), rho)
+        end = self._end(schedule, rho)
         if self.ode_steps == 0 or end == rho:
             return step.x0.detach()
         grid = power_grid(end, rho, self.ode_steps + 1)[::-1]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.noise import SampleNoise
@@ -45,17 +46,11 @@ class DDRM(Solver):
     Source: Kawar et al. (2022), Eq. 7 and 8.
     """
 
-    eta: float = 0.85
-    eta_b: float = 1.0
+    eta: float = number(0.85, "[0, 1]")
+    eta_b: float = number(1.0, "[0, 1]")
     stochastic = True  # type: ignore[misc]
     conditional = True
     needs_linear = True
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.eta <= 1 and 0 <= self.eta_b <= 1):
-            raise InputError(
-                f"DDRM.eta and DDRM.eta_b must be between 0 and 1, got {self.eta} and {self.eta_b}."
-            )
 
     def start(self, level: Level, problem: Problem, noise: SampleNoise, like: Tensor) -> Tensor:
         """Return α times ȳ and what noise it lacks, where it is less noisy than the level."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators.base import LinearOperator
@@ -38,14 +39,8 @@ class Euler(Solver):
     Source: Pokle et al. (2023), Alg. 1, which starts from Aᵀy.
     """
 
-    start_signal: float = 0.0
+    start_signal: float = number(0.0, "[0, 1)")
     stochastic = False  # type: ignore[misc]
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start_signal < 1:
-            raise InputError(
-                f"Euler.start_signal must be at least 0 and below 1, got {self.start_signal}."
-            )
 
     def levels(self, schedule: Schedule, num_steps: int | str | None) -> Schedule:
         """Return the levels below the start."""

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.cdps import noised_measurement
 from cmi_lightning.linalg import dot
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.problem import Problem
-from cmi_lightning.schedule import Level
+from cmi_lightning.schedule import Level, Schedule
 from cmi_lightning.solvers.base import GuidedX0, Solver
 from cmi_lightning.step import Step, Transition
 
@@ -44,17 +45,17 @@ class FPS(Solver):
     Source: Dou & Song (2024), Alg. 1; the weights are derived here.
     """
 
-    particles: int = 5
-    fresh: float = 0.95
+    particles: int = number(5, "[1, inf)")
+    fresh: float = number(0.95, "[0, 1]")
     stochastic = True  # type: ignore[misc]
     conditional = True
     hooks = ()
     needs_noise = True
     needs_linear = True
 
-    def __post_init__(self) -> None:
-        if self.particles < 1 or not 0 <= self.fresh <= 1:
-            raise InputError(f"{self}: particles must be at least 1, fresh between 0 and 1.")
+    def evaluations(self, chain: Schedule, prior: Schedule) -> int:
+        """Return one for each particle and step."""
+        return self.particles * len(chain)
 
     def start(self, level: Level, problem: Problem, noise: SampleNoise, like: Tensor) -> Tensor:
         """Return the first particle."""

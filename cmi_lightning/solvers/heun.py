@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmi_lightning.schedule import Level
+from cmi_lightning.schedule import Level, Schedule
 from cmi_lightning.solvers.base import GuidedX0, Solver
 from cmi_lightning.step import Step, Transition
 
@@ -26,6 +26,10 @@ class Heun(Solver):
     """
 
     stochastic = False  # type: ignore[misc]
+
+    def evaluations(self, chain: Schedule, prior: Schedule) -> int:
+        """Return two a step, and one for the last."""
+        return 2 * len(chain) - 1
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
         """Return x_s as the mean of a transition without noise."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import number
 from cmi_lightning.solvers.base import GuidedX0, Solver
 from cmi_lightning.step import Step, Transition
 
@@ -40,14 +40,7 @@ class DPMSolver(Solver):
     """
 
     kind: Literal["midpoint", "heun", "sde"] = "midpoint"
-    order: int = 2
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("midpoint", "heun", "sde") or self.order not in (1, 2):
-            raise InputError(
-                "DPMSolver.kind must be midpoint, heun or sde and DPMSolver.order 1 or 2, got "
-                f"'{self.kind}' and {self.order}."
-            )
+    order: int = number(2, "[1, 2]")
 
     @property
     def stochastic(self) -> bool:

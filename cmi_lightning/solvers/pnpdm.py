@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Schedule, reverse_coefficients
 from cmi_lightning.solvers.base import GuidedX0, Solver
@@ -46,18 +47,19 @@ class PnPDM(Solver):
     Source: Wu et al. (2024), Alg. 1.
     """
 
-    high: float = 10.0
-    low: float = 0.1
-    decay: float = 0.9
-    inner: int = 20
+    high: float = number(10.0, "(0, inf]")
+    low: float = number(0.1, "(0, inf)")
+    decay: float = number(0.9, "(0, 1)")
+    inner: int = number(20, "[1, inf)")
     stochastic = True  # type: ignore[misc]
     conditional = True
     hooks = ()
     needs_linear = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.low < self.high or not 0 < self.decay < 1 or self.inner < 1:
-            raise InputError(f"{self}: 0 < low < high, 0 < decay < 1 and inner ≥ 1 are needed.")
+        super().__post_init__()
+        if self.low >= self.high:
+            raise InputError(f"PnPDM.low must be below PnPDM.high, got {self.low} and {self.high}.")
 
     def levels(self, schedule: Schedule, num_steps: int | str | None) -> Schedule:
         """Return the levels of ρ, one an iteration."""
@@ -65,6 +67,14 @@ class PnPDM(Solver):
         count = 100 if num_steps is None else len(schedule.respace(num_steps))
         first, last = min(self.high, high), max(self.low, low)
         return schedule.at([max(first * self.decay**i, last) for i in reversed(range(count))])
+
+    def evaluations(self, chain: Schedule, prior: Schedule) -> int:
+        """Return one for every level of the prior's chains."""
+        return sum(len(self._grid(prior, t.sigma / t.alpha)) for _, t, _ in chain.pairs())
+
+    def _grid(self, prior: Schedule, rho: float) -> list[float]:
+        """Return σ/α of the chain from ρ down, ascending."""
+        return [*(r for r in power_grid(*prior.range, self.inner) if r < rho * (1 - 1e-9)), rho]
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
         """Return z of the next level; at the end, x."""
@@ -79,11 +89,9 @@ class PnPDM(Solver):
     def _prior(self, step: Step) -> Tensor:
         """Return a draw of x₀ given x_t, by an ancestral chain."""
         schedule, x = step.denoiser.schedule, step.x.detach()
-        rho = step.t.sigma / step.t.alpha
-        grid = [r for r in power_grid(*schedule.range, self.inner) if r < rho * (1 - 1e-9)]
-        chain = schedule.at([*grid, rho])
+        chain = schedule.at(self._grid(schedule, step.t.sigma / step.t.alpha))
         for index, t, s in chain.pairs():
-            x0 = (step if index == len(grid) else step.at(x, t)).x0.detach()
+            x0 = (step if index == len(chain) - 1 else step.at(x, t)).x0.detach()
             q = reverse_coefficients(t, s)
             x = q.from_x * x + q.from_x0 * x0 + q.variance**0.5 * step.normal(f"prior/{index}")
         return x

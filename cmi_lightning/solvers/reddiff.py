@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import number
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.problem import Problem
@@ -43,15 +43,11 @@ class REDDiff(Solver):
     Source: Mardani et al. (2023), Alg. 1.
     """
 
-    weight: float = 0.25
-    rate: float = 0.1
+    weight: float = number(0.25, "(0, inf)")
+    rate: float = number(0.1, "(0, inf)")
     stochastic = True  # type: ignore[misc]
     conditional = True
     hooks = ()
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0 < self.rate:
-            raise InputError(f"{self}: weight and rate must be above 0.")
 
     def start(self, level: Level, problem: Problem, noise: SampleNoise, like: Tensor) -> Tensor:
         """Return the first probe of A⁺y."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import number
 from cmi_lightning.solvers.base import GuidedX0, Solver
 from cmi_lightning.step import Step, Transition
 
@@ -34,12 +34,8 @@ class Renoise(Solver):
     Source: Wang et al. (2023), Eq. 12; Zhu et al. (2023), Alg. 1.
     """
 
-    zeta: float = 1.0
+    zeta: float = number(1.0, "[0, 1]")
     network: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.zeta <= 1:
-            raise InputError(f"Renoise.zeta must be between 0 and 1, got {self.zeta}.")
 
     @property
     def stochastic(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.problem import Problem
@@ -40,15 +41,11 @@ class Resampled(Solver):
     """
 
     solver: Solver
-    jump: int = 10
-    repeats: int = 10
+    jump: int = number(10, "[1, inf)")
+    repeats: int = number(10, "[1, inf)")
 
     def __post_init__(self) -> None:
-        if min(self.jump, self.repeats) < 1:
-            raise InputError(
-                f"Resampled.jump and Resampled.repeats must be at least 1, got {self.jump} and "
-                f"{self.repeats}."
-            )
+        super().__post_init__()
         if self.solver.repeats > 1:
             raise InputError("Resampled.solver is Resampled itself; give the solver that steps.")
         for name in ("needs_variance", "needs_linear", "needs_noise", "hooks"):
@@ -62,6 +59,10 @@ class Resampled(Solver):
     def levels(self, schedule: Schedule, num_steps: int | str | None) -> Schedule:
         """Return the solver's levels."""
         return self.solver.levels(schedule, num_steps)
+
+    def evaluations(self, chain: Schedule, prior: Schedule) -> int:
+        """Return the solver's."""
+        return self.solver.evaluations(chain, prior)
 
     def start(self, level: Level, problem: Problem, noise: SampleNoise, like: Tensor) -> Tensor:
         """Return the solver's start."""
