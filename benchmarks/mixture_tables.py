@@ -12,7 +12,7 @@ from mixture_samplers import Scores
 from scipy import stats
 
 from cmi_lightning.statistics import mean_and_error
-from cmi_lightning.table.significance import holm
+from cmi_lightning.table.resampling import holm
 
 
 class Estimate(NamedTuple):

@@ -35,10 +35,15 @@ from cmi_lightning.table.aggregate import aggregate
 from cmi_lightning.table.cells import SET_RESAMPLES, StartedCell, started_cells
 from cmi_lightning.table.command import check, parse, rounds
 from cmi_lightning.table.progress import ProgressPrinter
-from cmi_lightning.table.records import at_equal_cost, passes, records
-from cmi_lightning.table.resampling import bootstrap_interval, interval_and_p, resamples_of
+from cmi_lightning.table.records import passes, records
+from cmi_lightning.table.resampling import (
+    bootstrap_interval,
+    holm,
+    interval_and_p,
+    resamples_of,
+    sign_flip_p,
+)
 from cmi_lightning.table.run import FinishedCell, Job, run, run_job
-from cmi_lightning.table.significance import holm, sign_flip_p
 from cmi_lightning.table.spec import Method, Posterior, Table, Task
 from cmi_lightning.table.tune import best, count_trials, trial
 from cmi_lightning.table.tune import check as check_tuning
@@ -254,7 +259,7 @@ def test_cells_carry_their_step_sizes_and_no_others():
         ({"only_methods": ["dps"]}, "only_methods: there is no 'dps'; use none, DPS"),
         ({"step_sizes": {"box": {"CMI": 1.0}}}, "step_sizes.box: there is no 'CMI'"),
         ({"step_sizes": {"blur": {}}}, "step_sizes: there is no 'blur'"),
-        ({"posterior": Posterior(draws=1)}, "draws of at least 2"),
+        ({"posterior": Posterior(draws=1)}, "posterior.draws must be at least 2"),
         ({"posterior": Posterior(methods=["MCG"])}, "posterior.methods: there is no 'MCG'"),
         ({"tasks": {"../box": Task("b", [])}}, "names a folder"),
         ({"cluster": ""}, "cluster: give a separator"),
@@ -581,9 +586,9 @@ def test_steps_of_equal_cost_follow_from_the_passes(tmp_path):
     write_records(table.cell("box", "DPS"), [20.0])
     write_records(table.cell("box", "DPS", "cmi"), [20.0])
     cell = table.cell("box", "DPS", "equal")
-    assert at_equal_cost(table, cell).steps == 150
+    assert table.at_equal_cost(cell).steps == 150
     write_records(cell, [20.0])  # it keeps the steps it has been run with
-    assert at_equal_cost(replace(table, steps=50), cell).steps == 100
+    assert replace(table, steps=50).at_equal_cost(cell).steps == 100
 
 
 def test_many_cells_can_be_told_apart_by_distances_of_sets():
@@ -799,7 +804,7 @@ def test_unfinished_tables_say_so(smoke):
     results = aggregate(table)
     assert any("not finished" in note for note in results.notes)
     assert not any("not finished" in note for note in aggregate(replace(table, images=3)).notes)
-    assert at_equal_cost(table, table.cell("super_resolution", "DPS", "equal")).steps > 4
+    assert table.at_equal_cost(table.cell("super_resolution", "DPS", "equal")).steps > 4
 
 
 def test_rows_of_equal_cost_with_fewer_images_cut_no_others(smoke):

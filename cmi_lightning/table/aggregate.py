@@ -27,9 +27,9 @@ from cmi_lightning.report.results import (
 from cmi_lightning.statistics import Estimate
 from cmi_lightning.table.cells import MEASURED, METRICS, Key, StartedCell, started_cells
 from cmi_lightning.table.comparisons import compare
-from cmi_lightning.table.records import passes, read_json
+from cmi_lightning.table.records import Cell, passes, read_json
 from cmi_lightning.table.resampling import LEVEL
-from cmi_lightning.table.spec import Cell, Table
+from cmi_lightning.table.spec import Table
 from cmi_lightning.table.tune import Study, read_study
 
 Cells = Mapping[Key, StartedCell]

@@ -14,9 +14,9 @@ from torch import Tensor
 from cmi_lightning.paths import inside
 from cmi_lightning.report.results import VARIANTS, Metric, Variant
 from cmi_lightning.statistics import Estimate, mean_and_error, mean_curves
-from cmi_lightning.table.records import at_equal_cost, measured, read_json, records
+from cmi_lightning.table.records import Cell, measured, read_json, records
 from cmi_lightning.table.resampling import frechet_many, kernel_many, resamples_of
-from cmi_lightning.table.spec import Cell, Table
+from cmi_lightning.table.spec import Table
 
 RESTORED, MEASURED = 1, 2  # rows of FeatureMetrics' embeddings
 # A Fréchet distance takes a millisecond, a mean nothing; fewer could not tell 30 cells apart.
@@ -51,7 +51,6 @@ class StartedCell:
         self.clusters = {name: table.cluster_of(name) for name in self.records}
         self.curves = mean_curves([record.pop("curves", {}) for record in shown])[0]
         self.distances = functools.cache(self._distances)  # a cell is in several comparisons
-        self._features: dict[str, Tensor] = {}
 
     @property
     def failed(self) -> int:
@@ -73,16 +72,19 @@ class StartedCell:
         values = self.values(metric, suffix)
         return mean_and_error(list(values.values()), self.clusters_of(list(values)))
 
-    def embeddings(self, ids: Sequence[str], of: int = RESTORED) -> tuple[Tensor, Tensor] | None:
-        """Return the classifier's features (N, D) of truth and restoration; None without."""
+    @functools.cached_property
+    def _features(self) -> dict[str, Tensor]:
+        """The classifier's features (3, D) of truth, restoration and A⁺y, by id."""
         from cmi_lightning.callbacks.distances import embedding_path, read_embeddings
 
-        new = [name for name in ids if name not in self._features]
-        if not all(embedding_path(self.cell.folder, name).is_file() for name in new):
+        there = [name for name in self.records if embedding_path(self.cell.folder, name).is_file()]
+        read = read_embeddings(self.cell.folder, there).double() if there else ()
+        return dict(zip(there, read, strict=True))
+
+    def embeddings(self, ids: Sequence[str], of: int = RESTORED) -> tuple[Tensor, Tensor] | None:
+        """Return the features (N, D) of truth and restoration; None where an image has none."""
+        if not set(ids) <= self._features.keys():
             return None
-        if new:
-            read = read_embeddings(self.cell.folder, new).double()
-            self._features |= dict(zip(new, read, strict=True))
         both = torch.stack([self._features[name] for name in ids])
         return both[:, 0], both[:, of]
 
@@ -131,7 +133,7 @@ def started_cells(table: Table) -> dict[Key, StartedCell]:
     for task, method in table.rows():
         row = {}
         for variant in VARIANTS:
-            cell = at_equal_cost(table, table.cell(task, method, variant))
+            cell = table.at_equal_cost(table.cell(task, method, variant))
             if finished := records(cell.folder, table.limit(variant, table.images)):
                 row[variant] = cell, finished
         wanted = [{r["id"] for r in row[v][1]} for v in row if v != "equal"]

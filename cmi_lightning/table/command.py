@@ -24,10 +24,11 @@ from cmi_lightning.report.results import ADDED, read_results, write_results
 from cmi_lightning.report.tables import write_tables
 from cmi_lightning.table.aggregate import aggregate
 from cmi_lightning.table.progress import ProgressPrinter, first_process
+from cmi_lightning.table.records import Cell
 from cmi_lightning.table.run import Job, run
-from cmi_lightning.table.spec import Cell, Table
-from cmi_lightning.table.tune import added_guidances, count_trials, read_study, trial
+from cmi_lightning.table.spec import Table
 from cmi_lightning.table.tune import check as check_tuning
+from cmi_lightning.table.tune import count_trials, probes, read_study
 from cmi_lightning.table.tune import tune as search
 
 
@@ -58,14 +59,7 @@ def tune(args: Sequence[str]) -> int:
     """Choose step sizes on the validation images of a table's configuration."""
     spec, _ = parse(args, "tune")
     check_tuning(spec)
-    probes = [trial(spec, *row, 1.0) for row in spec.rows()]
-    probes += [
-        trial(spec, *row, 1.0, 1.0, v)
-        for row in spec.rows()
-        if spec.methods[row[1]].cmi
-        for v in added_guidances(spec)
-    ]
-    check(spec, probes)
+    check(spec, probes(spec))
     with _at_work(spec):
         search(spec, ProgressPrinter(spec, count_trials(spec)))
     if not first_process():

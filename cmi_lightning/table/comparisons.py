@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -11,8 +11,12 @@ import numpy as np
 
 from cmi_lightning.report.results import Comparison, Difference, Metric, Variant
 from cmi_lightning.table.cells import Key, StartedCell
-from cmi_lightning.table.resampling import bootstrap_interval, interval_and_p
-from cmi_lightning.table.significance import holm, sign_flip_p
+from cmi_lightning.table.resampling import (
+    bootstrap_interval,
+    holm,
+    interval_and_p,
+    sign_flip_p,
+)
 from cmi_lightning.table.spec import Table
 
 COMPARED: tuple[tuple[Variant, Variant], ...] = (
@@ -27,15 +31,24 @@ COMPARED: tuple[tuple[Variant, Variant], ...] = (
 def compare(
     table: Table, cells: Mapping[Key, StartedCell], metrics: Sequence[Metric]
 ) -> tuple[Comparison, ...]:
-    """Return the comparisons that a table's cells allow, each over the images that both have."""
+    """Return the comparisons that a table's cells allow, each over the images that both have.
+
+    Significant is what Holm's correction leaves among the cells of one metric and one kind of
+    comparison.
+    """
     comparisons = []
-    for task, method in table.rows():
-        for variant, against in COMPARED:
-            one, other = cells.get((task, method, variant)), cells.get((task, method, against))
-            if one is not None and other is not None:
-                differences = {m.key: d for m in metrics if (d := _difference(one, other, m))}
-                comparisons.append(Comparison(task, method, variant, against, differences))
-    return _corrected(comparisons)
+    for (task, method), (variant, against) in itertools.product(table.rows(), COMPARED):
+        one, other = cells.get((task, method, variant)), cells.get((task, method, against))
+        if one is not None and other is not None:
+            differences = {m.key: d for m in metrics if (d := _difference(one, other, m))}
+            comparisons.append(Comparison(task, method, variant, against, differences))
+    for kind, metric in itertools.product(COMPARED, (m.key for m in metrics)):
+        of_kind = [c.metrics for c in comparisons if (c.variant, c.against) == kind]
+        family = [differences for differences in of_kind if metric in differences]
+        rejected = holm([differences[metric].p for differences in family])
+        for differences, significant in zip(family, rejected, strict=True):
+            differences[metric] = replace(differences[metric], significant=significant)
+    return tuple(comparisons)
 
 
 def _difference(one: StartedCell, other: StartedCell, metric: Metric) -> Difference | None:
@@ -74,18 +87,3 @@ def _difference_of_sets(one: StartedCell, other: StartedCell, metric: str) -> Di
     whole, *draws = (mine - theirs).tolist()
     low, high, p = interval_and_p(whole, np.asarray(draws))
     return Difference(whole, low, high, p, len(ids), significant=False, improved=None, values=())
-
-
-def _corrected(comparisons: list[Comparison]) -> tuple[Comparison, ...]:
-    """Mark what is significant among the cells of one metric and one kind of comparison."""
-    families: dict[tuple[str, str, str], list[tuple[dict[str, Difference], Difference]]]
-    families = defaultdict(list)
-    for comparison in comparisons:
-        for metric, difference in comparison.metrics.items():
-            family = comparison.variant, comparison.against, metric
-            families[family].append((comparison.metrics, difference))
-    for (*_, metric), entries in families.items():
-        rejected = holm([difference.p for _, difference in entries])
-        for (metrics, difference), significant in zip(entries, rejected, strict=True):
-            metrics[metric] = replace(difference, significant=significant)
-    return tuple(comparisons)

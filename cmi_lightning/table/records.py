@@ -1,21 +1,63 @@
-"""The records that the runs of cells have left."""
+"""A cell of a table: one run of ``cmi-lightning predict``, and the records that it has left."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cmi_lightning.data.files import natural
-from cmi_lightning.table.spec import Cell, Table
+from cmi_lightning.report.results import ADDED, Variant
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of ``cmi-lightning predict``.
+
+    Attributes:
+        task: key of the task.
+        method: name of the base.
+        variant: the base alone, with CMI, with its descent, or alone with as many passes.
+        step_sizes: by the names that the configurations read.
+        steps: reverse steps.
+        folder: the run's folder.
+        draws: samples per image.
+        validation: restore the validation images.
+    """
+
+    task: str
+    method: str
+    variant: Variant
+    step_sizes: dict[str, float]
+    steps: int
+    folder: Path
+    draws: int = 1
+    validation: bool = False
+
+    @property
+    def label(self) -> str:
+        """How the cell is called."""
+        if word := ADDED.get(self.variant):
+            return word if self.method == "none" else f"{word}+{self.method}"
+        return self.method if self.variant == "base" else f"{self.method}, {self.steps} steps"
+
+
+def safe(name: str) -> str:
+    """Return a method's name as a folder's."""
+    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)
+
+
+def folder_name(method: str, variant: Variant) -> str:
+    """Return the name of a cell's folder."""
+    return safe(method) if variant == "base" else f"{safe(method)}-{variant}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a file's content; empty where it is absent, or a crash of the machine cut it short."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
     return {}
@@ -37,20 +79,3 @@ def passes(records: Sequence[dict[str, Any]]) -> float | None:
     """Return the network passes per image: forwards and vector-Jacobian products."""
     counts = [record["forwards"] + record["vjps"] for record in records]
     return sum(counts) / len(counts) if counts else None
-
-
-def at_equal_cost(table: Table, cell: Cell) -> Cell:
-    """Return a cell of equal cost with its number of steps, or any other cell as it is.
-
-    The steps are those whose network passes come nearest to what the cell with CMI costs, or those
-    that the cell has been run with.
-    """
-    if cell.variant != "equal":
-        return cell
-    if own := records(cell.folder, 1):
-        return replace(cell, steps=own[0]["steps"])
-    base = passes(records(table.cell(cell.task, cell.method).folder, 1))
-    cmi = passes(records(table.cell(cell.task, cell.method, "cmi").folder, 1))
-    if not base or not cmi:
-        return cell
-    return replace(cell, steps=max(cell.steps, round(cell.steps * cmi / base)))

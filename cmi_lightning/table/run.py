@@ -16,8 +16,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from cmi_lightning.errors import InputError, first_line
-from cmi_lightning.table.records import at_equal_cost
-from cmi_lightning.table.spec import Cell, Table
+from cmi_lightning.table.records import Cell
+from cmi_lightning.table.spec import Table
 
 LOG = "log.txt"
 
@@ -120,7 +120,7 @@ def run_job(table: Table, job: Job) -> Iterator[FinishedCell]:
     """
     for cell in job.cells:
         started = time.monotonic()
-        cell = at_equal_cost(table, cell)
+        cell = table.at_equal_cost(cell)
         images = table.limit(cell.variant, job.images)
         restore(table.arguments(cell, images), cell)
         yield FinishedCell(cell, images, time.monotonic() - started)

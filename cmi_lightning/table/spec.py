@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -12,6 +12,7 @@ from typing import Literal
 from cmi_lightning.errors import InputError
 from cmi_lightning.report.results import ADDED, VARIANTS, Variant
 from cmi_lightning.table.clusters import check_rule, cluster_of
+from cmi_lightning.table.records import Cell, folder_name, passes, records
 
 
 @dataclass
@@ -67,9 +68,8 @@ class Posterior:
 class Table:
     """Bases with and without CMI on tasks, from one YAML file.
 
-    Every cell is a run of ``cmi-lightning predict`` in a folder of its own, with that run's
-    records. So a table goes on where it was stopped. All cells see the same measurements, and at
-    equal steps the same noise.
+    Every cell is a run of ``cmi-lightning predict`` in a folder of its own, so a table goes on
+    where it was stopped. All cells see the same measurements, and at equal steps the same noise.
 
     Attributes:
         title: heading of the report.
@@ -80,8 +80,7 @@ class Table:
         descent: CMI downhill, by step sizes below zero, in rows of its own. Default: no such rows.
         output: folder of the cells, the report and the tables.
         images: how many images.
-        round: images that every cell restores before any does more, so that a table is whole
-            early.
+        round: images that every cell restores before any does more.
         batch_size: images at a time; ``round`` is a multiple of it. Default: ``round``.
         steps: reverse steps.
         seed: seed of all noise.
@@ -90,7 +89,7 @@ class Table:
         equal_cost: also run each base (but one without a step size, which is no guidance) with as
             many steps as CMI's network passes would pay for, at the same step size.
         equal_images: how many images the rows of equal cost restore, the first ones. Default: all.
-            Best a multiple of ``batch_size``: a batch that is cut is restored again when it grows.
+            A multiple of ``batch_size`` is best: a batch that is cut is restored again.
         only_tasks: run these tasks alone.
         only_methods: run these methods alone.
         step_sizes: by key of the task, then name of the method ("CMI+DPS" for CMI on DPS,
@@ -138,44 +137,41 @@ class Table:
     report_only: bool = False
 
     def __post_init__(self) -> None:
-        numbers = {n: getattr(self, n) for n in ("images", "round", "steps", "processes")}
-        numbers |= {"tune_images": self.tune_images}
-        numbers |= {f"methods.{m}.steps": self.steps_of(m) for m in self.methods}
+        posterior = self.posterior or Posterior()
+        names = ("images", "round", "batch_size", "steps", "processes", "tune_images")
+        numbers = {name: getattr(self, name) for name in (*names, "equal_images")}
+        numbers |= {f"methods.{name}.steps": method.steps for name, method in self.methods.items()}
+        numbers |= {"posterior.images": posterior.images, "posterior.draws": posterior.draws}
         for name, value in numbers.items():
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}.")
-        if self.equal_images is not None and self.equal_images < 1:
-            raise InputError(
-                f"equal_images must be at least 1, got {self.equal_images}; to run no rows of "
-                "equal cost set equal_cost to false."
-            )
-        if self.batch_size is not None and (self.batch_size < 1 or self.round % self.batch_size):
+            least = 2 if name == "posterior.draws" else 1
+            if value is not None and value < least:
+                other = "; to run no rows of equal cost set equal_cost to false"
+                more = other if name == "equal_images" else ""
+                raise InputError(f"{name} must be at least {least}, got {value}{more}.")
+        if self.round % (self.batch_size or 1):
             raise InputError(f"round must be a multiple of batch_size, got {self.round}.")
         if self.cluster is not None:
             check_rule(self.cluster)
         self._check_folders()
-        posterior = self.posterior or Posterior()
-        if posterior.draws < 2 or posterior.images < 1:
-            raise InputError("posterior needs draws of at least 2 and images of at least 1.")
         added = [f"{word}+{method}" for word in ADDED.values() for method in self.methods]
-        names_of_sizes = [*self.methods, *added]
-        for option, chosen, names in (
-            ("only_tasks", self.only_tasks, list(self.tasks)),
-            ("only_methods", self.only_methods, list(self.methods)),
-            ("posterior.tasks", posterior.tasks, list(self.tasks)),
-            ("posterior.methods", posterior.methods, list(self.methods)),
-            ("step_sizes", list(self.step_sizes), list(self.tasks)),
-            *((f"step_sizes.{t}", list(s), names_of_sizes) for t, s in self.step_sizes.items()),
-        ):
-            if unknown := set(chosen or []) - set(names):
-                raise InputError(f"{option}: there is no '{min(unknown)}'; use {', '.join(names)}.")
+        choices: list[tuple[str, Iterable[str] | None, Iterable[str]]] = [
+            ("only_tasks", self.only_tasks, self.tasks),
+            ("only_methods", self.only_methods, self.methods),
+            ("posterior.tasks", posterior.tasks, self.tasks),
+            ("posterior.methods", posterior.methods, self.methods),
+            ("step_sizes", self.step_sizes, self.tasks),
+            *((f"step_sizes.{t}", s, [*self.methods, *added]) for t, s in self.step_sizes.items()),
+        ]
+        for option, chosen, known in choices:
+            if unknown := set(chosen or ()).difference(known):
+                raise InputError(f"{option}: there is no '{min(unknown)}'; use {', '.join(known)}.")
         if not self.rows():
             raise InputError("only_tasks and only_methods leave nothing to do: name one of each.")
 
     def _check_folders(self) -> None:
         """Refuse names that cannot be folders of their own."""
-        for option in ("tasks", "methods"):
-            if not getattr(self, option):
+        for option, names in (("tasks", self.tasks), ("methods", self.methods)):
+            if not names:
                 raise InputError(f"{option}: name at least one.")
         for key in self.tasks:
             if not key.replace("_", "").replace("-", "").isalnum():
@@ -202,9 +198,8 @@ class Table:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the (task, method) pairs that are wanted."""
-        tasks = [t for t in self.tasks if self.only_tasks is None or t in self.only_tasks]
-        methods = [m for m in self.methods if self.only_methods is None or m in self.only_methods]
-        return list(itertools.product(tasks, methods))
+        every = itertools.product(self.tasks, self.methods)
+        return [(t, m) for t, m in every if _in(t, self.only_tasks) and _in(m, self.only_methods)]
 
     def variants(self, method: str) -> tuple[Variant, ...]:
         """Return what is run of a base: draws from the prior alone get no nearer by more steps."""
@@ -215,8 +210,7 @@ class Table:
 
     def steps_of(self, method: str) -> int:
         """Return the reverse steps of a base."""
-        own = self.methods[method].steps
-        return self.steps if own is None else own
+        return self.methods[method].steps or self.steps
 
     def added(self, variant: Variant) -> Method | None:
         """Return what a variant adds to its base."""
@@ -236,17 +230,32 @@ class Table:
         folder = self.folder / "cells" / task / folder_name(method, variant)
         return Cell(task, method, variant, chosen, self.steps_of(method), folder)
 
+    def at_equal_cost(self, cell: Cell) -> Cell:
+        """Return a cell of equal cost with its number of steps, or any other cell as it is.
+
+        The steps are those whose network passes come nearest to what the cell with CMI costs, or
+        those that the cell has been run with.
+        """
+        if cell.variant != "equal":
+            return cell
+        if own := records(cell.folder, 1):
+            return replace(cell, steps=own[0]["steps"])
+        base, cmi = (
+            passes(records(self.cell(cell.task, cell.method, v).folder, 1)) for v in ("base", "cmi")
+        )
+        steps = round(cell.steps * cmi / base) if base and cmi else 0
+        return replace(cell, steps=max(cell.steps, steps))
+
     def posterior_cells(self) -> Iterator[Cell]:
         """Yield the cells of which several samples are drawn."""
-        if self.posterior is None:
+        if (wanted := self.posterior) is None:
             return
-        tasks, methods = self.posterior.tasks, self.posterior.methods
         for task, method in self.rows():
-            if (tasks is None or task in tasks) and (methods is None or method in methods):
-                variants = (v for v in self.variants(method) if v in ("base", "cmi"))
-                for cell in (self.cell(task, method, v) for v in variants):
+            if _in(task, wanted.tasks) and _in(method, wanted.methods):
+                for variant in (v for v in self.variants(method) if v in ("base", "cmi")):
+                    cell = self.cell(task, method, variant)
                     folder = self.folder / "posterior" / task / cell.folder.name
-                    yield replace(cell, folder=folder, draws=self.posterior.draws)
+                    yield replace(cell, folder=folder, draws=wanted.draws)
 
     def arguments(self, cell: Cell, images: int) -> list[str]:
         """Return the arguments of ``cmi-lightning predict`` that restore a cell's first images."""
@@ -270,43 +279,5 @@ class Table:
         return arguments
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run of ``cmi-lightning predict``.
-
-    Attributes:
-        task: key of the task.
-        method: name of the base.
-        variant: the base alone, with CMI, with its descent, or alone with as many passes.
-        step_sizes: by the names that the configurations read.
-        steps: reverse steps.
-        folder: the run's folder.
-        draws: samples per image.
-        validation: restore the validation images.
-    """
-
-    task: str
-    method: str
-    variant: Variant
-    step_sizes: dict[str, float]
-    steps: int
-    folder: Path
-    draws: int = 1
-    validation: bool = False
-
-    @property
-    def label(self) -> str:
-        """How the cell is called."""
-        if word := ADDED.get(self.variant):
-            return word if self.method == "none" else f"{word}+{self.method}"
-        return self.method if self.variant == "base" else f"{self.method}, {self.steps} steps"
-
-
-def safe(name: str) -> str:
-    """Return a method's name as a folder's."""
-    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)
-
-
-def folder_name(method: str, variant: Variant) -> str:
-    """Return the name of a cell's folder."""
-    return safe(method) if variant == "base" else f"{safe(method)}-{variant}"
+def _in(name: str, chosen: list[str] | None) -> bool:
+    return chosen is None or name in chosen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,9 +14,9 @@ from cmi_lightning.report.results import ADDED, CMI, Search, Trial, Variant, typ
 from cmi_lightning.statistics import mean_and_error
 from cmi_lightning.table.cells import METRICS
 from cmi_lightning.table.progress import ProgressPrinter
-from cmi_lightning.table.records import measured, records
+from cmi_lightning.table.records import Cell, measured, read_json, records, safe
 from cmi_lightning.table.run import LOG, Job, run
-from cmi_lightning.table.spec import Cell, Method, Table, safe
+from cmi_lightning.table.spec import Table
 
 Study = dict[str, dict[str, Search]]  # by task, then "DPS" or "CMI+DPS"
 Trials = Mapping[tuple[str, str], dict[float, Cell]]  # by task and name, then by step size
@@ -69,10 +68,20 @@ def best(table: Table, means: Mapping[float, float | None]) -> float | None:
     return max(sorted(finite, key=abs), key=lambda v: sign * finite[v]) if finite else None
 
 
-def added_guidances(table: Table) -> dict[Variant, Method]:
-    """Return what is searched on top of the bases, by variant; a descent without option is not."""
-    there = {variant: table.added(variant) for variant in ADDED}
-    return {v: m for v, m in there.items() if m is not None and (m.option or v == "cmi")}
+def searches(table: Table) -> dict[Variant, list[tuple[str, str, list[float]]]]:
+    """Return what is searched, by variant: tasks, methods, and the step sizes that are tried.
+
+    CMI is searched on top of every base, and its descent where the table has a step size for it.
+    """
+    found: dict[Variant, list[tuple[str, str, list[float]]]] = {
+        "base": [(t, m, table.methods[m].space) for t, m in table.rows() if table.methods[m].option]
+    }
+    with_cmi = [(task, method) for task, method in table.rows() if table.methods[method].cmi]
+    for variant in ADDED:
+        guidance = table.added(variant)
+        if guidance is not None and (guidance.option or variant == "cmi"):
+            found[variant] = [(task, method, guidance.space) for task, method in with_cmi]
+    return found
 
 
 def check(table: Table) -> None:
@@ -87,8 +96,10 @@ def check(table: Table) -> None:
             "validation: name a configuration that selects other images than those that the table "
             "reports."
         )
-    spaces = {m: table.methods[m].space for _, m in table.rows() if table.methods[m].option}
-    for variant, guidance in added_guidances(table).items():
+    wanted = searches(table)
+    spaces = {method: space for _, method, space in wanted.pop("base")}
+    for variant in wanted:
+        guidance = table.added(variant) or table.cmi
         if guidance.option is None:
             raise InputError(f"{variant}.option: name the step size that its configurations read.")
         if 0 not in guidance.space or len(guidance.space) < 2:
@@ -106,11 +117,18 @@ def check(table: Table) -> None:
             )
 
 
+def probes(table: Table) -> list[Cell]:
+    """Return a trial of every search, by which its configurations can be checked."""
+    return [
+        trial(table, task, method, 1.0, None if variant == "base" else 1.0, variant)
+        for variant, rows in searches(table).items()
+        for task, method, _ in rows
+    ]
+
+
 def count_trials(table: Table) -> int:
     """Return how many runs a search takes."""
-    methods = [table.methods[method] for _, method in table.rows()]
-    added = sum(len(guidance.space) for guidance in added_guidances(table).values())
-    return sum(added * method.cmi + len(method.space) for method in methods)
+    return sum(len(space) for rows in searches(table).values() for *_, space in rows)
 
 
 def tune(table: Table, printer: ProgressPrinter) -> Study:
@@ -129,33 +147,27 @@ def tune(table: Table, printer: ProgressPrinter) -> Study:
     """
     check(table)
     study: Study = {task: {} for task, _ in table.rows()}
-    bases = [(t, m) for t, m in table.rows() if table.methods[m].option is not None]
-    spaces = {method: table.methods[method].space for _, method in bases}
-    sizes = {(t, m): {v: trial(table, t, m, v) for v in spaces[m]} for t, m in bases}
-    _try(table, sizes, study, printer)
-    broken = {(t, m) for t, m in bases if study[t][m].chosen is None}
-    with_cmi = [(t, m) for t, m in table.rows() if table.methods[m].cmi]
-    for variant, guidance in added_guidances(table).items():
+    for variant, rows in searches(table).items():
         trials = {}
-        for task, method in (row for row in with_cmi if row not in broken):
-            size = study[task][method].chosen if method in study[task] else None
-            # At zero it is the base, which has been run (but for one without a guidance).
-            trials[task, f"{ADDED[variant]}+{method}"] = {
-                v: trial(table, task, method, size, v or None, variant) for v in guidance.space
-            }
-        _try(table, trials, study, printer, other_than_zero=True)
-    searches = [(f"{t}, {name}", s) for t, rows in study.items() for name, s in rows.items()]
-    if names := [name for name, search in searches if search.chosen is None]:
+        for task, method, space in rows:
+            base = study[task].get(method)
+            if variant == "base":
+                trials[task, method] = {v: trial(table, task, method, v) for v in space}
+            elif base is None or base.chosen is not None:  # not of a base that breaks an image
+                size = base.chosen if base else None
+                # At zero it is the base, which has been run (but for one without a guidance).
+                trials[task, f"{ADDED[variant]}+{method}"] = {
+                    v: trial(table, task, method, size, v or None, variant) for v in space
+                }
+        _try(table, trials, study, printer, other_than_zero=variant != "base")
+    every = [(f"{t}, {name}", s) for t, of_task in study.items() for name, s in of_task.items()]
+    if names := [name for name, search in every if search.chosen is None]:
         raise InputError(f"Every value tried breaks an image: {'; '.join(names)}; widen `space`.")
     return study
 
 
 def _try(
-    table: Table,
-    trials: Trials,
-    study: Study,
-    printer: ProgressPrinter,
-    other_than_zero: bool = False,
+    table: Table, trials: Trials, study: Study, printer: ProgressPrinter, other_than_zero: bool
 ) -> None:
     """Run trials, and add to the study what they say."""
     unique = {cell.folder: cell for cells in trials.values() for cell in cells.values()}
@@ -191,11 +203,8 @@ def _search(table: Table, cells: dict[float, Cell], other_than_zero: bool) -> Se
 
 def read_study(table: Table, setting: Mapping[str, Any] | None = None) -> Study:
     """Return what earlier searches found, with the given setting; empty where there is none."""
-    path = table.folder / "tune" / "study.json"
-    with contextlib.suppress(
-        FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError
-    ):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(table.folder / "tune" / "study.json")
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         if (setting or {}).items() <= content.items():
             study: Study = typed(Study, content["study"])
             return study
