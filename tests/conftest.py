@@ -63,6 +63,11 @@ def dense() -> Dense:
     return Dense(torch.randn(3, math.prod(SHAPE), generator=g, dtype=torch.float64), SHAPE)
 
 
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers of a seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
 def make_step(
     denoiser: GaussianMixture,
     operator: LinearOperator,

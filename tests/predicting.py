@@ -20,7 +20,7 @@ def items(x: Iterable[Tensor], given: bool = False, ids: Sequence[str] | None = 
     return [{key: v, "id": ids[i] if ids else f"set/{i}"} for i, v in enumerate(x)]
 
 
-def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+def trainer(folder: Path | None, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     """A trainer on the CPU that shows nothing but what a callback shows."""
     quiet = {
         "accelerator": "cpu",
@@ -34,7 +34,7 @@ def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
 
 
 def restore(
-    folder: Path,
+    folder: Path | None,
     module: Any,
     data: list[dict] | L.LightningDataModule,
     *callbacks: L.Callback,
@@ -44,6 +44,12 @@ def restore(
     """Restore a data set's items, or what a data module has."""
     loader = DataLoader(data, batch_size) if isinstance(data, list) else data
     return trainer(folder, *callbacks, **options).predict(module, loader)
+
+
+def ready(data: Any) -> Any:
+    """A data module, set up for prediction."""
+    data.setup("predict")
+    return data
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import randn
 from torch import Tensor, nn
 
 from cmi_lightning import Problem, Sampler
@@ -18,10 +19,6 @@ from cmi_lightning.solvers import DDIM, DDPM, Renoise
 from cmi_lightning.training import ScoreTraining
 
 FLOW = Schedule.rectified()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_levels_lie_on_straight_paths():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import randn
 from torch import Tensor, nn
 
 from cmi_lightning import PosteriorSampler, Problem, Sampler
@@ -28,10 +29,6 @@ from cmi_lightning.solvers import DDIM, DDPM
 from cmi_lightning.step import Step
 
 LATENTS, IMAGES = (2, 2, 2), (1, 4, 4)  # 8 numbers for 16 pixels
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Matrix(Decoder):

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import make_step
+from conftest import make_step, randn
 from torch import Tensor
 
 from cmi_lightning import guidance, information, solvers
@@ -77,16 +77,12 @@ CHAIN = Schedule.linear().respace(60)
 LIKE = torch.zeros(1, N, dtype=torch.float64)
 
 
-def _random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-A = _random(M, N, seed=1) / 2
-ROOT = _random(N, N, seed=2)
+A = randn(M, N, seed=1) / 2
+ROOT = randn(N, N, seed=2)
 C = ROOT @ ROOT.mT / N / 2 + 0.05 * EYE
-MU = 0.3 * _random(N, seed=3)
+MU = 0.3 * randn(N, seed=3)
 PRIOR = GaussianPrior(MU, DenseCovariance(C[None]), CHAIN)
-Y = (PRIOR.sample(1, torch.Generator().manual_seed(4)) @ A.mT)[0] + STD * _random(M, seed=5)
+Y = (PRIOR.sample(1, torch.Generator().manual_seed(4)) @ A.mT)[0] + STD * randn(M, seed=5)
 PROBLEM = Problem(Y[None], Dense(A), STD)
 POSTERIOR = exact_posterior(PRIOR, PROBLEM)
 EXACT = (POSTERIOR.means[0], POSTERIOR.covariances.matrix()[0])
@@ -185,7 +181,7 @@ def test_ddrm_with_eta_b_1_is_ddnm_plus():
 
 
 def test_ddrm_without_noise_keeps_what_is_known():
-    x = _random(1, 1, 2, 2, seed=7)
+    x = randn(1, 1, 2, 2, seed=7)
     operator = PixelMask.from_mask(torch.tensor([[[1, 0], [1, 1]]]), x)
     prior = GaussianPrior(torch.zeros(1, 2, 2, dtype=torch.float64), 1.0, CHAIN)
     sampler = Sampler(prior, DDRM(), clamp=False)
@@ -385,7 +381,7 @@ def runs(prior: GaussianMixture, problem: Problem, *methods: tuple[Solver, list[
     return [Sampler(prior, s, g, clamp=False).run(problem, noise, like) for s, g in methods]
 
 
-BATCH = replace(PROBLEM, y=Y + 0.5 * _random(3, M, seed=9))
+BATCH = replace(PROBLEM, y=Y + 0.5 * randn(3, M, seed=9))
 
 
 def test_on_an_isotropic_prior_all_solves_agree():
@@ -625,7 +621,7 @@ def test_euler_follows_the_velocity():
 def test_particles_are_weighed_by_the_noised_measurement():
     from cmi_lightning.solvers.fps import _log_weight, _systematic
 
-    means = [_random(3, N, seed=k) for k in range(4)]
+    means = [randn(3, N, seed=k) for k in range(4)]
     for variance in (0.3, 0.0):
         S = variance * A @ A.mT + STD**2 * torch.eye(M)
         law = torch.distributions.MultivariateNormal(torch.zeros(M).double(), S)
@@ -681,7 +677,7 @@ def test_discrepancy_lets_single_samples_rest(mixture, dense):
 
 
 def test_lamp_averages_with_the_step_before():
-    x0 = [_random(3, N, seed=k) for k in range(3)]
+    x0 = [randn(3, N, seed=k) for k in range(3)]
     seen = []
 
     class Given(Guidance):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
 import lightning as L
 import pytest
 import torch
+from predicting import items, restore, trainer
 from torch.utils.data import DataLoader
 
 from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
@@ -20,18 +22,11 @@ from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDPM
 
-QUIET = dict(
-    accelerator="cpu",
-    logger=False,
-    enable_progress_bar=False,
-    enable_model_summary=False,
-    enable_checkpointing=False,
-)
 
-
-def loader(images: torch.Tensor, batch_size: int = 4) -> DataLoader:
-    items = [{"x": x, "id": f"img/{i}"} for i, x in enumerate(images)]
-    return DataLoader(items, batch_size)
+def run(module: PosteriorSampler, data, *callbacks: L.Callback, size: int = 4, **options) -> list:
+    """Restore images, or items, or what a data module has."""
+    data = items(data) if torch.is_tensor(data) else data
+    return restore(None, module, data, *callbacks, batch_size=size, **options)
 
 
 @pytest.fixture
@@ -48,26 +43,22 @@ def module(prior) -> PosteriorSampler:
 @pytest.mark.parametrize("inference_mode", [True, False])
 def test_predict_equals_the_core_in_either_mode(module, prior, shipped_images, inference_mode):
     x = shipped_images[:4]
-    trainer = L.Trainer(**QUIET, inference_mode=inference_mode)
-    (restoration,) = trainer.predict(module, loader(x))
-    noise = SampleNoise(0, [f"img/{i}" for i in range(4)])
+    (restoration,) = run(module, x, inference_mode=inference_mode)
+    noise = SampleNoise(0, [f"set/{i}" for i in range(4)])
     problem = Problem.simulate(x, BoxMask(14, 4), 0.05, noise)
     expected = Sampler(prior, DDPM(), [CMI(interval=1, estimator=Lanczos(krylov=2)), DPS()], 4).run(
         problem, noise, x
     )
     assert torch.equal(restoration["restored"], expected)
     assert torch.equal(restoration["details"].problem.y, problem.y)
-    assert restoration["id"] == [f"img/{i}" for i in range(4)]
+    assert restoration["id"] == noise.ids
     assert restoration["details"].record.forwards == 4
     assert restoration["seconds"] > 0
 
 
 def test_batch_size_changes_nothing(module, shipped_images):
-    trainer = L.Trainer(**QUIET)
     together, apart = (
-        torch.cat(
-            [r["restored"] for r in trainer.predict(module, loader(shipped_images[:4], size))]
-        )
+        torch.cat([r["restored"] for r in run(module, shipped_images[:4], size=size)])
         for size in (4, 1)
     )
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
@@ -75,37 +66,35 @@ def test_batch_size_changes_nothing(module, shipped_images):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_precisions(prior, shipped_images, precision):
-    import copy
-
     module = PosteriorSampler(copy.deepcopy(prior), BoxMask(14, 4), guidances=[DPS()], num_steps=4)
-    trainer = L.Trainer(**QUIET, precision=precision)
-    (restoration,) = trainer.predict(module, loader(shipped_images[:2]))
+    (restoration,) = run(module, shipped_images[:2], precision=precision)
     wanted = torch.float64 if precision == "64-true" else torch.float32
     assert restoration["details"].problem.y.dtype == wanted  # the measurement is never lowered
     assert restoration["restored"].dtype == wanted
     reference = PosteriorSampler(prior, BoxMask(14, 4), guidances=[DPS()], num_steps=4)
-    (full,) = L.Trainer(**QUIET).predict(reference, loader(shipped_images[:2]))
+    (full,) = run(reference, shipped_images[:2])
     difference = (restoration["restored"] - full["restored"]).abs().mean()
     assert 0 < float(difference) < (1e-4 if precision == "64-true" else 0.05)
 
 
 def test_half_precision_on_the_cpu_is_bfloat16(prior, shipped_images):
     with pytest.warns(UserWarning, match="Using `precision='bf16-mixed'` instead"):
-        half = L.Trainer(**QUIET, precision="16-mixed")
-    bfloat = L.Trainer(**QUIET, precision="bf16-mixed")
+        half = trainer(None, precision="16-mixed")
+    bfloat = trainer(None, precision="bf16-mixed")
     module = PosteriorSampler(prior, BoxMask(14, 4), guidances=[DPS()], num_steps=2)
-    a, b = (t.predict(module, loader(shipped_images[:2]))[0]["restored"] for t in (half, bfloat))
+    data = DataLoader(items(shipped_images[:2]), 2)
+    a, b = (t.predict(module, data)[0]["restored"] for t in (half, bfloat))
     assert torch.equal(a, b)
-    identities = [module.fingerprint(trainer, None) for trainer in (half, bfloat)]
-    assert identities[0] == identities[1]  # a run of one is gone on with by the other
+    # a run of one is gone on with by the other
+    assert module.fingerprint(half, None) == module.fingerprint(bfloat, None)
 
 
 def test_double_precision_measures_in_double_precision(shipped_images):
     x = shipped_images[:2]
     module = PosteriorSampler(GaussianMixture(torch.zeros(1, 1, 32, 32), 0.2), Downsample(4))
     module.num_steps = 2
-    (restoration,) = L.Trainer(**QUIET, precision="64-true").predict(module, loader(x))
-    noise = SampleNoise(0, ["img/0", "img/1"])
+    (restoration,) = run(module, x, precision="64-true")
+    noise = SampleNoise(0, ["set/0", "set/1"])
     operator = Downsample(4).bind((1, 32, 32), noise, x.double())
     wanted = Problem.simulate(x.double(), operator, 0.05, noise).y
     y = restoration["details"].problem.y
@@ -120,7 +109,7 @@ def test_residuals_of_the_draws_survive_a_batch_in_parts(prior, shipped_images, 
     module = PosteriorSampler(
         prior, BoxMask(14, 4), guidances=[DPS()], num_steps=2, samples_per_image=draws
     )
-    batch = {"x": shipped_images[:5], "id": [f"img/{i}" for i in range(5)]}
+    batch = {"x": shipped_images[:5], "id": [f"set/{i}" for i in range(5)]}
     whole = module.predict_step(batch)
     problem = whole["details"].problem
     each = whole["restored"][:, None] if draws == 1 else whole["draws"]
@@ -147,18 +136,13 @@ def test_a_noise_level_of_its_own_is_kept_with_each_image(prior, shipped_images,
 
 
 def test_given_measurements_need_no_truth(prior, shipped_images):
-    items = [
-        {
-            "y_image": x,
-            "id": str(i),
-            "mask": torch.rand(32, 32, generator=torch.manual_seed(i)) > 0.3 + 0.2 * i,
-        }
-        for i, x in enumerate(shipped_images[:2])
-    ]
+    given = items(shipped_images[:2], given=True)
+    for i, item in enumerate(given):
+        item["mask"] = torch.rand(32, 32, generator=torch.manual_seed(i)) > 0.3 + 0.2 * i
     module = PosteriorSampler(prior, guidances=[DPS()], num_steps=3)
-    (restoration,) = L.Trainer(**QUIET).predict(module, DataLoader(items, 2))
+    (restoration,) = run(module, given)
     assert restoration["truth"] is None
-    for i, item in enumerate(items):
+    for i, item in enumerate(given):
         kept = item["mask"]
         assert torch.equal(restoration["measurement"][i][:, kept], item["y_image"][:, kept])
         assert bool((restoration["measurement"][i][:, ~kept] == 0).all())
@@ -167,21 +151,16 @@ def test_given_measurements_need_no_truth(prior, shipped_images):
 @pytest.mark.parametrize("kind", ["kernel", "factor", "plain"])
 def test_other_given_measurements(prior, shipped_images, kind):
     y = shipped_images[0, :, ::4, ::4] if kind == "factor" else shipped_images[0]
-    extra = {
-        "kernel": {"kernel": torch.full((3, 3), 1 / 9)},
-        "factor": {"factor": 4},
-        "plain": {},
-    }[kind]
+    extra = {"kernel": {"kernel": torch.full((3, 3), 1 / 9)}, "factor": {"factor": 4}}.get(kind, {})
     module = PosteriorSampler(prior, guidances=[DPS()], num_steps=3)
-    loader = DataLoader([{"y_image": y, "id": "a", **extra}])
-    (restoration,) = L.Trainer(**QUIET).predict(module, loader)
+    (restoration,) = run(module, [{"y_image": y, "id": "a", **extra}])
     assert restoration["restored"].shape == (1, 1, 32, 32)
     assert bool(torch.isfinite(restoration["restored"]).all())
 
 
 def test_plain_loaders_are_checked_too(prior):
     with pytest.raises(InputError, match="3×32×32"):
-        L.Trainer(**QUIET).predict(PosteriorSampler(prior), loader(torch.zeros(1, 3, 32, 32)))
+        run(PosteriorSampler(prior), torch.zeros(1, 3, 32, 32))
 
 
 def test_images_are_checked_before_sampling(prior):
@@ -192,10 +171,10 @@ def test_images_are_checked_before_sampling(prior):
             raise AssertionError("sampling must not start")
 
     with pytest.raises(InputError, match="1×24×32"):
-        L.Trainer(**QUIET).predict(PosteriorSampler(prior), datamodule=Images())
+        run(PosteriorSampler(prior), Images())
     Images.image_shape = (1, 32, 32)
     with pytest.raises(InputError, match="5"):
-        L.Trainer(**QUIET).predict(PosteriorSampler(prior, Downsample(5)), datamodule=Images())
+        run(PosteriorSampler(prior, Downsample(5)), Images())
 
 
 def test_noise_range_is_stated_and_converted(prior):
@@ -219,9 +198,8 @@ def test_observers_see_every_step(shipped_images):
             seen.append(record.index)
 
     module = PosteriorSampler(prior, Identity(), num_steps=3)
-    trainer = L.Trainer(**QUIET, callbacks=[Watch()])
-    trainer.predict(module, loader(torch.zeros(2, 1, 8, 8)))
-    assert seen == [["img/0", "img/1"], 2, 1, 0]
+    run(module, torch.zeros(2, 1, 8, 8), Watch())
+    assert seen == [["set/0", "set/1"], 2, 1, 0]
 
 
 def test_import_is_light(tmp_path):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from predicting import ready, trainer
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -42,8 +42,7 @@ def images() -> Tensor:
 
 
 def predict(module: PosteriorSampler, data: object) -> dict:
-    trainer = L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
-    (result,) = trainer.predict(module, data)  # type: ignore[arg-type]
+    (result,) = trainer(None).predict(module, data)  # type: ignore[arg-type]
     return result
 
 
@@ -112,8 +111,7 @@ def test_images_and_maps_of_the_noise(tmp_path: Path) -> None:
     folder, levels = str(tmp_path / "y"), str(tmp_path / "std")
     result = predict(module, MeasurementFolderData(folder, "own", sigmas=levels))
     assert torch.equal(result["restored"], direct(y, HDR(), std))
-    unit = MeasurementFolderData(folder, "own", sigmas=levels, sigma_range="unit")
-    unit.setup("predict")
+    unit = ready(MeasurementFolderData(folder, "own", sigmas=levels, sigma_range="unit"))
     assert torch.equal(unit.images[1]["sigma"], 2 * std[1])
     table = tmp_path / "s.csv"
     table.write_text("id,sigma\na,0.1\nb,0.4\n")
@@ -162,7 +160,7 @@ def test_batches_that_hold_no_measurement(y: object, words: str) -> None:
 def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     def refused(words: str, **options: object) -> None:
         with pytest.raises(InputError, match=words):
-            MeasurementFolderData(str(tmp_path), "own", **options).setup("predict")  # type: ignore[arg-type]
+            ready(MeasurementFolderData(str(tmp_path), "own", **options))  # type: ignore[arg-type]
 
     refused("holds no measurement")
     np.save(tmp_path / "a.npy", np.zeros((2, 2)) + 1j)
@@ -179,4 +177,4 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
         MeasurementFolderData(str(tmp_path), "denoise", shape=SHAPE)
     data = MeasurementFolderData(str(tmp_path), "denoise")
     with pytest.raises(InputError, match="would not be used"):
-        PosteriorSampler(prior(), HDR()).check(L.Trainer(logger=False), data)
+        PosteriorSampler(prior(), HDR()).check(trainer(None), data)

@@ -11,13 +11,13 @@ import struct
 import tracemalloc
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 import yaml
 from image_files import black_png
 from PIL import Image, ImageFile
+from predicting import ready, restore
 
 from cmi_lightning.callbacks import ImageWriter, RestorationMetrics, SamplingProgress
 from cmi_lightning.callbacks.drawing import save_png
@@ -102,16 +102,9 @@ def test_names_of_data_files_end_up_in_the_output_folder(tmp_path, prior, monkey
     (data / "folder").symlink_to(outside)  # not entered
     before = {p for p in tmp_path.rglob("*") if not p.is_relative_to(out)}
     sampler = PosteriorSampler(prior, num_steps=1)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        default_root_dir=out,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=[SamplingProgress(), ImageWriter(), RestorationMetrics(lpips=None, fid=False)],
-    )
     folder = ImageFolderData(str(data))
-    trainer.predict(sampler, datamodule=folder, return_predictions=False)
+    writers = [SamplingProgress(), ImageWriter(), RestorationMetrics(lpips=None, fid=False)]
+    restore(out, sampler, folder, *writers)
     ids = [name for name, _ in folder.images.files]
     assert len(ids) == 9 + 1 - names.count("..png")  # "..png" is hidden
     assert "sub/é" in ids
@@ -164,11 +157,9 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, side):
         with pytest.raises(
             InputError, match=r"bomb\.png' has more pixels than Pillow's limit of 894"
         ):
-            ImageFolderData(str(tmp_path), strict=True).setup("predict")
+            ready(ImageFolderData(str(tmp_path), strict=True))
     Image.new("L", (8, 8)).save(tmp_path / "x.png")
-    data = ImageFolderData(str(tmp_path))
-    data.setup("predict")
-    assert list(data.skipped) == [str(tmp_path / "bomb.png")]
+    assert list(ready(ImageFolderData(str(tmp_path))).skipped) == [str(tmp_path / "bomb.png")]
 
 
 def test_pillows_limit_is_kept():
@@ -318,8 +309,7 @@ def test_the_data_folder_is_never_written_to(tmp_path):
         path.chmod(0o444)
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*")}
     for data in (ImageFolderData(str(tmp_path)), MeasurementFolderData(str(tmp_path))):
-        data.setup("predict")
-        list(data.predict_dataloader())
+        list(ready(data).predict_dataloader())
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*")} == before
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import graph_bytes
+from conftest import graph_bytes, randn
 from torch import Tensor, nn
 
 from cmi_lightning import PosteriorSampler
@@ -50,10 +50,6 @@ class Local(Denoiser):
 class Constant(Local):
     def forward(self, x, level):
         return Prediction(torch.full_like(x, 0.3), torch.full_like(x, 0.6))
-
-
-def randn(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import graph_bytes
+from conftest import graph_bytes, randn
 from torch import Tensor, nn
 
 from cmi_lightning.denoisers import Autocast, NetworkDenoiser, UNet, card_unet
@@ -48,10 +48,6 @@ def frozen(**options) -> UNet:
         else:
             nn.init.normal_(p, mean=0.5, std=0.2)
     return network.double().requires_grad_(False).eval()
-
-
-def randn(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # ---------------------------------------------------------------------------------------------

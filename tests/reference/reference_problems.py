@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from conftest import make_step
+from conftest import make_step, randn
 from torch import Tensor
 
 from cmi_lightning.exact import GaussianMixture
@@ -31,10 +31,6 @@ BATCH = 3
 IDS = [f"sample/{row}" for row in range(BATCH)]  # as make_step names them
 
 
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def unequal_mask(batch: int, height: int, width: int) -> Tensor:
     """Masks (B, H, W) that keep a different number of pixels of every image."""
     known = torch.ones(batch, height * width, dtype=torch.bool)
@@ -45,7 +41,7 @@ def unequal_mask(batch: int, height: int, width: int) -> Tensor:
 
 def kernels(count: int, height: int, width: int) -> Tensor:
     """Kernels of either sign (count, height, width), no blur amplifying anything."""
-    taps = draw(count, height, width, seed=7)
+    taps = randn(count, height, width, seed=7)
     return taps / taps.abs().sum((1, 2), keepdim=True)
 
 
@@ -96,7 +92,7 @@ def bound(
 
 def mixture(schedule: Schedule | None = None) -> GaussianMixture:
     """Three components so close that x_t leaves open which of them it came from."""
-    means = 0.15 * draw(3, *SHAPE, seed=1)
+    means = 0.15 * randn(3, *SHAPE, seed=1)
     variances = 0.05 + 0.3 * torch.rand(
         3, *SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64
     )

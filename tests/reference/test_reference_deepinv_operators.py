@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference_problems import BATCH, IDS, OPERATORS, bound, draw, kernels, per_row, unequal_mask
+from conftest import randn
+from reference_problems import BATCH, IDS, OPERATORS, bound, kernels, per_row, unequal_mask
 from torch import Tensor
 
 from cmi_lightning.noise import SampleNoise
@@ -36,7 +37,7 @@ def test_adjointness(
 ) -> None:
     """deepinv's ‖A − Bᵀ‖_F/‖A‖_F from random ⟨v, A u⟩ − ⟨u, B v⟩, one pair for each image."""
     physics = physics_of(bound(name, shape, dtype=dtype))
-    u = draw(BATCH, *shape, dtype=dtype)
+    u = randn(BATCH, *shape, dtype=dtype)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         assert float(physics.adjointness_test(u, num_samples=BATCH)) < tolerance
@@ -47,7 +48,7 @@ def test_adjointness(
 def test_adjoint_is_the_derivatives(name: str, shape: tuple[int, int, int]) -> None:
     """deepinv derives Aᵀ from A alone, as a vector-Jacobian product."""
     operator = bound(name, shape)
-    y = operator(draw(BATCH, *shape))
+    y = operator(randn(BATCH, *shape))
     derived = adjoint_function(operator.forward, (BATCH, *shape), dtype=torch.float64)
     assert per_row(operator.adjoint(y), derived(y)) < 1e-12
 
@@ -81,8 +82,8 @@ def test_pseudo_inverse(name: str, shape: tuple[int, int, int]) -> None:
     nothing, and (1000 A)⁺ (1000 y) = A⁺ y.
     """
     operator = bound(name, shape)
-    y = operator(draw(BATCH, *shape))
-    y = operator.zero_padding(draw(*y.shape, seed=1))
+    y = operator(randn(BATCH, *shape))
+    y = operator.zero_padding(randn(*y.shape, seed=1))
     physics = LinearPhysics(
         A=lambda x: 1000 * operator(x), A_adjoint=lambda v: operator.adjoint(1000 * v)
     )
@@ -96,7 +97,7 @@ def test_pseudo_inverse(name: str, shape: tuple[int, int, int]) -> None:
 def test_masks_are_its_inpainting() -> None:
     """deepinv's y is an image with zeros at unknown pixels: Aᵀ A x here."""
     shape, mask = (3, 9, 6), unequal_mask(BATCH, 9, 6)
-    x = draw(BATCH, *shape)
+    x = randn(BATCH, *shape)
     operator = PixelMask.from_mask(mask, x)
     physics = Inpainting(shape, mask[:, None].double())
     theirs = physics.A(x)
@@ -110,7 +111,7 @@ def test_convolution_is_its_fourier_blur(taps: tuple[int, int]) -> None:
 
     Both put a kernel's centre at ⌊k/2⌋. Turning moves that of an even kernel by one pixel.
     """
-    shape, x, kernel = (2, 9, 8), draw(BATCH, 2, 9, 8), kernels(1, *taps)
+    shape, x, kernel = (2, 9, 8), randn(BATCH, 2, 9, 8), kernels(1, *taps)
     physics = BlurFFT(shape, kernel.flip(1, 2)[None])
     operator = Convolution(kernel, "circular", rcond=0.0).bind(shape, SampleNoise(0, IDS), x)
     shift = tuple(taps_ % 2 - 1 for taps_ in taps)
@@ -122,10 +123,10 @@ def test_convolution_is_its_fourier_blur(taps: tuple[int, int]) -> None:
 @pytest.mark.parametrize("padding", ["reflect", "circular"])
 def test_convolution_is_its_blur(padding: str) -> None:
     """As above, with a kernel for each image and deepinv's direct convolution."""
-    shape, x, kernel = (2, 9, 8), draw(BATCH, 2, 9, 8), kernels(BATCH, 3, 5)
+    shape, x, kernel = (2, 9, 8), randn(BATCH, 2, 9, 8), kernels(BATCH, 3, 5)
     physics = Blur(kernel.flip(1, 2)[:, None], padding=padding)
     operator = Convolution(kernel, padding).bind(shape, SampleNoise(0, IDS), x)  # type: ignore[arg-type]
-    y = draw(BATCH, *shape, seed=1)
+    y = randn(BATCH, *shape, seed=1)
     assert per_row(operator(x), physics.A(x)) < 1e-12
     assert per_row(operator.adjoint(y), physics.A_adjoint(y)) < 1e-12
 
@@ -134,9 +135,9 @@ def test_convolution_is_its_blur(padding: str) -> None:
 def test_downsampling_is_its_imresize(factor: int) -> None:
     """MATLAB's imresize with antialiasing, borders included; deepinv derives its adjoint."""
     shape = (2, 5 * factor, 7 * factor)
-    x = draw(BATCH, *shape)
+    x = randn(BATCH, *shape)
     operator = Downsample(factor).bind(shape, SampleNoise(0, IDS), x)
     physics = DownsamplingMatlab(factor)
     assert per_row(operator(x), physics.A(x)) < 1e-12
-    y = draw(*operator(x).shape, seed=1)
+    y = randn(*operator(x).shape, seed=1)
     assert per_row(operator.adjoint(y), physics.A_adjoint(y)) < 1e-12

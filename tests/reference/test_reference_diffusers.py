@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from reference_problems import BATCH, IDS, SHAPE, draw, per_row
+from conftest import randn
+from reference_problems import BATCH, IDS, SHAPE, per_row
 from torch import Tensor, nn
 
 from cmi_lightning.denoisers import NetworkDenoiser
@@ -45,7 +46,7 @@ class Network(nn.Module):
     def __init__(self, prediction: Prediction, learn_variance: bool) -> None:
         super().__init__()
         # Images beyond ±1, so that clipping has something to do.
-        self.prior = GaussianMixture(0.5 * draw(3, *SHAPE, seed=1), 1.0)
+        self.prior = GaussianMixture(0.5 * randn(3, *SHAPE, seed=1), 1.0)
         self.prediction, self.learn_variance = prediction, learn_variance
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ def test_ddpm_step(
     for t, s in PAIRS:
         scheduler = exact(ddpm(prediction, variance, clip))
         scheduler.set_timesteps(timesteps=[t] if s is None else [t, s])
-        x = draw(BATCH, *SHAPE, seed=t)
+        x = randn(BATCH, *SHAPE, seed=t)
         expected = scheduler.step(said(denoiser, x, t), t, x).prev_sample
         assert per_row(our_step(denoiser, DDPM(variance), x, t, s, clip), expected) < 1e-9
 
@@ -192,7 +193,7 @@ def test_ddim_step(prediction: Prediction, clip: bool, eta: float) -> None:
         scheduler.set_timesteps(1000 // stride)
         for t in (scheduler.timesteps[0], scheduler.timesteps[-2], scheduler.timesteps[-1]):
             t = int(t)
-            x = draw(BATCH, *SHAPE, seed=t)
+            x = randn(BATCH, *SHAPE, seed=t)
             expected = scheduler.step(
                 said(denoiser, x, t),
                 t,
@@ -292,7 +293,7 @@ def test_ddim_of_diffusers_knows_one_stride() -> None:
     denoiser, scheduler = denoiser_of("epsilon"), exact(ddim("epsilon", False, "linspace"))
     scheduler.set_timesteps(7)
     assert scheduler.timesteps[4:].tolist() == [333, 166, 0]
-    x = draw(BATCH, *SHAPE)
+    x = randn(BATCH, *SHAPE)
     theirs = scheduler.step(said(denoiser, x, 333), 333, x).prev_sample
     assert per_row(our_step(denoiser, DDIM(), x, 333, 191, False), theirs) < 1e-9
     assert per_row(our_step(denoiser, DDIM(), x, 333, 166, False), theirs) > 1e-2
@@ -306,7 +307,7 @@ def test_ddpm_of_diffusers_may_end_in_noise(feed: Callable[[int], None]) -> None
     feed(0)
     denoiser, scheduler = denoiser_of("epsilon"), exact(ddpm("epsilon", "large", False))
     scheduler.set_timesteps(timesteps=[999, 99])
-    x = draw(BATCH, *SHAPE)
+    x = randn(BATCH, *SHAPE)
     theirs = scheduler.step(said(denoiser, x, 99), 99, x).prev_sample
     ours = our_step(denoiser, DDPM("large"), x, 99, None, False)
     assert per_row(ours, denoiser(x, SCHEDULE[99]).x0) < 1e-9
@@ -320,7 +321,7 @@ def test_ddim_of_diffusers_keeps_the_networks_epsilon_where_it_clips() -> None:
     """
     denoiser, scheduler = denoiser_of("epsilon"), exact(ddim("epsilon", True))
     scheduler.set_timesteps(10)
-    x, t, s = draw(BATCH, *SHAPE), 500, 400
+    x, t, s = randn(BATCH, *SHAPE), 500, 400
     output = said(denoiser, x, t)
     step = scheduler.step(output, t, x)
     now, then = SCHEDULE[t], SCHEDULE[s]
@@ -339,7 +340,7 @@ def test_dpm_solver_trajectory(kind: str) -> None:
 
     Its last step, to σ = 0, is of first order and ends at x̂₀, as ours.
     """
-    denoiser, like = denoiser_of("epsilon"), draw(BATCH, *SHAPE)
+    denoiser, like = denoiser_of("epsilon"), randn(BATCH, *SHAPE)
     sampler, ours = our_trajectory(denoiser, DPMSolver(kind), 12, False, like)
     theirs = DPMSolverMultistepScheduler(
         algorithm_type="sde-dpmsolver++" if kind == "sde" else "dpmsolver++",

@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
+from conftest import randn
 from PIL import Image
-from reference_problems import draw
+from predicting import items, restore
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cmi_lightning import PosteriorSampler
 from cmi_lightning.callbacks import ImageWriter, RestorationMetrics
@@ -32,7 +31,7 @@ def test_downsampling_is_pillows_inside(factor: int) -> None:
     on every side differ. Its images of mode "F" are float32.
     """
     size = (9 * factor, 11 * factor)
-    x = draw(1, 1, *size, dtype=torch.float32).double()
+    x = randn(1, 1, *size, dtype=torch.float32).double()
     y = Downsample(factor).bind((1, *size), SampleNoise(0, ["a"]), x)(x)[0, 0].numpy()
     image = Image.fromarray(x[0, 0].float().numpy())
     assert image.mode == "F"
@@ -47,18 +46,7 @@ def run(
 ) -> tuple[list[dict[str, str]], list[np.ndarray]]:
     """Restore images x; return the rows of metrics.csv and the PNGs as (H, W, C) of 0 … 255."""
     module = PosteriorSampler(prior, operator, guidances=[DPS(0.5)], num_steps=4)
-    items = [{"x": image, "id": f"{i}"} for i, image in enumerate(x)]
-    trainer = L.Trainer(
-        accelerator="cpu",
-        inference_mode=False,
-        logger=False,
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[RestorationMetrics(lpips=None, fid=False), ImageWriter()],
-    )
-    trainer.predict(module, DataLoader(items, batch_size=3), return_predictions=False)
+    restore(folder, module, items(x), RestorationMetrics(lpips=None, fid=False), ImageWriter())
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     images = []
