@@ -24,7 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: more threads woul
 
 
 SHAPE = (1, 2, 3)
-DRAWN = ("test_callbacks", "test_cli", "test_loggers")  # where curves are drawn in earnest
+DRAWN = ("test_callbacks", "test_loggers")  # where curves are drawn in earnest
 
 
 @pytest.fixture(scope="module", autouse=True)
