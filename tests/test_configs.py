@@ -20,15 +20,6 @@ from cmi_lightning.cli import main
 from cmi_lightning.denoisers import card_unet
 from cmi_lightning.predict.options import prediction_cli, resolved
 
-TASKS = [
-    "inpaint_random",
-    "inpaint_box",
-    "gaussian_blur",
-    "motion_blur",
-    "sr4",
-    "sr16",
-    "denoise",
-]
 GUIDANCES = ["dps", "pigdm", "mcg", "dsg"]
 WEIGHTS = {"ffhq": "ffhq_10m.pt", "imagenet": "256x256_diffusion_uncond.pt"}
 OPERATORS = {
@@ -40,6 +31,7 @@ OPERATORS = {
     "sr16": ("Downsample", {"factor": 16}),
     "denoise": ("Identity", {}),
 }
+TASKS = list(OPERATORS)
 
 
 def arguments(prior: str, task: str, guidance: str, cmi: bool) -> list[str]:
@@ -48,7 +40,7 @@ def arguments(prior: str, task: str, guidance: str, cmi: bool) -> list[str]:
 
 
 # What one file for each prior and task said before prior/ and paper.yaml: {"ffhq/sr4": options}.
-FORMER = json.loads((Path(__file__).parent / "manifests/paper_options.json").read_text())
+FORMER = json.loads((Path(__file__).parent / "paper_options.json").read_text())
 
 
 def test_every_configuration_says_what_it_is():
@@ -118,20 +110,14 @@ def test_overlays_say_what_one_file_said(parser, former):
     assert new | {"config": None} == old | {"config": None}
 
 
-def test_step_sizes_differ_between_tasks(parser):
-    def scale(task: str) -> float:
-        config = parser.parse_args(arguments("ffhq", task, "dps", False))
+def test_step_sizes_are_the_tasks_and_options_override_them(parser):
+    def scale(task: str, *options: str) -> float:
+        config = parser.parse_args([*arguments("ffhq", task, "dps", False), *options])
         return config.model.guidances[0].init_args.scale
 
     assert (scale("inpaint_box"), scale("sr4")) == (0.5, 0.3)
-
-
-def test_options_override_the_tasks_step_sizes(parser):
-    args = arguments("ffhq", "sr4", "dps", False)
-    config = parser.parse_args([*args, "--step_sizes.dps=0.7"])
-    assert config.model.guidances[0].init_args.scale == 0.7
-    config = parser.parse_args([*args, "--model.guidances.init_args.scale=0.8"])
-    assert config.model.guidances[0].init_args.scale == 0.8
+    assert scale("sr4", "--step_sizes.dps=0.7") == 0.7
+    assert scale("sr4", "--model.guidances.init_args.scale=0.8") == 0.8
 
 
 @pytest.mark.parametrize("name", ["ffhq", "imagenet"])

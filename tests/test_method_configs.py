@@ -20,16 +20,7 @@ from cmi_lightning.solvers import DDPM, Solver
 
 SECTIONS = [n for n in configs.summaries() if n.split("/")[0] in ("guidance", "solver")]
 LINEAR = {
-    "ddnm_noiseless",
-    "mcg",
-    "ilvr",
-    "repaint",
-    "dmps",
-    "cdps",
-    "ddrm",
-    "ddnm",
-    "pnpdm",
-    "fps",
+    *["ddnm_noiseless", "mcg", "ilvr", "repaint", "dmps", "cdps", "ddrm", "ddnm", "pnpdm", "fps"]
 }
 IDS = ["a", "b"]
 
