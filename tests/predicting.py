@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cmi_lightning.callbacks import SamplingProgress
+from cmi_lightning.cli import main
 
 
 def items(x: Iterable[Tensor], given: bool = False, ids: Sequence[str] | None = None) -> list[dict]:
@@ -44,6 +45,11 @@ def restore(
     """Restore a data set's items, or what a data module has."""
     loader = DataLoader(data, batch_size) if isinstance(data, list) else data
     return trainer(folder, *callbacks, **options).predict(module, loader)
+
+
+def cli(command: str, *options: str) -> int:
+    """The exit code of a command, whose words are parted by spaces, with further options."""
+    return main([*command.split(), *options])
 
 
 def ready(data: Any) -> Any:

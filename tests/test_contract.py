@@ -74,19 +74,13 @@ CASES = [
 # Each guidance meets each operator, half of them with CMI; solvers alternate.
 THRIFTY = [CASES[28 * b + 14 * ((b + o) % 2) + 2 * o + (b + o // 2) % 2]
            for b, o in itertools.product(range(len(BASES)), range(len(OPERATORS)))]  # fmt: skip
-FEW = "ddim3"  # from t = 668: at t = 999 the network's rounding is magnified by σ/α = 157
+FEW = "ddim2"  # from t = 500: at t = 999 the network's rounding is magnified by σ/α = 157
 NAMES = ("base", "cmi", "operator", "solver")
 
 
 def guidances_of(base: str, cmi: bool) -> list:
-    return [
-        *BASES[base],
-        *(
-            [CMI(interval=1, min_signal=0.0, max_signal=1.0, estimator=Lanczos(krylov=2))]
-            if cmi
-            else []
-        ),
-    ]
+    always = CMI(interval=1, min_signal=0.0, max_signal=1.0, estimator=Lanczos(krylov=2))
+    return [*BASES[base], *[always] * cmi]
 
 
 def restore(sampler: Sampler, operator, x: torch.Tensor, ids: list[str]):
@@ -99,7 +93,7 @@ def restore(sampler: Sampler, operator, x: torch.Tensor, ids: list[str]):
 @pytest.fixture(scope="module")
 def garments(shipped_images) -> torch.Tensor:
     """Centres of four garments: the network is convolutional, and this is faster."""
-    return shipped_images[:4, :, 8:24, 8:24]
+    return shipped_images[:4, :, 12:20, 12:20]
 
 
 @pytest.mark.parametrize(NAMES, THRIFTY)
@@ -108,12 +102,11 @@ def test_on_the_shipped_prior(prior: Denoiser, garments, base, cmi, operator, so
     ids = ["a", "b", "c", "d"]
     record = restore(sampler, operator, garments, ids)
     assert bool(torch.isfinite(record.x).all())
-    assert record.forwards == 3
-    singles = [restore(sampler, operator, garments[i : i + 1], [ids[i]]).x for i in (0, 3)]
+    assert record.forwards == 2
+    single = restore(sampler, operator, garments[3:], ids[3:]).x
     # Moment matching multiplies the network's rounding by σ²/α = 24² and by its solve.
     tolerance = 2e-3 if base == "MomentMatching" else 1e-4
-    torch.testing.assert_close(record.x[::3], torch.cat(singles), rtol=0, atol=tolerance)
-
+    torch.testing.assert_close(record.x[3:], single, rtol=0, atol=tolerance)
     low = Sampler(Autocast(prior, torch.bfloat16), solver, guidances_of(base, cmi), FEW)
     record = restore(low, operator, garments, ids)
     assert bool(torch.isfinite(record.x).all())
@@ -170,9 +163,9 @@ def test_low_precision_keeps_the_direction_of_cmi(prior, shipped_images, index):
 
 @pytest.mark.parametrize("base", list(BASES))
 def test_cmi_of_scale_zero_is_the_base_bit_for_bit_and_free(prior, garments, base):
-    plain = restore(Sampler(prior, DDPM(), BASES[base], 3), BoxMask(8, 2), garments, list("abcd"))
+    plain = restore(Sampler(prior, DDPM(), BASES[base], 3), BoxMask(4, 1), garments, list("abcd"))
     zero = Sampler(prior, DDPM(), [CMI(scale=0.0), *BASES[base]], 3)
-    record = restore(zero, BoxMask(8, 2), garments, list("abcd"))
+    record = restore(zero, BoxMask(4, 1), garments, list("abcd"))
     assert torch.equal(plain.x, record.x)
     assert (plain.forwards, plain.vjps) == (record.forwards, record.vjps)
 
@@ -235,14 +228,14 @@ def test_no_graph_outlives_its_step(prior, garments):
 def test_heun_runs_every_guidance_but_dsg(prior, garments):
     for base in ("none", "DPS", "PiGDM", "MCG"):
         sampler = Sampler(prior, Heun(), guidances_of(base, True), 3)
-        record = restore(sampler, BoxMask(8, 2), garments, list("abcd"))
+        record = restore(sampler, BoxMask(4, 1), garments, list("abcd"))
         assert bool(torch.isfinite(record.x).all())
         assert record.forwards == 2 * 3 - 1
 
 
 def test_log_tells_what_happened(prior, garments):
     noise = SampleNoise(0, list("abcd"))
-    problem = Problem.simulate(garments, BoxMask(8, 2), 0.05, noise)
+    problem = Problem.simulate(garments, BoxMask(4, 1), 0.05, noise)
     sampler = Sampler(prior, DDPM(), [CMI(interval=1, estimator=Lanczos(krylov=2)), MCG()], 4)
     records = list(sampler.iterate(problem, noise, garments))
     expected = {"residual", "step/MCG", "sample/MCG"}

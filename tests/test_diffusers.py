@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_two_derivatives, randn
 from safetensors.torch import load_file, save_file
+from tiny import unet2d
 from torch import Tensor
 
 from cmi_lightning.denoisers import DiffusersDenoiser
@@ -21,26 +23,6 @@ from cmi_lightning.solvers import DDIM, DDPM
 
 diffusers = pytest.importorskip("diffusers")
 diffusers.utils.logging.set_verbosity_error()
-
-
-def unet2d(attention: bool = True, outputs: int = 3, **options):
-    torch.manual_seed(0)
-    down = "AttnDownBlock2D" if attention else "DownBlock2D"
-    up = "AttnUpBlock2D" if attention else "UpBlock2D"
-    return diffusers.UNet2DModel(
-        **{
-            "sample_size": 8,
-            "in_channels": 3,
-            "out_channels": outputs,
-            "block_out_channels": (16, 16),
-            "down_block_types": ("DownBlock2D", down),
-            "up_block_types": (up, "UpBlock2D"),
-            "add_attention": attention,
-            "norm_num_groups": 4,
-            "layers_per_block": 1,
-            **options,
-        }
-    )
 
 
 def save_pipeline(folder: Path, network, **options):
@@ -123,21 +105,8 @@ def test_diffusers_second_derivatives(tmp_path):
     for module in denoiser.modules():
         if hasattr(module, "upcast_softmax"):
             module.upcast_softmax = False  # it means float32, too coarse for a difference
-    g = torch.Generator().manual_seed(1)
-    x, u, p = (torch.randn(1, 3, 8, 8, generator=g, dtype=torch.float64) for _ in range(3))
-    level, h = denoiser.schedule[10], 1e-4
-
-    def vjp(z: Tensor, create_graph: bool = False) -> Tensor:
-        return torch.autograd.grad(denoiser(z, level).x0, z, u, create_graph=create_graph)[0]
-
-    def shifted(step: float) -> Tensor:
-        return vjp((x + step * p).requires_grad_())
-
-    z = x.clone().requires_grad_()
-    second = torch.autograd.grad((vjp(z, create_graph=True) * p).sum(), z)[0]
-    difference = (shifted(h) - shifted(-h)) / (2 * h)
-    torch.testing.assert_close(second, difference, rtol=1e-5, atol=1e-8)
-    assert float(difference.abs().max()) > 1e-3
+    level, (x, u, p) = denoiser.schedule[10], randn(3, 1, 3, 8, 8, seed=1)
+    assert_two_derivatives(lambda z: denoiser(z, level).x0, x, u, p, 1e-4)
     fused = DiffusersDenoiser(str(tmp_path), second_derivatives=False).double()
     assert fused.derivatives == 1
     torch.testing.assert_close(fused(x, level).x0, denoiser(x, level).x0)

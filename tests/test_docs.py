@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import autoencoder, unet2d
 
 import cmi_lightning.methods
 from cmi_lightning import configs
@@ -261,29 +262,13 @@ def test_there_is_an_example_of_every_source():
 def test_networks(home, name, tmp_path, capsys):
     if name == "diffusers" and not (home / "my_pipeline").exists():
         diffusers = pytest.importorskip("diffusers")
-        network = diffusers.UNet2DModel(
-            sample_size=64,
-            block_out_channels=(16, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            norm_num_groups=4,
-        )
-        diffusers.DDPMPipeline(network, diffusers.DDPMScheduler()).save_pretrained("my_pipeline")
+        pipeline = diffusers.DDPMPipeline(unet2d(sample_size=64), diffusers.DDPMScheduler())
+        pipeline.save_pretrained("my_pipeline")
     if name == "latent" and not (home / "my_latents").exists():
         diffusers = pytest.importorskip("diffusers")
-        blocks = {"block_out_channels": (16, 16), "norm_num_groups": 4}
-        network = diffusers.UNet2DModel(
-            32,
-            down_block_types=["DownBlock2D"] * 2,
-            up_block_types=["UpBlock2D"] * 2,
-            **blocks,
-        )
-        vqvae = diffusers.VQModel(
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
-            **blocks,
-        )
+        network = unet2d(False, sample_size=32)
         scheduler = diffusers.DDIMScheduler(clip_sample=False)
+        vqvae = autoencoder("VQModel", latent_channels=3)
         pipeline = diffusers.LDMPipeline(vqvae=vqvae, unet=network, scheduler=scheduler)
         pipeline.save_pretrained("my_latents")
     words = ["predict", "-c", f"{name}.yaml", "-c", "task/inpaint_box", "-c", "guidance/dps"]

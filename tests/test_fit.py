@@ -9,12 +9,25 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 import cmi_lightning.callbacks as callbacks
 from cmi_lightning.cli import main
+
+CONFIG = """
+model:
+  network:
+    class_path: cmi_lightning.denoisers.UNet
+    init_args: {in_channels: 3, model_channels: 32, channel_mult: [1], num_res_blocks: 1,
+      attention_levels: []}
+data:
+  class_path: cmi_lightning.data.ImageFolderData
+  init_args: {folder: TMP/photos, batch_size: 2, val_count: 2}
+trainer: {max_steps: 4, accelerator: cpu, logger: false, enable_progress_bar: false,
+  enable_checkpointing: false, enable_model_summary: false, log_every_n_steps: 1,
+  default_root_dir: TMP/out}
+"""
 
 
 class Stop(L.Callback):
@@ -35,29 +48,8 @@ def config(tmp_path):
     for i in range(4):
         pixels = np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"photos/{i}.png")
-    options = {"in_channels": 3, "model_channels": 32, "channel_mult": [1], "num_res_blocks": 1}
-    network = {
-        "class_path": "cmi_lightning.denoisers.UNet",
-        "init_args": {**options, "attention_levels": []},
-    }
-    data = {"folder": str(tmp_path / "photos"), "batch_size": 2, "val_count": 2}
-    trainer = {"max_steps": 4, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     path = tmp_path / "fit.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "model": {"network": network},
-                "data": {"class_path": "cmi_lightning.data.ImageFolderData", "init_args": data},
-                "trainer": {
-                    **trainer,
-                    "enable_checkpointing": False,
-                    "enable_model_summary": False,
-                    "log_every_n_steps": 1,
-                    "default_root_dir": str(tmp_path / "out"),
-                },
-            }
-        )
-    )
+    path.write_text(CONFIG.replace("TMP", str(tmp_path)))
     return str(path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import randn
+from conftest import numbered, randn
 from torch import Tensor, nn
 
 from cmi_lightning import Problem, Sampler
@@ -77,20 +77,14 @@ def test_the_exact_posterior_on_both_paths(schedule, solver):
     prior, A = gaussian(schedule)
     x0, noise = randn(1, 6, seed=4), SampleNoise(0, ["a"])
     problem = Problem.simulate(x0, A, 0.3, noise)
-    gain = (
-        COVARIANCE
-        @ MATRIX.T
-        @ torch.linalg.inv(
-            MATRIX @ COVARIANCE @ MATRIX.T + 0.09 * torch.eye(3, dtype=torch.float64)
-        )
-    )
+    noisy = MATRIX @ COVARIANCE @ MATRIX.T + 0.09 * torch.eye(3, dtype=torch.float64)
+    gain = COVARIANCE @ MATRIX.T @ torch.linalg.inv(noisy)
     mean = MEAN + gain @ (problem.y[0] - MATRIX @ MEAN)
     covariance = COVARIANCE - gain @ MATRIX @ COVARIANCE
     count = 1000
-    many = SampleNoise(1, [str(i) for i in range(count)])
     y = Problem(problem.y.expand(count, -1), problem.operator, 0.3)
     sampler = Sampler(prior, solver, [MomentMatching()], num_steps=30, clamp=False)
-    found = sampler.run(y, many, x0.expand(count, -1))
+    found = sampler.run(y, numbered(count, 1), x0.expand(count, -1))
     deviations = covariance.diagonal().sqrt()
     assert float(((found.mean(0) - mean) / deviations).abs().max()) < 0.2
     assert float((torch.cov(found.T) - covariance).norm() / covariance.norm()) < 0.25
@@ -158,10 +152,9 @@ def test_a_flow_network_trained_here_samples():
     optimizer.step(closure)
     prior = NetworkDenoiser(module.network, None, "rectified", "velocity", (1, 2, 2))
     like = torch.zeros(1000, 1, 2, 2)
-    run = SampleNoise(0, [str(i) for i in range(1000)])
     sampler = Sampler(prior, DDIM(0.0), num_steps=20, clamp=False)
     y = Problem(like.flatten(1), Dense(torch.eye(4), (1, 2, 2)), 1.0)
-    found = sampler.run(y, run, like)
+    found = sampler.run(y, numbered(1000), like)
     assert float(found.mean()) == pytest.approx(0.3, abs=0.06)
     assert float(found.std()) == pytest.approx(0.5, abs=0.06)
 
@@ -198,8 +191,8 @@ def test_a_consistency_model_is_a_prior_of_few_steps(num_steps):
         return x * (v / (v + sigma[:, None] ** 2)).sqrt()
 
     schedule = Schedule.edm(num_steps, 0.5, 80.0)
-    prior = EDMDenoiser(lambda x, s: consistency(x, s), None, schedule)
-    noise, like = SampleNoise(0, [str(i) for i in range(4000)]), torch.zeros(4000, 1)
+    prior = EDMDenoiser(consistency, None, schedule)
+    noise, like = numbered(4000), torch.zeros(4000, 1)
     problem = Problem(like, Dense(torch.eye(1), (1,)), 1.0)
     found = Sampler(prior, Renoise(1.0), clamp=False).run(problem, noise, like)
     assert float(found.std()) == pytest.approx(v**0.5, rel=0.04)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import SHAPE, jacobian, make_step
+from conftest import SHAPE, jacobian, make_step, numbered
 
 from cmi_lightning.errors import InputError
 from cmi_lightning.exact import GaussianMixture
@@ -57,6 +57,21 @@ def test_mcg_lands_on_the_noised_measurement(mixture, dense, level):
     assert float((moved.flatten(1) @ null.T).abs().max()) < 1e-6
 
 
+def assert_posterior_mean(x0, step, operator, prior_mean, variances, noise_variances):
+    """E[x₀ | x_t, y] from the joint Gaussian of (x₀, x_t, y), with no reference to the code."""
+    n, (alpha, sigma) = 6, step.t[:2]
+    eye = torch.eye(n, dtype=torch.float64)
+    H = torch.cat([alpha * eye, operator.matrix])
+    R = torch.block_diag(sigma**2 * eye, torch.diag(noise_variances))
+    C = torch.diag(variances)
+    gain = C @ H.T @ torch.linalg.inv(H @ C @ H.T + R)
+    mean = torch.full((n,), prior_mean, dtype=torch.float64)
+    for row in range(4):
+        seen = torch.cat([step.x[row].detach().flatten(), step.problem.y[row]])
+        expected = mean + gain @ (seen - H @ mean)
+        torch.testing.assert_close(x0[row].flatten(), expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("variance", [0.4, 1.0, 2.5])
 @pytest.mark.parametrize("index", [20, 300, 900])
 def test_pigdm_is_exact_on_an_isotropic_gaussian(dense, variance, index):
@@ -64,17 +79,8 @@ def test_pigdm_is_exact_on_an_isotropic_gaussian(dense, variance, index):
     step = make_step(prior, dense, index)
     guidance = PiGDM(prior_variance=variance, weight="posterior")
     x0 = guidance.guide_denoised(step, step.x0.detach())
-    # E[x₀ | x_t, y] from the joint Gaussian of (x₀, x_t, y), with no reference to the code
-    n, (alpha, sigma) = 6, step.t[:2]
-    eye = torch.eye(n, dtype=torch.float64)
-    H = torch.cat([alpha * eye, dense.matrix])
-    R = torch.block_diag(sigma**2 * eye, 0.1**2 * torch.eye(3, dtype=torch.float64))
-    gain = variance * H.T @ torch.linalg.inv(variance * H @ H.T + R)
-    mean = torch.full((n,), 0.3, dtype=torch.float64)
-    for row in range(4):
-        seen = torch.cat([step.x[row].detach().flatten(), step.problem.y[row]])
-        expected = mean + gain @ (seen - H @ mean)
-        torch.testing.assert_close(x0[row].flatten(), expected, rtol=1e-6, atol=1e-6)
+    every = torch.ones(6, dtype=torch.float64)
+    assert_posterior_mean(x0, step, dense, 0.3, variance * every, 0.1**2 * every[:3])
 
 
 @pytest.mark.parametrize("std", [0.1, torch.tensor([[0.05, 0.1, 0.4]], dtype=torch.float64)])
@@ -84,19 +90,8 @@ def test_moment_matching_is_exact_on_any_gaussian(dense, index, std):
     prior = GaussianMixture(torch.full((1, *SHAPE), 0.3, dtype=torch.float64), variances)
     step = make_step(prior, dense, index, sigma=std)
     x0 = MomentMatching(krylov=3).guide_denoised(step, step.x0.detach())
-    # E[x₀ | x_t, y] from the joint Gaussian of (x₀, x_t, y), with no reference to the code
-    n, (alpha, sigma) = 6, step.t[:2]
-    eye = torch.eye(n, dtype=torch.float64)
-    H = torch.cat([alpha * eye, dense.matrix])
     noise = torch.as_tensor(std, dtype=torch.float64).expand(1, 3)[0] ** 2
-    R = torch.block_diag(sigma**2 * eye, torch.diag(noise))
-    C = torch.diag(variances.flatten())
-    gain = C @ H.T @ torch.linalg.inv(H @ C @ H.T + R)
-    mean = torch.full((n,), 0.3, dtype=torch.float64)
-    for row in range(4):
-        seen = torch.cat([step.x[row].detach().flatten(), step.problem.y[row]])
-        expected = mean + gain @ (seen - H @ mean)
-        torch.testing.assert_close(x0[row].flatten(), expected, rtol=1e-6, atol=1e-6)
+    assert_posterior_mean(x0, step, dense, 0.3, variances.flatten(), noise)
     assert step.cost.vjps == 3
     assert float(step.log["moments/residual"].max()) < 1e-6
 
@@ -176,12 +171,9 @@ def test_ddim_with_all_noise_is_ddpm(mixture, dense):
 def test_ddpm_variances(mixture, dense):
     step = make_step(mixture, dense)
     chain = reverse_coefficients(step.t, step.s)
-    assert DDPM("small").transition(step, lambda s: s.x0.detach()).std ** 2 == pytest.approx(
-        chain.variance
-    )
-    assert DDPM("large").transition(step, lambda s: s.x0.detach()).std ** 2 == pytest.approx(
-        chain.beta
-    )
+    for kind, variance in (("small", chain.variance), ("large", chain.beta)):
+        transition = DDPM(kind).transition(step, lambda s: s.x0.detach())
+        assert transition.std**2 == pytest.approx(variance)
     with pytest.raises(InputError, match="learned variance"):
         Sampler(mixture, DDPM("learned"))
 
@@ -208,8 +200,7 @@ def test_learned_variance_interpolates_in_the_logarithm(dense):
 @pytest.mark.parametrize("solver", [DDPM(), DDIM(0.0), DDIM(0.5)], ids=str)
 def test_unguided_solvers_reproduce_the_mixture(mixture, dense, solver):
     count = 1500
-    noise = SampleNoise(2, [str(i) for i in range(count)])
-    like = torch.zeros(count, *SHAPE, dtype=torch.float64)
+    noise, like = numbered(count, 2), torch.zeros(count, *SHAPE, dtype=torch.float64)
     problem = Problem(torch.zeros(count, 3, dtype=torch.float64), dense, 0.1)
     draws = Sampler(mixture, solver, num_steps=150).run(problem, noise, like).flatten(1)
     truth = mixture.sample(100_000, torch.Generator().manual_seed(9)).flatten(1)

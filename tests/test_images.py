@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import tifffile
 import torch
 from image_files import icc, png16
 from PIL import Image, ImageCms
+from predicting import ready
 
 from cmi_lightning.data import ImageFolderData, MeasurementFolderData
 from cmi_lightning.data.images import Decoding, read_image
@@ -25,62 +25,41 @@ def signed(array: np.ndarray, white: float = 255) -> torch.Tensor:
 
 
 def set_up(folder: Path, **options: object) -> ImageFolderData:
-    data = ImageFolderData(str(folder), **options)
-    data.setup("predict")
-    return data
+    return ready(ImageFolderData(str(folder), **options))
 
 
 # Transparency ---------------------------------------------------------------------------------
 
 
-def rgba(path: Path) -> None:
-    a = np.zeros((4, 4, 4), np.uint8)
-    a[..., 0], a[1:3, 1:3] = 255, 255  # hidden red about white
-    Image.fromarray(a).save(path)
+HIDDEN = {  # mode: what is hidden about a white square, white, and how it is saved
+    "RGBA": ((255, 0, 0, 0), (255, 255, 255, 255), {}),
+    "LA": ((0, 0), (255, 255), {}),
+    "P": (0, 1, {"transparency": 0}),
+    "RGB": ((255, 0, 0), (255, 255, 255), {"transparency": (255, 0, 0)}),
+    "L": (7, 255, {"transparency": 7}),
+    "RGB of 16 bits": (3, 65535, {}),
+    "L of 16 bits": (1, 65535, {}),
+}
 
 
-def gray_alpha(path: Path) -> None:
-    a = np.zeros((4, 4, 2), np.uint8)
-    a[1:3, 1:3] = 255
-    Image.fromarray(a).save(path)
-
-
-def palette(path: Path) -> None:
-    image = Image.new("P", (4, 4), 0)
-    image.putpalette([255, 0, 0, 255, 255, 255])
-    image.paste(1, (1, 1, 3, 3))
-    image.save(path, transparency=0)
-
-
-def key_colour(path: Path) -> None:
-    image = Image.new("RGB", (4, 4), (255, 0, 0))
-    image.paste((255, 255, 255), (1, 1, 3, 3))
-    image.save(path, transparency=(255, 0, 0))
-
-
-def gray_key(path: Path) -> None:
-    image = Image.new("L", (4, 4), 7)
-    image.paste(255, (1, 1, 3, 3))
-    image.save(path, transparency=7)
-
-
-def key_of_16_bits(path: Path, channels: int = 3) -> None:
-    a = np.full((4, 4, channels), 700, np.uint16)
-    a[1:3, 1:3] = 65535
-    path.write_bytes(png16(a, key=700))
-
-
-def gray_key_of_16_bits(path: Path) -> None:
-    key_of_16_bits(path, 1)
-
-
-HIDDEN = [rgba, gray_alpha, palette, key_colour, gray_key, key_of_16_bits, gray_key_of_16_bits]
+def hidden(mode: str, path: Path) -> None:
+    colour, white, options = HIDDEN[mode]
+    if "16" in mode:
+        array = np.full((4, 4, colour), 700, np.uint16)
+        array[1:3, 1:3] = white
+        path.write_bytes(png16(array, key=700))
+        return
+    image = Image.new(mode, (4, 4), colour)
+    if mode == "P":
+        image.putpalette([255, 0, 0, 255, 255, 255])
+    image.paste(white, (1, 1, 3, 3))
+    image.save(path, **options)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("make", HIDDEN)
-def test_transparent_pixels_are_seen_on_the_background(tmp_path, capsys, make, channels):
-    make(tmp_path / "x.png")
+@pytest.mark.parametrize("mode", HIDDEN)
+def test_transparent_pixels_are_seen_on_the_background(tmp_path, capsys, mode, channels):
+    hidden(mode, tmp_path / "x.png")
     for background, value in (("white", 1), ("black", -1), ("rgb(128,128,128)", 128 / 127.5 - 1)):
         x = read_image(tmp_path / "x.png", Decoding(channels, background))
         assert x.shape == (channels, 4, 4)
@@ -93,9 +72,9 @@ def test_transparent_pixels_are_seen_on_the_background(tmp_path, capsys, make, c
     assert not capsys.readouterr().err  # said once
 
 
-@pytest.mark.parametrize("make", HIDDEN)
-def test_alpha_is_kept_where_it_is_asked_for(tmp_path, capsys, make):
-    make(tmp_path / "x.png")
+@pytest.mark.parametrize("mode", HIDDEN)
+def test_alpha_is_kept_where_it_is_asked_for(tmp_path, capsys, mode):
+    hidden(mode, tmp_path / "x.png")
     x = set_up(tmp_path, channels=4).images[0]["x"]
     assert (x[3, 0] == -1).all()
     assert x[3, 1, 1] == 1
@@ -138,9 +117,7 @@ def test_profiles_are_converted_to_srgb(tmp_path, capsys, suffix):
     Image.fromarray(a).save(tmp_path / f"x.{suffix}", icc_profile=icc(1.0), **options)
     x = set_up(tmp_path).images[0]["x"]
     assert torch.allclose(x, signed(srgb(a / 255), 1), atol=0.03)
-    assert (
-        "1 of 1 images have a colour profile, which is converted to sRGB" in capsys.readouterr().err
-    )
+    assert "1 of 1 images have a colour profile, which is converted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA"])
@@ -153,12 +130,10 @@ def test_profiles_of_other_kinds_of_pixels(tmp_path, mode):
 
 
 def test_swapped_primaries_are_put_right(tmp_path):
-    a = np.zeros((4, 4, 3), np.uint8)
-    a[..., 0] = 255
-    Image.fromarray(a).save(tmp_path / "x.png", icc_profile=icc(2.2, swap=True))
-    assert torch.allclose(
-        read_image(tmp_path / "x.png")[:, 0, 0], torch.tensor([-1.0, 1, -1]), atol=0.05
-    )
+    red = Image.new("RGB", (4, 4), (255, 0, 0))
+    red.save(tmp_path / "x.png", icc_profile=icc(2.2, swap=True))
+    pixel = read_image(tmp_path / "x.png")[:, 0, 0]
+    assert pixel.tolist() == pytest.approx([-1, 1, -1], abs=0.05)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
@@ -180,31 +155,29 @@ def test_pixels_stay_without_a_profile_to_convert(tmp_path, capsys, mode, which)
 # Depths ---------------------------------------------------------------------------------------
 
 
-def save_png16(array: np.ndarray, path: Path) -> None:
-    path.write_bytes(png16(array))
-
-
-def save_tif(**options: object) -> Callable[[np.ndarray, Path], None]:
-    return lambda array, path: tifffile.imwrite(path, array, photometric="rgb", **options)
+def save_16_bits(array: np.ndarray, path: Path, **options: object) -> None:
+    if path.suffix == ".png":
+        path.write_bytes(png16(array))
+    else:
+        tifffile.imwrite(path, array, photometric="rgb", **options)
 
 
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize(
-    ("suffix", "save"),
+    ("name", "options"),
     [
-        ("png", save_png16),
-        ("tif", save_tif()),
-        ("tif", save_tif(byteorder=">")),
-        ("tif", save_tif(compression="zlib", predictor=True)),
-        ("tiff", save_tif(compression="zlib", byteorder=">")),
+        ("x.png", {}),
+        ("x.tif", {}),
+        ("x.tif", {"byteorder": ">"}),
+        ("x.tif", {"compression": "zlib", "predictor": True}),
+        ("x.tiff", {"compression": "zlib", "byteorder": ">"}),
     ],
 )
-def test_16_bit_colour_keeps_its_bits(tmp_path, suffix, save, channels):
+def test_16_bit_colour_keeps_its_bits(tmp_path, name, options, channels):
     array = RNG.integers(0, 65536, (5, 7, channels), dtype=np.uint16)
-    save(array, tmp_path / f"x.{suffix}")
-    x = read_image(tmp_path / f"x.{suffix}")
-    assert torch.allclose(x, signed(array, 65535), atol=1e-6)
-    gray = read_image(tmp_path / f"x.{suffix}", Decoding(1))
+    save_16_bits(array, tmp_path / name, **options)
+    assert torch.allclose(read_image(tmp_path / name), signed(array, 65535), atol=1e-6)
+    gray = read_image(tmp_path / name, Decoding(1))
     colour = array[..., :3] / 65535
     if channels == 4:
         alpha = array[..., 3:] / 65535
@@ -225,7 +198,7 @@ def test_white_level_of_fewer_bits(tmp_path, capsys, white, kind):
     array = RNG.integers(0, white + 1, (6, 6, 3), dtype=np.uint16)
     array[0, 0] = white
     if kind == "colour":
-        save_png16(array, tmp_path / "x.png")
+        save_16_bits(array, tmp_path / "x.png")
     else:
         array = array[..., 0]
         Image.fromarray(array.astype(np.int32 if kind == "32 bits" else np.uint16)).save(
@@ -274,7 +247,7 @@ def test_senseless_options(tmp_path, options, words):
     Image.new("L", (4, 4)).save(tmp_path / "x.png")
     for kind in (ImageFolderData, MeasurementFolderData):
         with pytest.raises(InputError, match=words):
-            kind(str(tmp_path), **options).setup("predict")
+            ready(kind(str(tmp_path), **options))
 
 
 # Formats --------------------------------------------------------------------------------------
@@ -321,4 +294,4 @@ def test_the_first_of_several_pictures_is_read(tmp_path, capsys, suffix):
 @pytest.mark.parametrize("kind", [ImageFolderData, MeasurementFolderData])
 def test_an_empty_path_is_refused(kind):
     with pytest.raises(InputError, match=r"is no path here \(it is empty\)"):
-        kind("").setup("predict")
+        ready(kind(""))

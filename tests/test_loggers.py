@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
-from predicting import items, restore
+from predicting import cli, items, restore
 
 from cmi_lightning import InputError, PosteriorSampler
 from cmi_lightning.callbacks import (
@@ -20,7 +20,6 @@ from cmi_lightning.callbacks import (
     TrajectoryLogger,
     default_logger,
 )
-from cmi_lightning.cli import main
 from cmi_lightning.exact import GaussianMixture
 
 
@@ -138,16 +137,10 @@ def test_without_tensorboard_and_matplotlib(tmp_path, monkeypatch, caplog):
 
 
 def test_a_csv_logger_on_the_command_line_loses_nothing(tmp_path):
-    options = [
-        "-c",
-        "demo/garments",
-        "--model.num_steps=1",
-        "--data.limit=1",
-        "--trainer.accelerator=cpu",
-    ]
-    options += ["--trainer.logger=CSVLogger", f"--trainer.default_root_dir={tmp_path}"]
+    command = "predict -c demo/garments --model.num_steps=1 --data.limit=1"
+    command += f" --trainer.logger=CSVLogger --trainer.default_root_dir={tmp_path}"
     for _ in range(2):  # and again on a folder that has all
-        assert main(["predict", *options]) == 0
+        assert cli(command, "--trainer.accelerator=cpu") == 0
         assert "psnr" in (tmp_path / "metrics.csv").read_text()
         assert (tmp_path / "summary.json").is_file()
     assert "metrics/psnr" in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()

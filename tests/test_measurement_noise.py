@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, make_step
+from conftest import SHAPE, make_step, numbered
 from scipy import stats
 
 from cmi_lightning import GaussianNoise, InputError, PoissonGaussianNoise, PoissonNoise, Problem
@@ -83,13 +83,12 @@ def test_draws_have_the_exact_posteriors_mean_and_variance(
 ) -> None:
     prior, problem = photons
     count = 1200
-    ids = [str(i) for i in range(count)]
     many = Problem(
         problem.y[:1].expand(count, -1), problem.operator, problem.std[:1].expand(count, -1)
     )
     like = torch.zeros(count, *SHAPE, dtype=LONG)
     x = Sampler(prior, DDPM(), [MomentMatching(krylov=3)], 60, clamp=False).run(
-        many, SampleNoise(0, ids), like
+        many, numbered(count), like
     )
     exact = exact_posterior(prior, problem, 0)
     draws = exact.sample(count, torch.Generator().manual_seed(0))

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from predicting import cli
+from predicting import ready as set_up
 from skimage.restoration import estimate_sigma as skimage_estimate
 from torch import Tensor
 
 from cmi_lightning import example
-from cmi_lightning.cli import main
 from cmi_lightning.data import ImageFolderData, MeasurementFolderData
 from cmi_lightning.data.noise_levels import estimate_sigma
 from cmi_lightning.errors import InputError
@@ -23,12 +24,10 @@ from cmi_lightning.operators import Identity
 
 
 def save(x: Tensor, path: Path) -> None:
-    """Write x (C, H, W) in [−1, 1] as a PNG of 8 bits."""
-    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    """Write x (1, H, W) in [−1, 1] as a PNG of 8 bits."""
+    pixels = ((x[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(
-        pixels.squeeze(0).numpy() if len(x) == 1 else pixels.movedim(0, -1).numpy()
-    ).save(path)
+    Image.fromarray(pixels.numpy()).save(path)
 
 
 def white(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -42,9 +41,7 @@ def folder(path: Path, count: int = 3, size: int = 16) -> Path:
 
 
 def ready(path: Path, **options: object) -> MeasurementFolderData:
-    data = MeasurementFolderData(str(path), **options)
-    data.setup("predict")
-    return data
+    return set_up(MeasurementFolderData(str(path), **options))
 
 
 def batch_of(data: MeasurementFolderData) -> dict:
@@ -158,17 +155,14 @@ def test_a_table_may_hold_images_beyond_the_limit(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "must start with the line id,sigma"),
-        ("id;sigma\n0;1\n", "must start with the line id,sigma"),
-        ("0,0.1\n1,0.1\n", "must start with the line id,sigma"),
+        *(
+            (x, "must start with the line id,sigma")
+            for x in ("", "id;sigma\n0;1\n", "0,0.1\n1,0.1\n")
+        ),
         ("id,sigma\n0,0.1\n", r"no sigma for 2 of 3 measurements, such as '1'"),
         ("id,sigma\n0,0.1\n1,much\n2,1\n", r"line 3: sigma of '1' must be a number .* 'much'"),
         ("id,sigma\n0,-0.1\n", "line 2: sigma of '0' must be a number above 0, got '-0.1'"),
-        ("id,sigma\n0,0\n", "must be a number above 0"),
-        ("id,sigma\n0,nan\n", "must be a number above 0"),
-        ("id,sigma\n0,inf\n", "must be a number above 0"),
-        ("id,sigma\n0,1_0\n", "must be a number above 0"),
-        ("id,sigma\n0,\n", "must be a number above 0"),
+        *((f"id,sigma\n0,{x}\n", "a number above 0") for x in ("0", "nan", "inf", "1_0", "")),
         ("id,sigma\n0,0.1\n0,0.2\n", r"line 3: '0' occurs a second time"),
         ("id,sigma\n0.png,0.1\n", r"line 2: there is no measurement '0\.png'; ids are paths"),
         ("id,sigma\n0,0.1,5\n", "line 2: there are 3 cells"),
@@ -207,19 +201,13 @@ def test_each_image_is_restored_as_if_alone(tmp_path):
     """ΠGDM uses σ: with a table, each image is what a run with that σ for all makes of it."""
     folder(tmp_path / "y", 2, 32)
     csv_file = table(tmp_path / "s.csv", "id,sigma\n0,0.1\n1,0.4\n")
-    common = [
-        "predict",
-        "-c",
-        "prior/fashion_mnist",
-        "-c",
-        "guidance/pigdm",
-        "--data=MeasurementFolderData",
-    ]
-    common += [f"--data.measurements={tmp_path / 'y'}", "--model.num_steps=4"]
 
     def run(name: str, *options: str) -> Path:
         out = tmp_path / name
-        assert main([*common, f"--trainer.default_root_dir={out}", *options]) == 0
+        common = "predict -c prior/fashion_mnist -c guidance/pigdm --data=MeasurementFolderData"
+        common += f" --data.measurements={tmp_path}/y --model.num_steps=4 --trainer.logger=false"
+        common += f" --trainer.callbacks=[ImageWriter] --trainer.default_root_dir={out}"
+        assert cli(common, *options) == 0
         return out
 
     both = run("both", f"--data.sigmas={csv_file}")
@@ -243,18 +231,10 @@ def test_every_kind_runs_without_ground_truth(tmp_path, capsys, kind):
         "blur": f"kernels={tmp_path / 'k.npy'}",
         "downsample": "factor=2",
     }
-    args = [
-        "-c",
-        "prior/fashion_mnist",
-        "-c",
-        "guidance/dps",
-        "--data=MeasurementFolderData",
-        f"--data.kind={kind}",
-    ]
-    args += [f"--data.measurements={tmp_path / 'y'}", f"--data.{extra[kind]}"]
-    args += ["--data.sigmas=estimate", "--model.num_steps=2"]
-    args += [f"--trainer.default_root_dir={tmp_path / 'out'}"]
-    assert main(["predict", *args]) == 0
+    command = "predict -c prior/fashion_mnist -c guidance/dps --data=MeasurementFolderData"
+    command += f" --data.kind={kind} --data.measurements={tmp_path}/y --data.{extra[kind]}"
+    command += " --data.sigmas=estimate --model.num_steps=2"
+    assert cli(command, f"--trainer.default_root_dir={tmp_path}/out") == 0
     printed = capsys.readouterr().out
     assert "There is no ground truth: PSNR, SSIM, LPIPS and FID are left out" in printed
     assert printed.count("FID") == 1  # nothing on fetching a network that would be of no use
@@ -277,8 +257,7 @@ def test_unreadable_images_are_left_out_and_reported(tmp_path, capsys):
         (tmp_path / f"bad{i}.png").write_bytes(b"nonsense")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     for data in (ImageFolderData(str(tmp_path)), MeasurementFolderData(str(tmp_path))):
-        data.setup("predict")
-        assert len(data.images) == 20
+        assert len(set_up(data).images) == 20
         assert batch_of(data)["id"][0] == "0"
         assert set(data.skipped) == {
             *(str(tmp_path / f"bad{i}.png") for i in range(7)),
@@ -300,7 +279,7 @@ def test_a_folder_of_nothing_readable_is_refused(tmp_path):
         (tmp_path / f"{name}.png").write_bytes(b"")
     for data in (ImageFolderData(str(tmp_path)), MeasurementFolderData(str(tmp_path))):
         with pytest.raises(InputError, match=r"none of 2 images can be read.*a\.png"):
-            data.setup("predict")
+            set_up(data)
 
 
 def test_an_unreadable_mask_leaves_out_its_image_alone(tmp_path):
@@ -330,12 +309,12 @@ def test_sizes_that_would_not_fit_into_memory_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"data\.factor would make images of 1600000×1600000"):
         ready(tmp_path, kind="downsample", factor=100_000)
     with pytest.raises(InputError, match=r"data\.size would make images of 100000×100000"):
-        ImageFolderData(str(tmp_path), size=100_000).setup("predict")
+        set_up(ImageFolderData(str(tmp_path), size=100_000))
     Image.new("L", (20000, 1)).save(tmp_path / "line.png")
     with pytest.raises(InputError, match=r"line\.png' would make .* crop that image"):
-        ImageFolderData(str(tmp_path), size=1000).setup("predict")
+        set_up(ImageFolderData(str(tmp_path), size=1000))
     with pytest.raises(InputError, match=r"data\.num_workers must be at least 0, got -1"):
-        ImageFolderData(str(tmp_path), num_workers=-1).setup("predict")
+        set_up(ImageFolderData(str(tmp_path), num_workers=-1))
 
 
 @pytest.mark.parametrize(

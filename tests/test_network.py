@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import assert_two_derivatives, randn
+from tiny import filled
 from torch import nn
 
 from cmi_lightning.data import ImageFolderData
@@ -23,14 +25,6 @@ from cmi_lightning.training import ScoreTraining
 SMALL = dict(model_channels=32, channel_mult=(1, 2), attention_levels=())
 
 
-def filled(network: nn.Module, std: float = 0.05) -> nn.Module:
-    """The network with all layers at work."""
-    generator = torch.Generator().manual_seed(0)
-    for p in network.parameters():
-        nn.init.normal_(p, std=std, generator=generator)
-    return network.requires_grad_(False).eval()
-
-
 # Kept and made again
 
 
@@ -44,7 +38,7 @@ def filled(network: nn.Module, std: float = 0.05) -> nn.Module:
     ],
 )
 def test_pretrained_networks_come_back(tmp_path, options):
-    ours = NetworkDenoiser(filled(UNet(3, learn_variance=True, **SMALL)), None, **options)
+    ours = NetworkDenoiser(filled(UNet(3, learn_variance=True, **SMALL), 0.05), None, **options)
     ours.save_pretrained(tmp_path / "kept")
     back = NetworkDenoiser.from_pretrained(tmp_path / "kept")
     assert back.spec == ours.spec
@@ -191,22 +185,8 @@ def test_sizes_of_patches(patch, levels):
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_derivatives_through_patches(checkpoint):
     network = filled(UNet(1, checkpoint=checkpoint, **PATCHED), 0.2).double()
-    x, u, p = torch.randn(3, 1, 1, 4, 8, generator=torch.manual_seed(1)).double()
-
-    def product(z, create_graph=False):
-        z = z.detach().requires_grad_()
-        return z, torch.autograd.grad(network(z, TIMES), z, u, create_graph=create_graph)[0]
-
-    h = 1e-5
-    difference = (network(x + h * p, TIMES) - network(x - h * p, TIMES)) / (2 * h)
-    z, first = product(x, create_graph=True)
-    assert float((first.detach() * p).sum()) == pytest.approx(
-        float((difference * u).sum()), rel=1e-5
-    )
-    (second,) = torch.autograd.grad((first * p).sum(), z)
-    difference = (product(x + h * p)[1] - product(x - h * p)[1]) / (2 * h)
-    torch.testing.assert_close(second, difference, rtol=1e-4, atol=1e-7)
-    assert float(second.abs().max()) > 1e-4
+    x, u, p = randn(3, 1, 1, 4, 8, seed=1)
+    assert_two_derivatives(lambda z: network(z, TIMES), x, u, p)
 
 
 # Images and networks that do not go together are found out before anything runs

@@ -14,13 +14,12 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
-from predicting import items, restore, strict_json
+from predicting import cli, items, restore, strict_json
 from torch import Tensor
 
 from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
 from cmi_lightning.callbacks import ImageWriter, PosteriorQuality
 from cmi_lightning.callbacks.posterior import INTERVALS, coverage, least_coverage, ranks, summary
-from cmi_lightning.cli import main
 from cmi_lightning.exact import GaussianMixture, as_matrix, exact_posterior
 from cmi_lightning.guidance import DPS, Guidance
 from cmi_lightning.linalg import norm
@@ -316,13 +315,9 @@ def test_one_draw_is_refused_before_sampling(tmp_path, capsys):
         predict(tmp_path, exact, PosteriorQuality(), module=sampler(draws=1))
     assert exact.ids == []
     assert list(tmp_path.iterdir()) == []
-    options = [
-        "-c",
-        "demo/garments",
-        "--trainer.callbacks+=PosteriorQuality",
-        "--trainer.accelerator=cpu",
-    ]
-    assert main(["predict", *options, f"--trainer.default_root_dir={tmp_path}"]) == 2
+    command = "predict -c demo/garments --trainer.callbacks+=PosteriorQuality"
+    command += " --trainer.accelerator=cpu"
+    assert cli(command, f"--trainer.default_root_dir={tmp_path}") == 2
     assert "--model.samples_per_image" in capsys.readouterr().err
     assert not (tmp_path / "run.json").exists()
 

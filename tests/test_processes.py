@@ -1,4 +1,4 @@
-"""Long runs in processes of their own: killed, several at once, and how fast and exact they are."""
+"""Long runs in processes of their own: killed, several at once, and how exact they are."""
 
 from __future__ import annotations
 
@@ -247,11 +247,9 @@ def test_a_process_that_fails_ends_the_others(here, rank):
     fail = ["--trainer.callbacks+=my_callbacks.FailOn", f"--trainer.callbacks.rank={rank}"]
     fast = ["--data.limit=8", "--data.batch_size=2", "--model.num_steps=4", *processes(2)]
     process = start(here, command("out", *fast, *fail))
-    began = time.monotonic()
     output, _ = process.communicate(timeout=120)
     assert process.returncode not in (0, 3)
     assert f"rank {rank} fails on purpose" in output
-    print(f"ended after {time.monotonic() - began:.0f} s")
     run(here, command("out", *fast))
     assert json.loads((here / "out/summary.json").read_text())["images"] == 8
 
@@ -292,54 +290,30 @@ def test_batches_and_processes_change_nothing_beyond_rounding(here):
         assert difference <= 1e-3
 
 
-def test_two_processes_are_faster(here):
-    """Seconds of sampling alone: starting Python and Lightning does not shrink."""
-    fast = ["--data.limit=32", "--data.batch_size=4", "--model.num_steps=25"]
-
-    def seconds(name: str, *options: str) -> float:
-        output = run(here, command(name, *fast, *options), timeout=3000)
-        (line,) = [line for line in output.splitlines() if line.startswith("sampled 32 images")]
-        rate = line.split("(")[1].split(" images/h")[0].replace(",", "")
-        return 32 * 3600 / float(rate)
-
-    one, two = seconds("one"), seconds("two", *processes(2))
-    print(f"one process {one:.1f} s, two {two:.1f} s: {one / two:.2f} times")
-    assert one / two >= 1.7
-
-
-BASES = {
-    "DPS": [DPS()],
-    "PiGDM": [PiGDM()],
-    "MCG": [MCG()],
-    "DSG": [DSG()],
-    "MomentMatching": [MomentMatching(krylov=2)],
-}
+BASES = [DPS(), PiGDM(), MCG(), DSG(), MomentMatching(krylov=2)]
 IMAGES, STEPS = 100, 30
 
 
 @pytest.mark.parametrize("cmi", [False, True])
-@pytest.mark.parametrize("base", list(BASES))
-def test_bf16_is_as_good_and_faster(prior, shipped_images, base, cmi):
+@pytest.mark.parametrize("base", BASES, ids=str)
+def test_bf16_is_as_good(prior, shipped_images, base, cmi):
     x = torch.cat([shipped_images, shipped_images.flip(-1)])[:IMAGES]
-    guidances = [*BASES[base], *([CMI()] if cmi else [])]
-    psnr, took = {}, {}
+    guidances = [base, *([CMI()] if cmi else [])]
+    psnr = {}
     for dtype in (None, torch.bfloat16):
         denoiser = prior if dtype is None else Autocast(prior, dtype)
         chain = Sampler(denoiser, DDPM(), guidances, STEPS)
-        restored, began = [], time.process_time()
+        restored = []
         for i, part in enumerate(x.split(20)):
             noise = SampleNoise(0, [f"{i}/{j}" for j in range(len(part))])
             problem = Problem.simulate(part, Downsample(4), 0.05, noise)
             result = chain.run(problem, noise, part)
             assert result.dtype == torch.float32
             restored.append(result)
-        took[dtype] = time.process_time() - began
         psnr[dtype] = mean_psnr(torch.cat(restored), x)
-    loss, gain = psnr[None] - psnr[torch.bfloat16], took[None] / took[torch.bfloat16]
-    print(f"{base}{'+CMI' * cmi}: {psnr[None]:.2f} dB, bf16 {-loss:+.3f} dB, {gain:.2f} times")
+    loss = psnr[None] - psnr[torch.bfloat16]
+    print(f"{base}{'+CMI' * cmi}: {psnr[None]:.2f} dB, bf16 {-loss:+.3f} dB")
     assert abs(loss) <= 0.1
-    if base == "DPS" and not cmi:
-        assert gain >= 1.3
 
 
 def mean_psnr(restored: Tensor, truth: Tensor) -> float:

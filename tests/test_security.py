@@ -17,7 +17,7 @@ import torch
 import yaml
 from image_files import black_png
 from PIL import Image, ImageFile
-from predicting import ready, restore
+from predicting import cli, ready, restore
 
 from cmi_lightning.callbacks import ImageWriter, RestorationMetrics, SamplingProgress
 from cmi_lightning.callbacks.drawing import save_png
@@ -132,12 +132,12 @@ def test_messages_and_tables_show_names_as_they_are(tmp_path, capsys):
     assert "\x1b" not in error
     assert len(error.strip().splitlines()) == 1
     Image.new("L", (32, 32)).save(folder / "y.png")
-    args = ["-c", "prior/fashion_mnist", "-c", "guidance/none"]
-    args += ["--data=MeasurementFolderData", f"--data.measurements={folder}"]
-    args += ["--data.kind=inpaint", f"--data.masks={tmp_path / '[bold]m[blink].png'}"]
-    Image.new("L", (32, 32), 255).save(tmp_path / "[bold]m[blink].png")
-    args += ["--model.num_steps=1", f"--trainer.default_root_dir={tmp_path / 'out'}"]
-    assert main(["predict", *args]) == 3  # done, but for one image
+    mask = tmp_path / "[bold]m[blink].png"
+    Image.new("L", (32, 32), 255).save(mask)
+    command = "predict -c prior/fashion_mnist -c guidance/none --data=MeasurementFolderData"
+    command += f" --data.kind=inpaint --model.num_steps=1 --trainer.default_root_dir={tmp_path}/out"
+    given = [f"--data.measurements={folder}", f"--data.masks={mask}"]
+    assert cli(command, *given) == 3  # done, but for one image
     output = capsys.readouterr()
     assert "\x1b" not in output.out + output.err
     assert len(output.err.strip().splitlines()) == 2
@@ -154,9 +154,8 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, side):
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
     with monkeypatch.context() as patch:
         patch.setattr(ImageFile.ImageFile, "load", None)  # it is not decoded at all
-        with pytest.raises(
-            InputError, match=r"bomb\.png' has more pixels than Pillow's limit of 894"
-        ):
+        limit = r"bomb\.png' has more pixels than Pillow's limit of 894"
+        with pytest.raises(InputError, match=limit):
             ready(ImageFolderData(str(tmp_path), strict=True))
     Image.new("L", (8, 8)).save(tmp_path / "x.png")
     assert list(ready(ImageFolderData(str(tmp_path))).skipped) == [str(tmp_path / "bomb.png")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import autoencoder, filled, unet2d
 from torch import nn
 
 from cmi_lightning import Problem, Sampler
@@ -29,38 +30,26 @@ TEXT = {
 }
 
 
-def filled(network: nn.Module) -> nn.Module:
-    """The network with all layers at work."""
-    generator = torch.Generator().manual_seed(0)
-    for p in network.parameters():
-        nn.init.normal_(p, std=0.5 * max(p[0].numel(), 1) ** -0.5, generator=generator)
-    return network
-
-
 def unet(**options) -> nn.Module:
     return filled(UNet(3, 32, (1,), attention_levels=(), middle_attention=False, **options))
 
 
 def of_diffusers(kind: str) -> nn.Module:
     diffusers = pytest.importorskip("diffusers")
-    blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    blocks = {"block_out_channels": (8, 8), "attention_head_dim": 4}
+    if kind == "UNet2DModel":
+        return filled(unet2d(num_class_embeds=5, **blocks))
     heads = {"num_attention_heads": 2, "num_layers": 1}
     text = {"joint_attention_dim": 16, "pooled_projection_dim": 8, **heads}
     options = {
-        "UNet2DModel": {
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-            "num_class_embeds": 5,
-            "attention_head_dim": 4,
-            **blocks,
-        },
         "UNet2DConditionModel": {
             "in_channels": 3,
             "out_channels": 3,
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
             "cross_attention_dim": 16,
-            "attention_head_dim": 4,
+            "norm_num_groups": 4,
+            "layers_per_block": 1,
             **blocks,
         },
         "DiTTransformer2DModel": {
@@ -116,8 +105,6 @@ def diffusers_prior(kind: str) -> Denoiser:
 
 
 def latent() -> Denoiser:
-    from test_latent import autoencoder
-
     network = UNet(4, 32, (1,), attention_levels=(), middle_attention=False)
     inner = NetworkDenoiser(filled(network), None, image_shape=(4, 4, 4))
     return LatentPrior(inner, autoencoder("AutoencoderKL"))
@@ -135,17 +122,18 @@ SOURCES = {
     "flow": lambda: NetworkDenoiser(unet(), None, "rectified", "velocity"),
     "edm": lambda: EDMDenoiser(unet(), None, preconditioned=False),
     "latent": latent,
-    "UNet2DModel": lambda: diffusers_prior("UNet2DModel"),
-    "UNet2DConditionModel": lambda: diffusers_prior("UNet2DConditionModel"),
-    "DiTTransformer2DModel": lambda: diffusers_prior("DiTTransformer2DModel"),
-    "SD3Transformer2DModel": lambda: diffusers_prior("SD3Transformer2DModel"),
-    "FluxTransformer2DModel": lambda: diffusers_prior("FluxTransformer2DModel"),
+    "UNet2DModel": diffusers_prior,
+    "UNet2DConditionModel": diffusers_prior,
+    "DiTTransformer2DModel": diffusers_prior,
+    "SD3Transformer2DModel": diffusers_prior,
+    "FluxTransformer2DModel": diffusers_prior,
 }
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_with_every_kind_of_guidance(source):
-    prior = SOURCES[source]()
+    make = SOURCES[source]
+    prior = make(source) if make is diffusers_prior else make()
     x = torch.rand(2, 3, 8, 8, generator=torch.manual_seed(3)) * 2 - 1
     prior.rehearse((3, 8, 8))
     for guidances in (

@@ -7,7 +7,6 @@ import gzip
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import nn
 
@@ -75,6 +74,26 @@ def test_times_are_stratified(power, share, monkeypatch):
     assert bool((times.diff() >= 0).all())
 
 
+CONFIG = """
+model:
+  network:
+    class_path: cmi_lightning.denoisers.UNet
+    init_args: {in_channels: 1, model_channels: 32, channel_mult: [1]}
+  warmup_steps: 2
+  schedule: rectified
+  prediction: velocity
+data:
+  class_path: cmi_lightning.data.FashionMNISTData
+  init_args: {batch_size: 16, root: DATA}
+trainer:
+  {default_root_dir: OUT, accelerator: cpu, precision: bf16-mixed, logger: false,
+    limit_val_batches: 0, enable_progress_bar: false, enable_model_summary: false, callbacks: [
+    {class_path: lightning.pytorch.callbacks.EMAWeightAveraging},
+    {class_path: lightning.pytorch.callbacks.ModelCheckpoint,
+      init_args: {dirpath: OUT, save_last: true, every_n_train_steps: 2}}]}
+"""
+
+
 @pytest.fixture
 def dataset(tmp_path):
     folder = tmp_path / "data"
@@ -88,40 +107,8 @@ def dataset(tmp_path):
 
 
 def test_fit_trains_averages_resumes_and_exports(tmp_path, dataset, capsys):
-    out = tmp_path / "run"
-    config = {
-        "model": {
-            "network": {
-                "class_path": "cmi_lightning.denoisers.UNet",
-                "init_args": {"in_channels": 1, "model_channels": 32, "channel_mult": [1]},
-            },
-            "warmup_steps": 2,
-            "schedule": "rectified",
-            "prediction": "velocity",
-        },
-        "data": {
-            "class_path": "cmi_lightning.data.FashionMNISTData",
-            "init_args": {"batch_size": 16, "root": str(dataset)},
-        },
-        "trainer": {
-            "default_root_dir": str(out),
-            "accelerator": "cpu",
-            "precision": "bf16-mixed",
-            "logger": False,
-            "limit_val_batches": 0,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": [
-                {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"},
-                {
-                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {"dirpath": str(out), "save_last": True, "every_n_train_steps": 2},
-                },
-            ],
-        },
-    }
-    path = tmp_path / "fit.yaml"
-    path.write_text(yaml.safe_dump(config))
+    out, path = tmp_path / "run", tmp_path / "fit.yaml"
+    path.write_text(CONFIG.replace("OUT", str(out)).replace("DATA", str(dataset)))
     assert main(["fit", "-c", str(path), "--trainer.max_steps=3"]) == 0
     first = load_file(out / "network.safetensors")
     last = torch.load(out / "last.ckpt", weights_only=False)
