@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from predicting import cli
 
 from cmi_lightning import InputError, Restorer, restore
 from cmi_lightning.api import StoppedError
-from cmi_lightning.cli import main
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import CMI, DPS
 from cmi_lightning.methods import Method, methods, step_sizes
@@ -34,35 +34,22 @@ def restorer() -> Restorer:
     return Restorer(exact(), steps=3)
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        Image.fromarray(BYTES),
-        Image.fromarray(BYTES).convert("L"),
-        BYTES,
-        BYTES / 255,
-        (BYTES / 255).astype(np.float32),
-        BYTES[..., 0],
-        np.stack([BYTES, BYTES]),
-        TENSOR,
-        TENSOR / 255,
-        TENSOR[0].double() / 255,
-        torch.stack([TENSOR, TENSOR]),
-    ],
-    ids=[
-        "PIL",
-        "gray-PIL",
-        "uint8",
-        "float64",
-        "float32",
-        "gray",
-        "batch",
-        "tensor",
-        "float-tensor",
-        "gray-tensor",
-        "two",
-    ],
-)
+KINDS = {
+    "PIL": Image.fromarray(BYTES),
+    "gray PIL": Image.fromarray(BYTES).convert("L"),
+    "uint8": BYTES,
+    "float64": BYTES / 255,
+    "float32": (BYTES / 255).astype(np.float32),
+    "gray": BYTES[..., 0],
+    "batch": np.stack([BYTES, BYTES]),
+    "tensor": TENSOR,
+    "float tensor": TENSOR / 255,
+    "gray tensor": TENSOR[0].double() / 255,
+    "two": torch.stack([TENSOR, TENSOR]),
+}
+
+
+@pytest.mark.parametrize("image", KINDS.values(), ids=KINDS)
 def test_the_same_kind_comes_out(restorer, image):
     result = restorer(image, samples=2, trajectory=1)
     for made in (result.image, *result.samples, result.measurement, *result.trajectory):
@@ -72,8 +59,8 @@ def test_the_same_kind_comes_out(restorer, image):
         else:
             wanted = np.float32 if image.dtype == np.float64 else image.dtype
             assert (made.shape, made.dtype) == (image.shape, wanted)
-    assert float(np.asarray(result.image).max()) <= (1 if "float" in str(np.asarray(image).dtype)
-        else 255)  # fmt: skip
+    most = 1 if "float" in str(np.asarray(image).dtype) else 255
+    assert float(np.asarray(result.image).max()) <= most
 
 
 def test_a_file_is_its_picture(restorer, tmp_path):
@@ -89,10 +76,10 @@ def test_a_file_is_its_picture(restorer, tmp_path):
 # The command line ------------------------------------------------------------------------------
 
 
-def _predict(folder: Path, *options: str) -> dict[str, np.ndarray]:
-    quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--model.num_steps=3"]
-    quiet += ["--trainer.callbacks=[ImageWriter]", f"--trainer.default_root_dir={folder}"]
-    assert main(["predict", *options, *quiet]) == 0
+def _predict(folder: Path, words: str, *options: str) -> dict[str, np.ndarray]:
+    quiet = "--trainer.accelerator=cpu --trainer.logger=false --model.num_steps=3"
+    quiet += f" --trainer.callbacks=[ImageWriter] --trainer.default_root_dir={folder}"
+    assert cli(f"predict {words} {quiet}", *options) == 0
     return {
         path.relative_to(folder).as_posix(): np.asarray(Image.open(path))
         for path in folder.glob("*/**/*.png")
@@ -107,19 +94,12 @@ def test_pixels_are_those_of_the_command_line(tmp_path):
     mask = np.full((21, 19), 255, np.uint8)
     mask[5:12, 3:9] = 0
     Image.fromarray(mask).save(tmp_path / "m.png")
-    options = ["-c", "guidance/dps", "-c", "add_cmi", "--data=MeasurementFolderData"]
-    options += [f"--data.measurements={tmp_path / 'y'}", f"--data.masks={tmp_path / 'm.png'}"]
-    options += ["--data.kind=inpaint", "--model.samples_per_image=2", "--model.seed=3"]
-    written = _predict(tmp_path / "out", *options, *_sizes(Inpaint("")))
-    result = restore(
-        tmp_path / "y/a.png",
-        Inpaint(str(tmp_path / "m.png")),
-        method="dps+cmi",
-        steps=3,
-        samples=2,
-        seed=3,
-        device="cpu",
-    )
+    options = "-c guidance/dps -c add_cmi --data=MeasurementFolderData --data.kind=inpaint"
+    options += f" --data.measurements={tmp_path}/y --data.masks={tmp_path}/m.png"
+    options += " --model.samples_per_image=2 --model.seed=3"
+    written = _predict(tmp_path / "out", options, *_sizes(Inpaint("")))
+    mask, own = Inpaint(str(tmp_path / "m.png")), {"steps": 3, "samples": 2, "seed": 3}
+    result = restore(tmp_path / "y/a.png", mask, method="dps+cmi", device="cpu", **own)
     assert np.array_equal(written["restored/a.png"], np.asarray(result.image))
     for k, draw in enumerate(result.samples):
         assert np.array_equal(written[f"draws/a/{k}.png"], np.asarray(draw))
@@ -128,8 +108,8 @@ def test_pixels_are_those_of_the_command_line(tmp_path):
 def test_simulated_damage_is_that_of_the_command_line(tmp_path):
     (tmp_path / "x").mkdir()
     Image.fromarray(RNG.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "x/a.png")
-    options = ["-c", "task/super_resolution", "-c", "guidance/pigdm", "-c", "solver/ddim"]
-    written = _predict(tmp_path / "out", *options, f"--data.folder={tmp_path / 'x'}")
+    options = "-c task/super_resolution -c guidance/pigdm -c solver/ddim"
+    written = _predict(tmp_path / "out", options, f"--data.folder={tmp_path / 'x'}")
     made = Restorer(method="pigdm", solver="ddim", steps=3, device="cpu")
     result = made(tmp_path / "x/a.png", Downsample(4), simulate=True)
     assert np.array_equal(written["restored/a.png"], np.asarray(result.image))

@@ -239,7 +239,7 @@ def test_a_folder_that_cannot_be_written_is_told(capsys, tmp_path, command):
     option = "--trainer.default_root_dir" if command in ("predict", "fit") else "--output"
     for place in (tmp_path / "file", tmp_path / "file/inner", "/proc/x"):
         assert main([command, "-c", config, f"{option}={place}"]) == 2
-        assert "cannot write in" in capsys.readouterr().err
+        assert f"{option.lstrip('-')}: cannot write in" in capsys.readouterr().err
 
 
 def test_what_is_appended_comes_last():

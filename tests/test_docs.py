@@ -91,15 +91,9 @@ FILES = {
     if (match := re.match(r"# (\w+\.py)\n", block.code))
 }
 
-PYTHON = [
-    "README.md",
-    "docs/index.md",
-    "docs/guides/python.md",
-    "docs/guides/mri.md",
-    "docs/guides/operator.md",
-    "docs/guides/coming.md",
-    "docs/guides/trouble.md",
-]  # pages with code that is not a file of the user's
+# pages with code that is not a file of the user's
+GUIDES = ("python", "mri", "operator", "coming", "trouble")
+PYTHON = ["README.md", "docs/index.md", *(f"docs/guides/{name}.md" for name in GUIDES)]
 
 MY_NETWORKS = '''
 import torch
@@ -276,9 +270,7 @@ def test_networks(home, name, tmp_path, capsys):
     assert (tmp_path / "restored/1.png").is_file()
 
 
-@pytest.mark.parametrize(
-    "page", sorted({b.page for b in of("python") if b.code not in FILES.values()})
-)
+@pytest.mark.parametrize("page", PYTHON)
 def test_python(home, page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for library in ("deepinv", "diffusers") if page.endswith("coming.md") else ():

@@ -37,7 +37,7 @@ from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Convolution, PixelMask
 
 SIDE = 8
-SHARES = {"images": 400, "masks": 150, "kernels": 200, "tables": 150, "configs": 100}
+SHARES = {"images": 400, "masks": 160, "kernels": 200, "tables": 170, "configs": 70}
 COUNTS: Counter[str] = Counter()
 CODES: Counter[int] = Counter()
 

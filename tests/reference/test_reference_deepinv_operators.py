@@ -6,10 +6,9 @@ import pytest
 import torch
 from conftest import randn
 from reference_problems import BATCH, IDS, OPERATORS, bound, kernels, per_row, unequal_mask
-from torch import Tensor
 
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import Convolution, Downsample, LinearOperator, PixelMask
+from cmi_lightning.operators import Convolution, Downsample, PixelMask
 
 pytest.importorskip("deepinv", reason="needs deepinv: pip install 'cmi-lightning[reference]'")
 from deepinv.physics import (
@@ -25,52 +24,17 @@ every = pytest.mark.parametrize("name", OPERATORS)
 shapes = pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 6), (2, 5, 15)], ids=str)
 
 
-def physics_of(operator: LinearOperator) -> LinearPhysics:
-    return LinearPhysics(A=operator.forward, A_adjoint=operator.adjoint)
-
-
 @every
 @shapes
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_adjointness(
+def test_adjoint_is_the_derivatives(
     name: str, shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float
 ) -> None:
-    """deepinv's ‖A − Bᵀ‖_F/‖A‖_F from random ⟨v, A u⟩ − ⟨u, B v⟩, one pair for each image."""
-    physics = physics_of(bound(name, shape, dtype=dtype))
-    u = randn(BATCH, *shape, dtype=dtype)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        assert float(physics.adjointness_test(u, num_samples=BATCH)) < tolerance
-
-
-@every
-@shapes
-def test_adjoint_is_the_derivatives(name: str, shape: tuple[int, int, int]) -> None:
     """deepinv derives Aᵀ from A alone, as a vector-Jacobian product."""
-    operator = bound(name, shape)
-    y = operator(randn(BATCH, *shape))
-    derived = adjoint_function(operator.forward, (BATCH, *shape), dtype=torch.float64)
-    assert per_row(operator.adjoint(y), derived(y)) < 1e-12
-
-
-def dense(operator: LinearOperator, shape: tuple[int, int, int]) -> Tensor:
-    """A of one image (m, n), column by column."""
-    size = torch.Size(shape).numel()
-    eye = torch.eye(size, dtype=torch.float64).reshape(size, 1, *shape)
-    return torch.stack([operator(column).flatten() for column in eye], 1)
-
-
-@every
-@shapes
-def test_norm(name: str, shape: tuple[int, int, int]) -> None:
-    """deepinv's ‖A‖² by power iterations on AᵀA is the largest squared singular value of A."""
-    operator = bound(name, shape, IDS[:1])
-    x = torch.zeros(1, *shape, dtype=torch.float64)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        squared = physics_of(operator).compute_sqnorm(x, max_iter=5000, tol=1e-9, verbose=False)
-    exact = float(torch.linalg.matrix_norm(dense(operator, shape), 2)) ** 2
-    assert float(squared) == pytest.approx(exact, rel=1e-5)
+    operator = bound(name, shape, dtype=dtype)
+    y = operator(randn(BATCH, *shape, dtype=dtype))
+    derived = adjoint_function(operator.forward, (BATCH, *shape), dtype=dtype)
+    assert per_row(operator.adjoint(y), derived(y)) < tolerance
 
 
 @pytest.mark.parametrize("name", ["identity", "pixels", "random", "box", "downsample"])

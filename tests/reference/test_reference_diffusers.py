@@ -159,53 +159,6 @@ def test_ddim_respacing_is_its_leading(count: int) -> None:
     assert list(SCHEDULE.respace(f"ddim{count}").times) == scheduler.timesteps.flip(0).tolist()
 
 
-# Steps.
-
-
-PAIRS = [(999, 989), (999, 400), (500, 499), (500, 20), (60, 59), (1, 0), (0, None)]
-
-
-@predictions
-@variances
-@clipping
-def test_ddpm_step(
-    feed: Callable[[int], None], prediction: Prediction, variance: Variance, clip: bool
-) -> None:
-    """x_s of q(x_s | x_t, x̂₀) in float64; "fixed_small", "fixed_large" and "learned_range"."""
-    feed(0)
-    denoiser = denoiser_of(prediction, variance == "learned")
-    for t, s in PAIRS:
-        scheduler = exact(ddpm(prediction, variance, clip))
-        scheduler.set_timesteps(timesteps=[t] if s is None else [t, s])
-        x = randn(BATCH, *SHAPE, seed=t)
-        expected = scheduler.step(said(denoiser, x, t), t, x).prev_sample
-        assert per_row(our_step(denoiser, DDPM(variance), x, t, s, clip), expected) < 1e-9
-
-
-@predictions
-@clipping
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_step(prediction: Prediction, clip: bool, eta: float) -> None:
-    """x_s in float64. With clipping, ε̂ is the one of the clipped x̂₀: use_clipped_model_output."""
-    denoiser = denoiser_of(prediction)
-    for stride in (1, 10, 250):
-        scheduler = exact(ddim(prediction, clip))
-        scheduler.set_timesteps(1000 // stride)
-        for t in (scheduler.timesteps[0], scheduler.timesteps[-2], scheduler.timesteps[-1]):
-            t = int(t)
-            x = randn(BATCH, *SHAPE, seed=t)
-            expected = scheduler.step(
-                said(denoiser, x, t),
-                t,
-                x,
-                eta=eta,
-                use_clipped_model_output=clip,
-                variance_noise=NOISE.normal("solver", 0, x),
-            ).prev_sample
-            s = t - stride if t >= stride else None
-            assert per_row(our_step(denoiser, DDIM(eta), x, t, s, clip), expected) < 1e-9
-
-
 # Trajectories.
 
 LIKE = torch.empty(BATCH, *SHAPE, dtype=torch.float64)
@@ -214,7 +167,7 @@ tables = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@predictions
 @variances
 @clipping
 @pytest.mark.parametrize("num_steps", [10, 37, "ddim25", "5,15"])
@@ -239,7 +192,7 @@ def test_ddpm_trajectory(
         assert per_row(ours, x) < tolerance
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@predictions
 @clipping
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("count", [10, 25, 100])
