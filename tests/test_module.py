@@ -18,6 +18,7 @@ from cmi_lightning.guidance import CMI, DPS
 from cmi_lightning.information import Lanczos
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import BoxMask, Downsample, Gamma, Identity
+from cmi_lightning.predict.memory import Parts
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDPM
@@ -128,7 +129,8 @@ def test_a_noise_level_of_its_own_is_kept_with_each_image(prior, shipped_images,
     levels = torch.tensor([0.1, 0.02, 0.3])
     batch = {"y_image": shipped_images[:3], "id": ["a", "b", "c"]}
     module = PosteriorSampler(prior, guidances=[DPS()], num_steps=2)
-    module.parts.size = fit
+    module.parts[shipped_images.shape[1:]] = parts = Parts()
+    parts.size = fit
     assert "sigma" not in module.predict_step(batch)["records"][0]
     records = module.predict_step({**batch, "sigma": levels})["records"]
     assert [record["sigma"] for record in records] == levels.tolist()
