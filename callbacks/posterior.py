@@ -172,10 +172,7 @@ def quality(draws: Tensor, truth: Tensor, generator: torch.Generator) -> dict[st
     and ``skill``: the squared error of their mean, both averaged over pixels. For draws like the
     truth, of variance v, the error has variance v from the truth and v/K from the mean.
 
-    Args:
-        draws: K draws (K, C, H, W) in [−1, 1].
-        truth: the truth (C, H, W) in [−1, 1].
-        generator: a CPU generator, for ties.
+    ``draws`` (K, C, H, W) and ``truth`` (C, H, W) are in [−1, 1]; ``generator`` is for ties.
 
     Source: Fortin et al. (2014), for (K + 1)/K.
     """

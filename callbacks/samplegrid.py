@@ -14,18 +14,11 @@ from cmi_lightning.callbacks.drawing import save_png, tile, to_tile
 from cmi_lightning.callbacks.loggers import log_image
 from cmi_lightning.denoisers.network import NetworkDenoiser
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators.base import LinearOperator
+from cmi_lightning.operators import Dense
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDIM
 from cmi_lightning.training import ScoreTraining
-
-
-class _Nothing(LinearOperator):
-    """Measures nothing: A is the 0 × d matrix."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1)[:, :0]
 
 
 class SampleGrid(L.Callback):
@@ -96,6 +89,6 @@ class SampleGrid(L.Callback):
         noise = SampleNoise(self.seed, [f"sample/{i}" for i in range(self.num_samples)])
         steps = min(self.num_steps, len(pl_module.schedule))
         sampler = Sampler(denoiser, DDIM(), num_steps=steps)
-        operator = _Nothing().bind(self.image_shape, noise, like)  # type: ignore[arg-type]
+        nothing = Dense(like.new_empty(0, like[0].numel()), self.image_shape)
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
-            return sampler.run(Problem(operator(like), operator, 0.0), noise, like)
+            return sampler.run(Problem(nothing(like), nothing, 0.0), noise, like)

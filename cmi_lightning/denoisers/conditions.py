@@ -113,10 +113,7 @@ class Conditions:
     ) -> Tensor:
         """Return the output for u_t (B, C, *), guided in its first ``channels`` channels.
 
-        Args:
-            call: the network's output for images and their conditions, a row each.
-            u: images.
-            channels: C; those behind it hold the variance.
+        The others hold the variance. ``call`` gives the output for images and conditions, by rows.
         """
         told = rows(self.told, u)
         if self.scale == 1:

@@ -32,14 +32,7 @@ def network_of(
 ) -> tuple[Any, dict[str, Any], str]:
     """Return the network of a pipeline, a folder or a hub id, its scheduler's settings, its name.
 
-    Args:
-        model: see :class:`DiffusersDenoiser`.
-        variant: see there.
-        part: ``weights_part`` there.
-        latent: a network beside an autoencoder is wanted.
-
-    Raises:
-        InputError: see :class:`DiffusersDenoiser`.
+    The arguments are those of :class:`DiffusersDenoiser`; ``latent``: one of latents is wanted.
     """
     if isinstance(model, str | Path):
         diffusers = library(str(model))
@@ -73,11 +66,7 @@ def settings_of(scheduler: Any) -> dict[str, Any]:
 
 
 def library(model: str) -> Any:
-    """Return the package diffusers.
-
-    Raises:
-        InputError: where it is not installed.
-    """
+    """Return the package diffusers, or raise an InputError where it is not installed."""
     try:
         import diffusers
     except ImportError as error:
@@ -93,11 +82,7 @@ def _refuse_kind(kind: str | None, where: str) -> None:
 
 
 def config_of(home: Path) -> dict[str, Any]:
-    """Return the configuration that diffusers wrote.
-
-    Raises:
-        InputError: if it is absent or not JSON.
-    """
+    """Return the configuration that diffusers wrote, or raise an InputError."""
     path = home / "config.json" if home.is_dir() else home
     if not path.is_file():
         raise InputError(
@@ -110,11 +95,7 @@ def config_of(home: Path) -> dict[str, Any]:
 
 
 def load_module(diffusers: Any, home: Path, variant: str | None = None) -> Any:
-    """Return the module of a folder, its weights checked, in float32.
-
-    Raises:
-        InputError: for weights that are absent, or do not fit.
-    """
+    """Return the module of a folder, in float32; its weights must be there, and fit."""
     kind = config_of(home).get("_class_name")
     files = [f for f in sorted(home.iterdir()) if f.suffix in SUFFIXES]
     for file in files:

@@ -84,18 +84,9 @@ def unet_prior(
     sha256: str | None = None,
     **options: Any,
 ) -> NetworkDenoiser:
-    """Return the prior of a card whose network is a :class:`UNet`.
+    """Return the prior of a card whose network is a :class:`UNet`, as :func:`ffhq`.
 
-    Args:
-        name: the card's.
-        weights: see :class:`NetworkDenoiser`.
-        checkpoint: see :class:`UNet`.
-        fused_attention: see :class:`UNet`.
-        sha256: checksum of the file.
-        options: further arguments of :class:`NetworkDenoiser`.
-
-    Raises:
-        InputError: if the weights are missing, unreadable or do not fit.
+    ``options`` are further arguments of :class:`NetworkDenoiser`.
     """
     known = card(name)
     expected = known.file.name if known.file else None

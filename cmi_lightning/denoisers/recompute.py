@@ -48,11 +48,7 @@ def _vector_jacobian(
 ) -> tuple[Tensor, ...]:
     """Return Jᵀ g of f for the inputs that are ``needed``.
 
-    Args:
-        f: the function.
-        needed: which of its inputs are differentiated.
-        count: number of f's outputs.
-        arguments: a cotangent g for each output, then f's inputs.
+    ``arguments`` are a cotangent g for each of f's ``count`` outputs, then its inputs.
     """
     grads, inputs = arguments[:count], list(arguments[count:])
     keep = torch.is_grad_enabled()

@@ -58,14 +58,8 @@ def find_weights(
 ) -> Path:
     """Return the file that ``source`` means, downloaded if it is a URL.
 
-    Args:
-        source: as for :func:`load_weights`.
-        sha256: checksum of the file.
-        expected: name of the published file that it should be, for the message.
-        part: "unet" or "unet_ema", of a pipeline that has both.
-
-    Raises:
-        InputError: if there is none, or its checksum is not ``sha256``.
+    Arguments and errors are those of :func:`load_weights`; ``expected`` is the name of the
+    published file that it should be, for the message.
     """
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise InputError(f"sha256 must be 64 hexadecimal digits, got '{sha256}'.")
@@ -152,14 +146,8 @@ def autoencoder_of(parts: Iterable[str]) -> str | None:
 def network_folder(folder: Path, part: str | None = None, latent: bool = False) -> Path:
     """Return the folder of a diffusers pipeline's network, or ``folder`` if it is no pipeline.
 
-    Args:
-        folder: of a pipeline or of a network.
-        part: "unet" or "unet_ema", of a pipeline that has both.
-        latent: a network of latents is wanted.
-
-    Raises:
-        InputError: where averaged weights lie beside and ``part`` does not choose, or for a
-            pipeline with an autoencoder, whose network works on latents.
+    ``part`` is "unet" or "unet_ema" of a pipeline that has both; ``latent``: a network of latents
+    is wanted. A pipeline that fits neither is refused.
     """
     inside = folder.name.startswith(("unet", "transformer"))
     for home in (folder, folder.parent) if inside else (folder,):

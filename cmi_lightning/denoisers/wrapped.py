@@ -91,10 +91,7 @@ class WrappedNetwork(Denoiser):
     def _call(self, u: Tensor, level: Level, told: dict[str, Any]) -> Tensor:
         """Return the network's output for u_t (B, C, H, W), both in the network's units.
 
-        Args:
-            u: the images.
-            level: their level.
-            told: what the network is told besides, a row an image, by the names of its arguments.
+        ``told`` is what it is told besides, a row an image, by the names of its arguments.
         """
 
     def _dtype(self, u: Tensor) -> torch.dtype:
@@ -110,11 +107,6 @@ class WrappedNetwork(Denoiser):
         return torch.full((len(u),), float(value), device=u.device, dtype=dtype)
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
-        """Return x̂₀ (B, C, H, W) in the dtype of x_t, and the variance fraction if learned.
-
-        Raises:
-            InputError: for images of other channels than declared, or an output of the wrong shape.
-        """
         self._check_images(x)
         level = Level(level.alpha, self.gain * level.sigma, level.time)
         plain = self.gain == 1 and self.offset == 0

@@ -22,14 +22,7 @@ def total_covariance(r: Tensor, means: Tensor, within: Tensor) -> Tensor:
 def conditioned(
     means: Tensor, covariance: Tensor, A: Tensor, y: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Condition N(μ_k, C_k) on y = A x + n, n ~ N(0, diag(noise)).
-
-    Args:
-        means: μ (K, n).
-        covariance: C (K, n, n) or (1, n, n).
-        A: (m, n).
-        y: (m,).
-        noise: variances (m,).
+    """Condition N(μ_k, C_k), K of them, on y = A x + n (m,) with n ~ N(0, diag(noise)).
 
     Returns:
         Means (K, n), covariances (K or 1, n, n), and log N(y; A μ_k, S_k) without 2π, (K,).

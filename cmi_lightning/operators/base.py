@@ -205,18 +205,7 @@ class LinearOperator(Operator):
 
 
 class Linearized(LinearOperator):
-    """u ↦ (∂A/∂x) u at a point x, from one graph of A(x).
-
-    >>> class Squared(Operator):
-    ...     def forward(self, x):
-    ...         return x**2
-    >>> A = Linearized(Squared(), torch.full((1, 2), 3.0))
-    >>> A(torch.ones(1, 2)), A.value
-    (tensor([[6., 6.]]), tensor([[9., 9.]], grad_fn=<PowBackward0>))
-
-    Args:
-        operator: A, bound to images.
-        x: the point (B, C, H, W).
+    """u ↦ (∂A/∂x) u at a point x (B, C, H, W), from one graph of A(x).
 
     Raises:
         InputError: if autograd cannot differentiate A.
@@ -264,10 +253,6 @@ class Composition(Operator):
     >>> A = Dense(torch.tensor([[1.0, 1.0]])) @ Dense(torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
     >>> A(torch.tensor([[1.0, 1.0]])), isinstance(A, LinearOperator)
     (tensor([[5.]]), True)
-
-    Args:
-        outer: acts on what ``inner`` gives.
-        inner: acts on images.
     """
 
     def __init__(self, outer: Operator, inner: Operator) -> None:
@@ -311,12 +296,7 @@ class Composition(Operator):
 
 
 class LinearComposition(Composition, LinearOperator):
-    """x ↦ outer inner x of two linear operators, written ``outer @ inner``.
-
-    >>> from cmi_lightning.operators import Identity
-    >>> (Identity() @ Identity()).adjoint(torch.ones(1, 2))
-    tensor([[1., 1.]])
-    """
+    """x ↦ outer inner x of two linear operators, written ``outer @ inner``."""
 
     outer: LinearOperator
     inner: LinearOperator

@@ -228,11 +228,6 @@ class Exposure(Operator):
 
     >>> Exposure(1.0, 1.0, 0.01)(torch.tensor([[-0.5, 9.0]])).round(decimals=3)
     tensor([[-0.5000,  1.0000]])
-
-    Args:
-        gain: exposure.
-        exponent: γ.
-        softness: width of the clip's knee.
     """
 
     gain: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 
 import torch
@@ -19,7 +20,10 @@ def verify(args: list[str]) -> int:
     with a configuration (``-c``) both of its. ``--size`` gives the side of the images where the
     network takes any; an operator alone is checked on three channels of that size, or 64.
     """
-    size, args = _take(args, "--size")
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--size", nargs="?", const="")
+    found, args = own.parse_known_args(args)
+    size: str | None = found.size
     if size is not None and not (size.isdecimal() and int(size) > 0):
         raise InputError(f"--size must be a number of pixels, got '{size}'.")
     if not args:
@@ -47,20 +51,6 @@ def verify(args: list[str]) -> int:
         shape = (3, side or 64, side or 64) if alone else image_shape(denoiser, side)
         failed |= _print_checks(type(operator).__name__, operator_checks(operator, shape, device))
     return failed
-
-
-def _take(args: list[str], option: str) -> tuple[str | None, list[str]]:
-    """Return the value of ``option``, in either spelling, and the other arguments."""
-    value, rest = None, []
-    remaining = iter(args)
-    for arg in remaining:
-        if arg == option:
-            value = next(remaining, "")
-        elif arg.startswith(f"{option}="):
-            value = arg.removeprefix(f"{option}=")
-        else:
-            rest.append(arg)
-    return value, rest
 
 
 def _print_checks(title: str, checks: Iterable[Check]) -> int:
