@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cmi_lightning import fetch
+from cmi_lightning.denoisers.checkpoints import read_checkpoint
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import sha256
 
@@ -195,16 +196,9 @@ def load_lpips(net: str, path: Path) -> nn.Module:
 
 def _state(path: Path, source: fetch.MetricNetwork) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(
-            f"Cannot read the {source.metric} weights '{path}' ({type(error).__name__}); get "
-            f"{source.url} again."
-        ) from error
+        state = read_checkpoint(path)
+    except InputError as error:
+        raise InputError(f"{source.metric}: {error} They come from {source.url}.") from error
     if not isinstance(state, dict):
         raise InputError(f"'{path}' is not a state dict; {source.metric} needs {source.file}.")
     return state

@@ -6,8 +6,8 @@ import math
 from dataclasses import Field, field, fields
 from functools import cache
 from numbers import Integral, Real
-from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cmi_lightning.errors import InputError
 
@@ -62,10 +62,11 @@ def _types(cls: type) -> dict[str, Any]:
 
 def _wrong(value: Any, kind: Any, option: Field[Any]) -> str | None:
     """Return what a value should be, and what it is; None if all is well."""
-    allowed = get_args(kind) if get_origin(kind) is not None else (kind,)
     if get_origin(kind) is Literal:
-        return None if value in allowed else f"one of {', '.join(allowed)}, got {value!r}"
-    if (value is None and NoneType in allowed) or not {int, float} & set(allowed):
+        names = get_args(kind)
+        return None if value in names else f"one of {', '.join(names)}, got {value!r}"
+    allowed = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if (value is None and NoneType in allowed) or not {int, float, NoneType}.issuperset(allowed):
         return None
     interval = option.metadata.get("interval", "(-inf, inf)")
     whole = float not in allowed

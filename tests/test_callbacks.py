@@ -301,7 +301,7 @@ def test_wrong_weights_stop_the_run_before_sampling(tmp_path):
     for name, words in {
         "none.pth": "lpips_weights: there is no file",
         "bad.pth": "does not hold the backbone of LPIPS",
-        "text.pth": "Cannot read the LPIPS weights",
+        "text.pth": "LPIPS: Cannot read the weights",
     }.items():
         keep = Keep()
         with pytest.raises(InputError, match=words):

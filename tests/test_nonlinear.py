@@ -368,12 +368,12 @@ def test_jpeg_leaves_its_own_images_and_fine_quality_alone() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: HDR(0.0), "HDR.gain must be above 0"),
+        (lambda: HDR(0.0), "HDR.gain must be a number, above 0"),
         (lambda: Gamma(-1.0), "Gamma.exponent"),
         (lambda: Quantize(0), "Quantize.bits"),
         (lambda: JPEG(0), "JPEG.quality"),
         (lambda: PhaseRetrieval(-1.0), "oversample"),
-        (lambda: PhaseRetrieval(range="both"), "unit or signed"),  # type: ignore[arg-type]
+        (lambda: PhaseRetrieval(range="both"), "one of unit, signed"),  # type: ignore[arg-type]
         (lambda: NonlinearBlur(sd=0.0), "NonlinearBlur.sd"),
         (lambda: JPEG()(torch.zeros(1, 2, 8, 8)), "1, 3 or 4 channels, not 2"),
     ],

@@ -607,7 +607,7 @@ def test_configuration(options: dict[str, Any], expected: object) -> None:
         (lambda: Downsample(0), "factor"),
         (lambda: Downsample(2, "cubic"), "convention must be one of matlab, pillow"),  # type: ignore[arg-type]
         (lambda: AveragePool(0), "factor"),
-        (lambda: Colorize("red"), "mean or luminance"),  # type: ignore[arg-type]
+        (lambda: Colorize("red"), "one of mean, luminance"),  # type: ignore[arg-type]
         (lambda: Demosaic("RGB"), "RGGB"),  # type: ignore[arg-type]
         (lambda: ChannelMix(torch.ones(2, 3, 1, 1)), "in one y_k only"),
         (lambda: MotionBlur(0), "kernel_size"),

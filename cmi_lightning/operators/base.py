@@ -14,18 +14,20 @@ from typing import Self, overload
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import Checked
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import conjugate_gradient, per_sample
 from cmi_lightning.noise import SampleNoise
 
 
-class Operator(ABC):  # noqa: B024
+class Operator(Checked, ABC):
     """A in y = A(x₀) + n: images (B, C, H, W) to measurements (B, *m), every sample on its own.
 
     A measurement holds measured entries only: the y of a mask is the list of kept pixels. A new
     operator needs :meth:`forward` alone, if autograd can differentiate it; or :meth:`bind` alone,
     if it is drawn or built for each batch of images. A linear one derives from
-    :class:`LinearOperator`.
+    :class:`LinearOperator`. The options of one that is a dataclass are checked when it is made, see
+    :class:`cmi_lightning.checked.Checked`.
 
     >>> class Squared(Operator):
     ...     def forward(self, x):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.noise import SampleNoise
@@ -18,7 +19,6 @@ from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.operators.separable import (
     Padding,
     boundary,
-    check_rcond,
     constant_per_channel,
     reciprocal,
 )
@@ -45,20 +45,20 @@ class Convolution(LinearOperator):
         rcond: relative size of singular values below which A⁺ is truncated or damped, in [0, 1).
 
     Raises:
-        InputError: if ``kernels`` are of another shape or ``rcond`` is out of range.
+        InputError: if ``kernels`` are of another shape.
     """
 
     kernels: Tensor
     padding: Padding = "reflect"
-    rcond: float = 0.1
+    rcond: float = number(0.1, "[0, 1)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kernels.ndim != 3 or 0 in self.kernels.shape:
             raise InputError(
                 f"Blur kernels must be of shape (batch, height, width), got "
                 f"{tuple(self.kernels.shape)}."
             )
-        check_rcond(self.rcond)
 
     @property
     def images(self) -> int | None:  # type: ignore[override]
@@ -168,25 +168,14 @@ class MotionBlur(LinearOperator):
             padding has exact, fast solves, where reflection needs conjugate gradients.
         rcond: A⁺ is truncated or damped below singular values of rcond; see :class:`Convolution`.
 
-    Raises:
-        InputError: if an option is out of range.
-
     Source: the "motionblur" package (Borodenko, 2020), which the DPS code (Chung et al., 2023)
     uses with one kernel for all images.
     """
 
-    kernel_size: int = 61
-    intensity: float = 0.5
+    kernel_size: int = number(61, "[1, inf)")
+    intensity: float = number(0.5, "[0, 1]")
     padding: Padding = "reflect"
-    rcond: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.kernel_size < 1 or not 0 <= self.intensity <= 1:
-            raise InputError(
-                f"MotionBlur.kernel_size must be at least 1 and MotionBlur.intensity between 0 and "
-                f"1, got {self.kernel_size} and {self.intensity}."
-            )
-        check_rcond(self.rcond)
+    rcond: float = number(0.1, "[0, 1)")
 
     def kernel(self, random: np.random.Generator) -> Tensor:
         """Draw one kernel (kernel_size, kernel_size), float64."""

@@ -78,16 +78,9 @@ class Colorize(LinearOperator):
     Args:
         weights: "mean" of R, G and B (as DDRM and DDNM), or "luminance", 0.299 R + 0.587 G +
             0.114 B (ITU-R BT.601, as Pillow's and JPEG's gray).
-
-    Raises:
-        InputError: for other weights.
     """
 
     weights: Literal["mean", "luminance"] = "mean"
-
-    def __post_init__(self) -> None:
-        if self.weights not in ("mean", "luminance"):
-            raise InputError(f"Colorize.weights must be mean or luminance, got '{self.weights}'.")
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> ChannelMix:
         gray = torch.full((3,), 1 / 3) if self.weights == "mean" else torch.tensor(LUMINANCE)
@@ -108,19 +101,10 @@ class Demosaic(LinearOperator):
     Args:
         pattern: colours of the first two rows and columns, read in rows.
 
-    Raises:
-        InputError: for another pattern.
-
     Source: Bayer (1976), US patent 3,971,065.
     """
 
     pattern: Literal["RGGB", "BGGR", "GRBG", "GBRG"] = "RGGB"
-
-    def __post_init__(self) -> None:
-        if self.pattern not in ("RGGB", "BGGR", "GRBG", "GBRG"):
-            raise InputError(
-                f"Demosaic.pattern must be RGGB, BGGR, GRBG or GBRG, got '{self.pattern}'."
-            )
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> ChannelMix:
         height, width = image_shape[1:]

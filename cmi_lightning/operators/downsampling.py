@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.operators.separable import Separable, boundary
 
 Convention = Literal["matlab", "pillow", "opencv", "aligned"]
-CONVENTIONS = ("matlab", "pillow", "opencv", "aligned")
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,13 @@ class Downsample(LinearOperator):
         convention: which rule made the small images.
 
     Raises:
-        InputError: if ``factor`` is below 1, for another convention, and when it meets images, if
-            the factor does not divide both sides of them.
+        InputError: when it meets images, if the factor does not divide both sides of them.
 
     Source: Keys (1981); the super-resolution of DPS (Chung et al., 2023) is "matlab".
     """
 
-    factor: int = 4
+    factor: int = number(4, "[1, inf)")
     convention: Convention = "matlab"
-
-    def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise InputError(f"Downsample.factor must be at least 1, got {self.factor}.")
-        if self.convention not in CONVENTIONS:
-            raise InputError(
-                f"Downsample.convention must be one of {', '.join(CONVENTIONS)}, got "
-                f"'{self.convention}'."
-            )
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Separable:
         _check_factor(self, self.factor, image_shape)
@@ -84,17 +74,12 @@ class AveragePool(LinearOperator):
         factor: f, at least 1.
 
     Raises:
-        InputError: if ``factor`` is below 1, and when it meets images, if it does not divide both
-            sides of them.
+        InputError: when it meets images, if the factor does not divide both sides of them.
 
     Source: the super-resolution of DDRM (Kawar et al., 2022) and DDNM.
     """
 
-    factor: int = 4
-
-    def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise InputError(f"AveragePool.factor must be at least 1, got {self.factor}.")
+    factor: int = number(4, "[1, inf)")
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Separable:
         _check_factor(self, self.factor, image_shape)

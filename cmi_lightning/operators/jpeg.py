@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.operators.base import Operator
 from cmi_lightning.operators.nonlinear import straight_through
@@ -47,18 +48,11 @@ class JPEG(Operator):
         quality: 1 to 100, as Pillow and libjpeg have it.
         subsampling: average chroma over 2×2 pixels (4:2:0), as is usual below quality 95.
 
-    Raises:
-        InputError: if ``quality`` is out of range.
-
     Source: ITU-T T.81 (1992); Kawar et al. (2022b), who drop every second chroma pixel instead.
     """
 
-    quality: int = 10
+    quality: int = number(10, "[1, 100]")
     subsampling: bool = True
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.quality <= 100:
-            raise InputError(f"JPEG.quality must be from 1 to 100, got {self.quality}.")
 
     def table(self, numbers: str) -> Tensor:
         """Return a quantisation table (8, 8), float64."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators.base import LinearOperator
@@ -92,7 +93,7 @@ class GivenKernel(LinearOperator):
 
     kernels: str | Tensor
     padding: Padding = "reflect"
-    rcond: float = 0.1
+    rcond: float = number(0.1, "[0, 1)")
 
     def bind(
         self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor

@@ -1,7 +1,4 @@
-"""Operators that pick pixels: all of them (denoising) or some (inpainting).
-
-Over 300 lines: three small classes of options of one operator, mostly their documentation.
-"""
+"""Operators that pick pixels: all of them (denoising) or some (inpainting)."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.noise import SampleNoise
@@ -197,20 +195,10 @@ class RandomMask(LinearOperator):
     Args:
         fraction: the share of pixels to remove, in [0, 1).
 
-    Raises:
-        InputError: if ``fraction`` is out of range.
-
     Source: the random inpainting of DPS (Chung et al., 2023), which draws one share per image.
     """
 
-    fraction: float = 0.9
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.fraction < 1:
-            raise InputError(
-                f"RandomMask.fraction is the share of pixels removed and must be at least 0 and "
-                f"below 1, got {self.fraction}."
-            )
+    fraction: float = number(0.9, "[0, 1)")
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> PixelMask:
         pixels = image_shape[1] * image_shape[2]

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import number
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators.base import LinearOperator, Operator
 from cmi_lightning.operators.blur import MotionBlur
@@ -32,17 +32,10 @@ class HDR(Operator):
     Args:
         gain: > 0.
 
-    Raises:
-        InputError: if ``gain`` is not positive.
-
     Source: "high dynamic range" of RED-diff (Mardani et al., 2023) and DAPS, gain 2.
     """
 
-    gain: float = 2.0
-
-    def __post_init__(self) -> None:
-        if not self.gain > 0:
-            raise InputError(f"HDR.gain must be above 0, got {self.gain}.")
+    gain: float = number(2.0, "(0, inf)")
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.gain * x).clamp(-1, 1)
@@ -62,16 +55,9 @@ class Gamma(Operator):
 
     Args:
         exponent: γ > 0; above 1 darkens, below 1 brightens.
-
-    Raises:
-        InputError: if ``exponent`` is not positive.
     """
 
-    exponent: float = 2.2
-
-    def __post_init__(self) -> None:
-        if not self.exponent > 0:
-            raise InputError(f"Gamma.exponent must be above 0, got {self.exponent}.")
+    exponent: float = number(2.2, "(0, inf)")
 
     def forward(self, x: Tensor) -> Tensor:
         u = (x + 1) / 2
@@ -97,17 +83,10 @@ class Quantize(Operator):
     Args:
         bits: b, from 1 to 16.
 
-    Raises:
-        InputError: if ``bits`` is out of range.
-
     Source: Bengio, Léonard & Courville (2013) for the gradient.
     """
 
-    bits: int = 2
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 16:
-            raise InputError(f"Quantize.bits must be from 1 to 16, got {self.bits}.")
+    bits: int = number(2, "[1, 16]")
 
     def forward(self, x: Tensor) -> Tensor:
         top = 2**self.bits - 1
@@ -135,22 +114,11 @@ class PhaseRetrieval(Operator):
         range: the range of what is transformed: "unit" takes (x + 1)/2, as DAPS, SITCOM, PnP-DM and
             InverseBench; "signed" takes x, as DPS and RED-diff. y differs.
 
-    Raises:
-        InputError: if ``oversample`` is negative, or for another range.
-
     Source: Chung et al. (2023), section 4.
     """
 
-    oversample: float = 2.0
+    oversample: float = number(2.0, "[0, inf)")
     range: Literal["unit", "signed"] = "unit"
-
-    def __post_init__(self) -> None:
-        if self.oversample < 0:
-            raise InputError(
-                f"PhaseRetrieval.oversample must be at least 0, got {self.oversample}."
-            )
-        if self.range not in ("unit", "signed"):
-            raise InputError(f"PhaseRetrieval.range must be unit or signed, got '{self.range}'.")
 
     def _borders(self, height: int, width: int) -> tuple[int, int]:
         return int(self.oversample / 8 * height), int(self.oversample / 8 * width)
@@ -197,22 +165,14 @@ class NonlinearBlur(Operator):
         softness: width of the clip's knee, > 0.
         padding: of the blur.
 
-    Raises:
-        InputError: if an option is out of range.
-
     Source: Tai et al. (2013), "Nonlinear camera response functions and image deblurring".
     """
 
-    sd: float | None = 2.0
-    gain: float = 1.2
-    exponent: float = 2.2
-    softness: float = 0.05
+    sd: float | None = number(2.0, "(0, inf)")
+    gain: float = number(1.2, "(0, inf)")
+    exponent: float = number(2.2, "(0, inf)")
+    softness: float = number(0.05, "(0, inf)")
     padding: Padding = "reflect"
-
-    def __post_init__(self) -> None:
-        for name in ("sd", "gain", "exponent", "softness"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise InputError(f"NonlinearBlur.{name} must be above 0, got {value}.")
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Operator:
         blur: LinearOperator = MotionBlur(max(min(image_shape[1:]) // 4, 1), padding=self.padding)

@@ -10,6 +10,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.noise import SampleNoise
@@ -46,12 +47,6 @@ def constant_per_channel(shift: Tensor) -> bool:
     return all(n == 1 for n in shift.shape[-2:])
 
 
-def check_rcond(rcond: float) -> None:
-    """Raise an InputError unless 0 ≤ rcond < 1."""
-    if not 0 <= rcond < 1:
-        raise InputError(f"rcond must be at least 0 and below 1, got {rcond}.")
-
-
 @dataclass(frozen=True, eq=False)
 class Separable(LinearOperator):
     """Y = A_h X A_wᵀ for every channel X of an image, that is A = A_h ⊗ A_w.
@@ -68,17 +63,11 @@ class Separable(LinearOperator):
         height: A_h (h, H).
         width: A_w (w, W).
         rcond: relative size of the smallest singular value that A⁺ inverts, in [0, 1).
-
-    Raises:
-        InputError: if ``rcond`` is out of range.
     """
 
     height: Tensor
     width: Tensor
-    rcond: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_rcond(self.rcond)
+    rcond: float = number(0.1, "[0, 1)")
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Self:
         size = (self.height.shape[1], self.width.shape[1])
@@ -160,24 +149,13 @@ class GaussianBlur(LinearOperator):
         rcond: A⁺ leaves out singular values below rcond times the largest, which is about 1. So
             A⁺y magnifies noise at most 1/rcond times.
 
-    Raises:
-        InputError: if an option is out of range.
-
     Source: the Gaussian deblurring of DPS (Chung et al., 2023); kernel as scipy's gaussian_filter.
     """
 
-    kernel_size: int = 61
-    sd: float = 5.0
+    kernel_size: int = number(61, "[1, inf)")
+    sd: float = number(5.0, "(0, inf)")
     padding: Padding = "reflect"
-    rcond: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.kernel_size < 1 or not self.sd > 0:
-            raise InputError(
-                f"GaussianBlur.kernel_size must be at least 1 and GaussianBlur.sd above 0, got "
-                f"{self.kernel_size} and {self.sd}."
-            )
-        check_rcond(self.rcond)
+    rcond: float = number(0.1, "[0, 1)")
 
     def kernel(self) -> Tensor:
         """Return the kernel of one axis (2r + 1,), float64."""
