@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import Checked, number
 
 Draw = Callable[[str], Tensor]
 
 
-class MeasurementNoise(ABC):
+class MeasurementNoise(Checked, ABC):
     """What a measurement y is to A(x₀): a draw, and the standard deviation that guidances take.
 
     >>> class Salt(MeasurementNoise):
@@ -60,17 +59,10 @@ class GaussianNoise(MeasurementNoise):
     Args:
         sigma: standard deviation, ≥ 0.
         range: the image range that ``sigma`` refers to.
-
-    Raises:
-        InputError: if ``sigma`` is negative.
     """
 
-    sigma: float = 0.05
+    sigma: float = number(0.05, "[0, inf)")
     range: Literal["signed", "unit"] = "signed"
-
-    def __post_init__(self) -> None:
-        if self.sigma < 0:
-            raise InputError(f"noise.sigma must be at least 0, got {self.sigma}.")
 
     @property
     def level(self) -> float:
@@ -83,11 +75,9 @@ class GaussianNoise(MeasurementNoise):
         return self.sigma > 0
 
     def sample(self, clean: Tensor, normal: Draw) -> Tensor:
-        """Return A(x₀) + σ n."""
         return clean + self.level * normal("measurement")
 
     def std(self, y: Tensor) -> float:
-        """Return σ on [−1, 1]."""
         return self.level
 
 
@@ -108,25 +98,16 @@ class PoissonNoise(MeasurementNoise):
     Args:
         peak: expected counts of a white pixel, > 0. DPS's ``rate`` is peak/255.
 
-    Raises:
-        InputError: if ``peak`` is not positive.
-
     Source: Chung et al. (2023), section 4, whose code clips y at white; the variance is a count's.
     """
 
-    peak: float = 100.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.peak < math.inf:
-            raise InputError(f"noise.peak must be above 0 and finite, got {self.peak}.")
+    peak: float = number(100.0, "(0, inf)")
 
     def sample(self, clean: Tensor, normal: Draw) -> Tensor:
-        """Return counts over the peak, on [−1, 1]."""
         counts = poisson(self.peak * (clean + 1) / 2, normal("photons"))
         return 2 * counts / self.peak - 1
 
     def std(self, y: Tensor) -> Tensor:
-        """Return √(2 max(y + 1, 2/peak)/peak), (B, *m)."""
         return (2 * (y + 1).clamp_min(2 / self.peak) / self.peak).sqrt()
 
 
@@ -141,24 +122,15 @@ class PoissonGaussianNoise(PoissonNoise):
         peak: expected counts of a white pixel, > 0.
         sigma: standard deviation of the read-out noise, ≥ 0.
         range: the image range that ``sigma`` refers to.
-
-    Raises:
-        InputError: if an option is out of range.
     """
 
-    sigma: float = 0.05
+    sigma: float = number(0.05, "[0, inf)")
     range: Literal["signed", "unit"] = "signed"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        GaussianNoise(self.sigma, self.range)  # checks both
-
     def sample(self, clean: Tensor, normal: Draw) -> Tensor:
-        """Return counts and read-out noise."""
         return GaussianNoise(self.sigma, self.range).sample(super().sample(clean, normal), normal)
 
     def std(self, y: Tensor) -> Tensor:
-        """Return the root of both variances, (B, *m)."""
         return (super().std(y) ** 2 + GaussianNoise(self.sigma, self.range).level ** 2).sqrt()
 
 

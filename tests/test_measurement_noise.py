@@ -124,9 +124,10 @@ def test_cmi_runs_on_counts(photons: tuple[GaussianPrior, Problem]) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: PoissonNoise(0.0), "noise.peak must be above 0"),
-        (lambda: PoissonGaussianNoise(10, -1.0), "noise.sigma must be at least 0"),
-        (lambda: GaussianNoise(-0.1), "noise.sigma must be at least 0"),
+        (lambda: PoissonNoise(0.0), "PoissonNoise.peak must be a number, above 0"),
+        (lambda: PoissonGaussianNoise(10, -1.0), "sigma must be a number, at least 0"),
+        (lambda: GaussianNoise(-0.1), "GaussianNoise.sigma must be a number, at least 0"),
+        (lambda: GaussianNoise(float("nan")), "GaussianNoise.sigma must be a number, at least 0"),
     ],
 )
 def test_bad_noise(make: object, words: str) -> None:

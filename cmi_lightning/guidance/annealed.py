@@ -35,7 +35,6 @@ class AnnealedDPS(Guidance):
     """
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
-        """Move x̂₀ by the annealed likelihood's score."""
         A, gain = step.linearized, step.memory.get("annealed/gain")
         if gain is None or not isinstance(step.problem.operator, LinearOperator):
             gain = step.memory["annealed/gain"] = _gain(step)

@@ -69,7 +69,6 @@ class CADPS(Guidance):
         return self.reading == "paper"
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
-        """Move x̂₀ to the posterior mean, for "paper"."""
         if self.reading == "code":
             return x0
         A, r, c = step.linearized, step.residual.detach(), step.covariance_factor
@@ -84,7 +83,6 @@ class CADPS(Guidance):
         return x0 + c * step.vjp(A.adjoint(u))
 
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
-        """Shift the mean, for "code"."""
         if self.reading == "paper":
             return transition
         delta, ratio = _epsilon(step, step.t), step.t.sigma / step.t.alpha

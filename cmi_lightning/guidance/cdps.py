@@ -47,7 +47,6 @@ class CDPS(Guidance):
     needs_linear = True
 
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
-        """Condition the proposal on y_s."""
         y_s, std = noised_measurement(step, "cdps", self.fresh), transition.std
         if isinstance(std, Tensor):
             raise InputError("CDPS needs one variance for all pixels: set solver.variance=small.")

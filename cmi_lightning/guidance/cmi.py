@@ -157,7 +157,6 @@ class CMI(Guidance):
         return self.estimator(step)
 
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
-        """Shift the mean up the gradient."""
         if not step.problem.noisy:
             raise InputError("CMI needs measurement noise: noise.sigma must be above 0.")
         if not self._acts(step):

@@ -30,6 +30,5 @@ class DDNM(Guidance):
     needs_linear = True
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
-        """Replace the part of x̂₀ that A sees."""
         A = step.linearized
         return x0 + A.pinv(step.problem.y - A(x0))

@@ -45,6 +45,5 @@ class DiffPIR(Guidance):
     differentiable = False
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
-        """Take the proximal step."""
         precision = self.weight * step.t.alpha**2 + step.t.sigma**2 / self.prior_variance
         return step.problem.prox(x0, step.t.sigma**2 / precision)

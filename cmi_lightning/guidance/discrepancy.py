@@ -62,15 +62,12 @@ class Discrepancy(Guidance):
         return self.guidance.active
 
     def passes(self, calls: int) -> float:
-        """Return the guidance's."""
         return self.guidance.passes(calls)
 
     def for_chain(self, schedule: Schedule, passes: float) -> Discrepancy:
-        """Return it with the guidance as that acts on the chain."""
         return replace(self, guidance=self.guidance.for_chain(schedule, passes))
 
     def plan(self, linear: bool = True) -> str | None:
-        """Return the guidance's."""
         return self.guidance.plan(linear)
 
     def _where_far(self, step: Step, moved: Tensor, left: Tensor) -> Tensor:
@@ -79,12 +76,10 @@ class Discrepancy(Guidance):
         return torch.where(per_sample(far, moved).bool(), moved, left)
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
-        """Return the guidance's x̂₀ where y is not yet met."""
         moved = self.guidance.guide_denoised(step, x0)
         return moved if moved is x0 else self._where_far(step, moved, x0)
 
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
-        """Return the guidance's proposal where y is not yet met."""
         moved = self.guidance.guide_transition(step, transition)
         if moved is transition:
             return transition
@@ -93,6 +88,5 @@ class Discrepancy(Guidance):
         return replace(moved, mean=mean, noise=noise)
 
     def guide_sample(self, step: Step, x: Tensor) -> Tensor:
-        """Return the guidance's x_s where y is not yet met."""
         moved = self.guidance.guide_sample(step, x)
         return moved if moved is x else self._where_far(step, moved, x)

@@ -31,7 +31,6 @@ class DMPS(Guidance):
     needs_linear = True
 
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
-        """Add the flat prior's correction."""
         x = step.x.detach() / step.t.alpha
         moved = step.problem.prox(x, (step.t.sigma / step.t.alpha) ** 2) - x
         return transition.shift(step.coefficients.from_x0 * moved)

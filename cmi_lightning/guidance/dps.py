@@ -37,5 +37,4 @@ class DPS(Guidance):
         return self.scale != 0
 
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
-        """Shift the mean down the gradient."""
         return transition.shift(-self.scale * residual_gradient(step))

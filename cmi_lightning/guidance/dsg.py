@@ -47,7 +47,6 @@ class DSG(Guidance):
         return (calls - 1) // self.interval
 
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
-        """Replace the noise."""
         if step.index % self.interval or step.s.sigma == 0:
             return transition
         z, radius = transition.noise, math.sqrt(transition.noise[0].numel())

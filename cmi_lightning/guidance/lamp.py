@@ -45,7 +45,6 @@ class LAMP(Guidance):
     differentiable = False
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
-        """Average x̂₀ with the last one."""
         before = step.memory.get("lamp/x0")
         step.memory["lamp/x0"] = x0.detach()
         warm = step.num_steps - step.index > self.warmup

@@ -50,7 +50,6 @@ class LLE(Guidance):
             )
 
     def for_chain(self, schedule: Schedule, passes: float) -> LLE:
-        """Refuse another number of steps than the coefficients'."""
         if len(schedule) != len(self.seen):
             raise InputError(
                 f"LLE's coefficients are for {len(self.seen)} steps and the chain has "
@@ -59,7 +58,6 @@ class LLE(Guidance):
         return self
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
-        """Combine x̂₀ with those of the steps before."""
         k = step.num_steps - 1 - step.index
         return combined(step, history(step, x0), self.seen[k], self.unseen[k])
 

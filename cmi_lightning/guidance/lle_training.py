@@ -40,7 +40,6 @@ class LLETraining(Guidance):
     differentiable = False
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
-        """Fit this step's coefficients, and use them."""
         past = history(step, x0)
         seen = torch.stack([projected(step, x) for x in past], 0)
         truth = projected(step, self.truth)

@@ -54,13 +54,11 @@ class MCG(Guidance):
         return calls * (self.scale != 0)
 
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
-        """Shift the mean down the gradient."""
         if self.scale == 0:
             return transition
         return transition.shift(-self.scale * residual_gradient(step))
 
     def guide_sample(self, step: Step, x: Tensor) -> Tensor:
-        """Project x_s onto {x : A x = y_s}."""
         A, level = step.linearized, {"now": step.t, "then": step.s}[self.level]
         noised = level.alpha * step.problem.y + level.sigma * A(step.normal("mcg"))
         return x - A.pinv(A(x) - noised)

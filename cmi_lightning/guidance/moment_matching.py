@@ -52,7 +52,6 @@ class MomentMatching(Guidance):
     needs_noise = True
 
     def passes(self, calls: int) -> float:
-        """Return the products of the Krylov spaces."""
         return calls * self.krylov
 
     @property
@@ -61,7 +60,6 @@ class MomentMatching(Guidance):
         return self.scale != 0
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
-        """Move x̂₀ to the posterior mean."""
         if not step.problem.noisy:
             raise InputError("MomentMatching needs measurement noise: noise.sigma must be above 0.")
         std = step.problem.std

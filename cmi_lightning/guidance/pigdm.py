@@ -69,14 +69,12 @@ class PiGDM(Guidance):
         return step.vjp(A.adjoint(A.solve(step.residual.detach(), shift)))
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
-        """Move x̂₀, for weight "posterior"."""
         if self.weight != "posterior":
             return x0
         factor = step.covariance_factor / self.posterior_variance(step)
         return x0 + self.scale * factor * self.direction(step)
 
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
-        """Move x_s, for the other weights."""
         if self.weight == "posterior":
             return transition
         weight = step.t.alpha * (step.s.alpha if self.weight == "canonical" else 1.0)

@@ -52,7 +52,6 @@ class PSLD(Guidance):
         return self.scale != 0 or self.gluing != 0
 
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
-        """Shift the mean down the gradient."""
         operator = step.problem.operator
         assert isinstance(operator, Composition)  # the sampler has checked the prior
         A = operator.outer

@@ -56,7 +56,6 @@ class ReSample(Guidance):
     needs_noise = True
 
     def guide_sample(self, step: Step, x: Tensor) -> Tensor:
-        """Return the resampled z_s."""
         number = round(self.share * step.num_steps)
         if step.index % self.interval or step.index >= number or step.s.sigma == 0:
             return x

@@ -55,7 +55,6 @@ class SITCOM(Guidance):
         return calls * 2 * self.iterations
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
-        """Return x̂₀ of the optimised x_t."""
         x = v = step.x.detach()
         first = second = torch.zeros_like(v)
         inner, limit = step, step.problem.noise_norm

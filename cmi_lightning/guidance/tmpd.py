@@ -31,11 +31,9 @@ class TMPD(Guidance):
     needs_noise = True
 
     def passes(self, calls: int) -> float:
-        """Return two products a call."""
         return 2 * calls
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
-        """Move x̂₀ towards the posterior mean."""
         A, r, c = step.linearized, step.residual.detach(), step.covariance_factor
         ones = A.zero_padding(torch.ones_like(r))
         sums = c * A(step.vjp(A.adjoint(ones)))

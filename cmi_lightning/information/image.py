@@ -65,7 +65,6 @@ class ImageProbes(ProbeEstimator):
         return self.krylov + 1
 
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
-        """Return the estimate from one sign vector."""
         A, std = step.linearized, step.problem.std
         v = draw(step.x.detach())
         measured = A(v) / std
@@ -124,7 +123,6 @@ class TwoTraces(ProbeEstimator):
         return 2 * self.krylov + 1
 
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
-        """Return the estimate from one sign vector."""
         A, std, c = step.linearized, step.problem.std, step.covariance_factor
         lowest = self.floor * (step.t.sigma / step.t.alpha) ** 2
 

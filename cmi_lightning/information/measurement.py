@@ -78,7 +78,6 @@ class Lanczos(ProbeEstimator):
         return step.problem.std
 
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
-        """Return the estimate from one sign vector."""
         A, std = step.linearized, self.noise_std(step)
         v = A.sample_noise(draw, step.problem.y)
         S = Whitened(step, std)
@@ -165,7 +164,6 @@ class TraceLimit(ProbeEstimator):
         return 0 if self.derivative == "autograd" else 1
 
     def probe(self, step: Step, draw: Callable[[Tensor], Tensor]) -> Information:
-        """Return the estimate from one sign vector."""
         A, std = step.linearized, _ridge_std(step, self.delta)
         v = A.sample_noise(draw, step.problem.y) / std
         p = A.adjoint(v)

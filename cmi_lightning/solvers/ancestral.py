@@ -44,7 +44,6 @@ class DDPM(Solver):
         return self.variance == "learned"
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
-        """Return N(a x_t + b x̂₀, v) in parts."""
         chain = step.coefficients
         mean = chain.from_x * step.x.detach() + chain.from_x0 * guided_x0(step)
         return Transition(mean, self._std(step), step.normal("solver"))
@@ -93,7 +92,6 @@ class DDIM(Solver):
         return self.eta > 0
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
-        """Return the DDIM proposal."""
         x0 = guided_x0(step)
         epsilon = (step.x.detach() - step.t.alpha * x0) / step.t.sigma
         variance = self.eta**2 * step.coefficients.variance

@@ -88,7 +88,6 @@ class DAPS(Solver):
         return min(max(self.ode_end, prior.range[0]), rho)
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
-        """Return the drawn image at level s."""
         rho = step.t.sigma / step.t.alpha
         x = self._flow(step, rho)
         if isinstance(step.problem.operator, LinearOperator):

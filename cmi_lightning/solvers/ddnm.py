@@ -36,7 +36,6 @@ class DDNMPlus(Solver):
     needs_linear = True
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
-        """Return the corrected, renoised x̂₀."""
         problem, s, x0 = step.problem, step.s, guided_x0(step)
         A, z = step.linearized, step.normal("solver")
         if s.sigma == 0:  # κ = ∞, or 0 without noise

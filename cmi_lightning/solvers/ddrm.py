@@ -67,7 +67,6 @@ class DDRM(Solver):
         return level.alpha * (x + A.spectral(z, missing))
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
-        """Return the proposal, direction by direction."""
         A, s, x0 = step.linearized, step.s, guided_x0(step)
         std, z = _std(step.problem, x0), step.normal("solver")
         epsilon = (step.x.detach() - step.t.alpha * step.x0.detach()) / step.t.sigma

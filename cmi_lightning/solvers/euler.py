@@ -43,7 +43,6 @@ class Euler(Solver):
     stochastic = False  # type: ignore[misc]
 
     def levels(self, schedule: Schedule, num_steps: int | str | None) -> Schedule:
-        """Return the levels below the start."""
         if self.start_signal > 0:
             limit = max(1 / self.start_signal - 1, schedule.range[0])
             ratios = [s / a for a, s in zip(schedule.alphas, schedule.sigmas, strict=True)]
@@ -61,5 +60,4 @@ class Euler(Solver):
         return level.alpha * problem.operator.pinv(problem.y) + level.sigma * z
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
-        """Return x_s as the mean of a transition without noise."""
         return DDIM().transition(step, guided_x0)

@@ -54,7 +54,6 @@ class FPS(Solver):
     needs_linear = True
 
     def evaluations(self, chain: Schedule, prior: Schedule) -> int:
-        """Return one for each particle and step."""
         return self.particles * len(chain)
 
     def start(self, level: Level, problem: Problem, noise: SampleNoise, like: Tensor) -> Tensor:

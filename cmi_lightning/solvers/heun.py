@@ -32,7 +32,6 @@ class Heun(Solver):
         return 2 * len(chain) - 1
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
-        """Return x_s as the mean of a transition without noise."""
         t, s = step.t, step.s
 
         def slope(x: Tensor, x0: Tensor, level: Level) -> Tensor:

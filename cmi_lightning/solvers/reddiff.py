@@ -55,7 +55,6 @@ class REDDiff(Solver):
         return level.alpha * _first(problem, like) + level.sigma * z
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
-        """Move μ, and probe it at level s."""
         problem, x, t, kept = step.problem, step.x.detach(), step.t, step.memory
         mean = kept["reddiff/mean"] if "reddiff/mean" in kept else _first(problem, x)
         zero = torch.zeros_like(x)

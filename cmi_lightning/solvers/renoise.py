@@ -43,7 +43,6 @@ class Renoise(Solver):
         return self.zeta > 0
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
-        """Return the renoised estimate."""
         x0 = guided_x0(step)
         base = step.x0.detach() if self.network else x0
         epsilon = (step.x.detach() - step.t.alpha * base) / step.t.sigma

@@ -57,17 +57,13 @@ class Resampled(Solver):
         return self.solver.stochastic
 
     def levels(self, schedule: Schedule, num_steps: int | str | None) -> Schedule:
-        """Return the solver's levels."""
         return self.solver.levels(schedule, num_steps)
 
     def evaluations(self, chain: Schedule, prior: Schedule) -> int:
-        """Return the solver's."""
         return self.solver.evaluations(chain, prior)
 
     def start(self, level: Level, problem: Problem, noise: SampleNoise, like: Tensor) -> Tensor:
-        """Return the solver's start."""
         return self.solver.start(level, problem, noise, like)
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
-        """Return the solver's proposal."""
         return self.solver.transition(step, guided_x0)
