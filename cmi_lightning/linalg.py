@@ -11,6 +11,8 @@ from torch import Tensor
 
 def per_sample(value: Tensor | float, like: Tensor) -> Tensor:
     """Shape per-sample scalars (B,) so that they broadcast against ``like`` (B, *)."""
+    if isinstance(value, (int, float)):  # filled on the device: nothing is copied
+        return torch.full((), value, dtype=like.dtype, device=like.device)
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     return value.reshape(-1, *(1,) * (like.ndim - 1)) if value.ndim == 1 else value
 

@@ -21,6 +21,7 @@ from cmi_lightning.denoisers import (
     UNet,
     shipped_prior,
 )
+from cmi_lightning.denoisers.tiled import _axis
 from cmi_lightning.errors import InputError
 from cmi_lightning.exact import DenseCovariance, GaussianPrior, StationaryCovariance
 from cmi_lightning.guidance import DPS
@@ -58,7 +59,7 @@ def test_weights_are_a_partition_of_unity(size, overlap):
     prediction = Tiled(Constant(), overlap=overlap)(randn(2, 1, *size), LEVEL)
     for part, value in zip(prediction, (0.3, 0.6), strict=True):
         torch.testing.assert_close(part, torch.full_like(part, value), rtol=1e-14, atol=0)
-    axis = Tiled(Constant(), overlap=overlap)._axis(size[1], 1)
+    axis = _axis(size[1], min(size[1], 8), Tiled(Constant(), overlap=overlap).overlap)
     assert all(bool((weight > 0).all()) for _, weight in axis)
     starts = [start for start, _ in axis]
     assert (starts[0], starts[-1]) == (0, size[1] - 8)
@@ -90,8 +91,8 @@ def test_images_do_not_see_each_other(size):
 def dense(denoiser: Denoiser, tiled: Tiled, x: Tensor) -> Tensor:
     """The formula, a window after another, by indices alone."""
     out = torch.zeros_like(x)
-    for top, down in tiled._axis(x.shape[-2], 0):
-        for left, across in tiled._axis(x.shape[-1], 1):
+    for top, down in _axis(x.shape[-2], 8, tiled.overlap):
+        for left, across in _axis(x.shape[-1], 8, tiled.overlap):
             rows, columns = torch.arange(top, top + 8), torch.arange(left, left + 8)
             index = (..., rows[:, None], columns)
             weight = torch.zeros_like(x).index_put(
@@ -142,7 +143,7 @@ def test_seams_of_a_stationary_prior():
         tiled = Tiled(window, overlap=overlap)
         error = (tiled(x, level).x0 - exact).square().mean(dim=(0, 1))
         seams = torch.zeros(48, dtype=torch.bool)
-        for start, _ in tiled._axis(48, 0):
+        for start, _ in _axis(48, 16, overlap):
             for edge in {start, start + 16} - {0, 48}:
                 seams[edge - 1 : edge + 1] = True
         at, inside = seams[:, None] | seams, slice(4, 44)  # the whole's border is periodic

@@ -115,12 +115,25 @@ class Conditions:
 
         The others hold the variance. ``call`` gives the output for images and conditions, by rows.
         """
+        self.told, self.untold = on(self.told, u), on(self.untold, u)
         told = rows(self.told, u)
         if self.scale == 1:
             return call(u, told)
         with_, without = call(torch.cat([u, u]), _joined(told, rows(self.untold, u))).chunk(2)
         guided = without + self.scale * (with_ - without)
         return torch.cat([guided[:, :channels], with_[:, channels:]], dim=1)
+
+
+def on(condition: Mapping[str, Any], u: Tensor) -> dict[str, Any]:
+    """Return a condition with its tensors on the device of u: there from the first call on."""
+    return {
+        name: on(value, u)
+        if isinstance(value, Mapping)
+        else value.to(u.device)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in condition.items()
+    }
 
 
 def rows(condition: Mapping[str, Any], u: Tensor) -> dict[str, Any]:
@@ -134,7 +147,7 @@ def rows(condition: Mapping[str, Any], u: Tensor) -> dict[str, Any]:
         if isinstance(value, Mapping):
             found[name] = rows(value, u)
         elif isinstance(value, Tensor):
-            found[name] = value.to(u.device).expand(len(u), *value.shape)
+            found[name] = value.expand(len(u), *value.shape)
         else:
             dtype = torch.long if isinstance(value, int) else torch.float32
             found[name] = torch.full((len(u),), value, device=u.device, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -80,12 +81,7 @@ class Tiled(Wrapper):
         height, width = self._shape(x.shape)
         if (height, width) == x.shape[-2:]:
             return self.denoiser(x, level)
-        rows, columns = (self._axis(n, axis) for axis, n in enumerate(x.shape[-2:]))
-        places = [
-            (slice(top, top + height), slice(left, left + width), down[:, None] * across)
-            for top, down in rows
-            for left, across in columns
-        ]
+        places = _places(self.window, self.overlap, tuple(x.shape[-2:]), x.device, x.dtype)
         windows = torch.stack([x[..., rows, columns] for rows, columns, _ in places], dim=1)
         parts = [
             self._run(tiles, level) for tiles in windows.flatten(0, 1).split(self.tiles_at_once)
@@ -95,7 +91,7 @@ class Tiled(Wrapper):
             tiles = tiles.unflatten(0, windows.shape[:2])
             image = tiles.new_zeros(*tiles.shape[:1], *tiles.shape[2:-2], *x.shape[-2:])
             for k, (rows, columns, weight) in enumerate(places):
-                image[..., rows, columns] += tiles[:, k] * weight.to(tiles)
+                image[..., rows, columns] += tiles[:, k] * weight
             return image
 
         x0, fractions = zip(*parts, strict=True)
@@ -124,20 +120,42 @@ class Tiled(Wrapper):
         height, width = (min(n, side) for n, side in zip(shape[-2:], self.window, strict=True))
         return height, width
 
-    def _axis(self, n: int, axis: int) -> list[tuple[int, Tensor]]:
-        """Return first pixel and weights (side,) of each window along an axis of n pixels."""
-        side = min(n, self.window[axis])
-        count = 1 if n == side else math.ceil((n - self.overlap) / (side - self.overlap))
-        starts = [round(k * (n - side) / max(count - 1, 1)) for k in range(count)]
-        near = torch.arange(side, dtype=torch.float64) + 0.5
-        ramp = (torch.minimum(near, side - near) / max(self.overlap, 1)).clamp(max=1)
-        bump, total = torch.sin(ramp * math.pi / 2) ** 2, torch.zeros(n, dtype=torch.float64)
-        for start in starts:
-            total[start : start + side] += bump
-        return [(start, bump / total[start : start + side]) for start in starts]
-
     def inner(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (shape[0], *self._shape(shape))
+
+
+@lru_cache(16)
+def _places(
+    window: tuple[int, ...],
+    overlap: int,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[tuple[slice, slice, Tensor]]:
+    """Return rows, columns and weights (h, w) of each window of an image (H, W), once for each."""
+    with torch.inference_mode(False):
+        rows, columns = (_axis(n, min(n, m), overlap) for n, m in zip(shape, window, strict=True))
+        return [
+            (
+                slice(top, top + len(down)),
+                slice(left, left + len(across)),
+                (down[:, None] * across).to(device, dtype),
+            )
+            for top, down in rows
+            for left, across in columns
+        ]
+
+
+def _axis(n: int, side: int, overlap: int) -> list[tuple[int, Tensor]]:
+    """Return first pixel and weights (side,) of each window along an axis of n pixels."""
+    count = 1 if n == side else math.ceil((n - overlap) / (side - overlap))
+    starts = [round(k * (n - side) / max(count - 1, 1)) for k in range(count)]
+    near = torch.arange(side, dtype=torch.float64) + 0.5
+    ramp = (torch.minimum(near, side - near) / max(overlap, 1)).clamp(max=1)
+    bump, total = torch.sin(ramp * math.pi / 2) ** 2, torch.zeros(n, dtype=torch.float64)
+    for start in starts:
+        total[start : start + side] += bump
+    return [(start, bump / total[start : start + side]) for start in starts]
 
 
 def suited(denoiser: Denoiser, shape: tuple[int, ...]) -> Denoiser:

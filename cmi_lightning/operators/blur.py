@@ -122,7 +122,7 @@ class Convolution(LinearOperator):
     def _border(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows and the columns of x that make up the padded image."""
         rows, columns = (
-            boundary(n, k // 2, k - 1 - k // 2, "reflect").to(x.device)
+            boundary(n, k // 2, k - 1 - k // 2, "reflect", x.device)
             for n, k in zip(x.shape[2:], self.kernels.shape[1:], strict=True)
         )
         return rows, columns

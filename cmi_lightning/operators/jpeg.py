@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -68,8 +69,8 @@ class JPEG(Operator):
         if channels == 1:
             decoded = self._coded(light, LUMINANCE)
         else:
-            matrix = x.new_tensor(TO_YCC)
-            ycc = torch.einsum("kc,bchw->bkhw", matrix, light + 128)
+            to_ycc, to_rgb = _constants(self, x.device, x.dtype)[1]
+            ycc = torch.einsum("kc,bchw->bkhw", to_ycc, light + 128)
             luma, chroma = ycc[:, :1] - 128, ycc[:, 1:]
             height, width = x.shape[2:]
             if self.subsampling:
@@ -80,7 +81,7 @@ class JPEG(Operator):
                 chroma = chroma.repeat_interleave(2, 2).repeat_interleave(2, 3)
             luma = self._coded(luma, LUMINANCE) + 128
             ycc = torch.cat([luma, chroma[..., :height, :width]], 1)
-            decoded = torch.einsum("kc,bchw->bkhw", torch.linalg.inv(matrix), ycc) - 128
+            decoded = torch.einsum("kc,bchw->bkhw", to_rgb, ycc) - 128
         pixels = decoded + 128
         y = straight_through(pixels.round().clamp(0, 255), pixels) / 127.5 - 1
         return torch.cat([y, x[:, 3:]], 1) if channels == 4 else y
@@ -93,12 +94,26 @@ class JPEG(Operator):
         height, width = planes.shape[2:]
         padded = F.pad(planes, (0, -width % 8, 0, -height % 8), mode="replicate")
         blocks = padded.unfold(2, 8, 8).unfold(3, 8, 8)
-        C, table = _cosines().to(planes), self.table(numbers).to(planes)
+        C, tables = _constants(self, planes.device, planes.dtype)[0]
+        table = tables[numbers]
         levels = C @ blocks @ C.T / table
         blocks = C.T @ (straight_through(levels.round(), levels) * table) @ C
         rows, columns = blocks.shape[2:4]
         image = blocks.transpose(3, 4).reshape(*planes.shape[:2], 8 * rows, 8 * columns)
         return image[..., :height, :width]
+
+
+Constants = tuple[tuple[Tensor, dict[str, Tensor]], tuple[Tensor, Tensor]]
+
+
+@lru_cache
+def _constants(jpeg: JPEG, device: torch.device, dtype: torch.dtype) -> Constants:
+    """Return (the cosine transform, the tables), (RGB to YCbCr, back), once for each device."""
+    with torch.inference_mode(False):
+        matrix = torch.tensor(TO_YCC, dtype=dtype, device=device)
+        tables = {numbers: jpeg.table(numbers) for numbers in (LUMINANCE, CHROMINANCE)}
+        there = {numbers: table.to(device, dtype) for numbers, table in tables.items()}
+        return (_cosines().to(device, dtype), there), (matrix, torch.linalg.inv(matrix))
 
 
 def _cosines() -> Tensor:

@@ -20,14 +20,18 @@ Padding = Literal["reflect", "circular"]
 
 
 def boundary(
-    size: int, before: int, after: int, padding: Literal["reflect", "circular", "symmetric"]
+    size: int,
+    before: int,
+    after: int,
+    padding: Literal["reflect", "circular", "symmetric"],
+    device: torch.device | None = None,
 ) -> Tensor:
     """Return the pixel that stands at each of the positions −before, …, size − 1 + after.
 
     "reflect" mirrors at the outermost pixels (numpy.pad's "reflect"), "symmetric" at their outer
     edges, "circular" wraps round. Any amount of padding works, from a single pixel on.
     """
-    position = torch.arange(-before, size + after)
+    position = torch.arange(-before, size + after, device=device)
     if padding == "circular":
         return position % size
     if padding == "reflect":

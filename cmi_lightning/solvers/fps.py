@@ -77,7 +77,7 @@ class FPS(Solver):
         logits = torch.stack([_log_weight(problem, m, q.variance) for m in means.unbind(1)], 1)
         u = torch.special.ndtr(step.normal("fps/uniform", step.x.flatten(1)[:, 0]))
         chosen = _systematic(logits, u, self.particles if s.sigma > 0 else 1)
-        means = means[torch.arange(len(means))[:, None], chosen]
+        means = means[torch.arange(len(means), device=chosen.device)[:, None], chosen]
         if q.variance > 0:
             moved = []
             for k, mean in enumerate(means.unbind(1)):
