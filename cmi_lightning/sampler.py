@@ -146,6 +146,10 @@ class Sampler:
         Raises:
             InputError: if the operator does not fit the images, or a guidance needs a linear one.
         """
+        with noise.ahead(like.device) as drawn:
+            yield from self._records(problem, drawn, like)
+
+    def _records(self, problem: Problem, noise: SampleNoise, like: Tensor) -> Iterator[Record]:
         problem, like = self.denoiser.state(problem.bind(noise, like), like)
         refuse_nonlinear((self.solver, *self.guidances), problem.operator)
         at = self.schedule[len(self.schedule) - 1]  # the level of x

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
 import torch
 
-from cmi_lightning.noise import SampleNoise
+from cmi_lightning.exact import GaussianPrior
+from cmi_lightning.guidance import CMI, DPS, DSG, MCG
+from cmi_lightning.noise import NoiseAhead, SampleNoise
+from cmi_lightning.operators import BoxMask
+from cmi_lightning.problem import Problem
+from cmi_lightning.sampler import Sampler
+from cmi_lightning.solvers import DAPS, DDPM, FPS, Resampled
 
 LIKE = torch.zeros(3, 2, 5)
 
@@ -57,3 +68,65 @@ def test_default_dtype_does_not_change_the_numbers():
         assert torch.equal(noise.normal("s", 0, LIKE.double()), before)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def ahead(noise: SampleNoise, device: torch.device):
+    """As on a device other than the CPU."""
+    with ThreadPoolExecutor(1) as thread:
+        yield NoiseAhead(noise.seed, noise.ids, thread)
+
+
+@pytest.mark.parametrize(
+    ("solver", "guidances"),
+    [
+        (DDPM(), [DPS()]),
+        (DDPM(), [CMI(interval=2), DPS()]),
+        (DDPM(), [MCG(), DSG()]),
+        (DAPS(), []),
+        (FPS(particles=2), []),
+        (Resampled(DDPM(), repeats=2, jump=3), [DPS()]),
+    ],
+    ids=["DPS", "CMI+DPS", "MCG+DSG", "DAPS", "FPS", "Resampled"],
+)
+def test_numbers_drawn_ahead_are_the_same(monkeypatch, solver, guidances):
+    x, noise = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8), SampleNoise(0, ["a", "b"])
+    problem = Problem.simulate(x, BoxMask(4, 1), 0.05, noise)
+    sampler = Sampler(GaussianPrior(x[0]), solver, guidances, num_steps=6)
+    plain = sampler.run(problem, noise, x)
+    threads, draw = [], SampleNoise.rows
+
+    def told(self, *args):
+        threads.append(threading.current_thread())
+        return draw(self, *args)
+
+    monkeypatch.setattr(SampleNoise, "ahead", ahead)
+    monkeypatch.setattr(SampleNoise, "rows", told)
+    assert torch.equal(sampler.run(problem, noise, x), plain)
+    others = {thread for thread in threads if thread is not threading.main_thread()}
+    assert len(others) == 1
+    assert not any(thread.is_alive() for thread in others)
+    if guidances == [DPS()] and isinstance(solver, DDPM):  # all but x_N and the first step's
+        assert threads.count(threading.main_thread()) == 2
+
+
+def test_a_chain_that_is_left_ends_its_thread(monkeypatch):
+    monkeypatch.setattr(SampleNoise, "ahead", ahead)
+    before = threading.active_count()
+    x, noise = torch.zeros(1, 1, 8, 8), SampleNoise(0, ["a"])
+    problem = Problem.simulate(x, BoxMask(4, 1), 0.05, noise)
+    records = Sampler(GaussianPrior(x[0]), DDPM(), [DPS()], 5).iterate(problem, noise, x)
+    next(records)
+    assert threading.active_count() == before + 1
+    records.close()
+    assert threading.active_count() == before
+
+
+def test_a_chain_on_the_cpu_draws_at_once():
+    noise = SampleNoise(0, ["a"])
+    with noise.ahead(torch.device("cpu")) as same:
+        assert same is noise
+    with noise.ahead(torch.device("meta")) as other:
+        assert isinstance(other, NoiseAhead)
+        assert not other.pin
+        assert other.normal("s", 3, torch.empty(1, 2, device="meta")).device.type == "meta"
