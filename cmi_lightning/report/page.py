@@ -15,7 +15,7 @@ from cmi_lightning.report import panels, sentences
 from cmi_lightning.report.album import Album, gallery
 from cmi_lightning.report.plots import labels
 from cmi_lightning.report.results import Results
-from cmi_lightning.report.rows import rows
+from cmi_lightning.report.tables import rows
 from cmi_lightning.report.verdicts import fixed, mean_text, short
 from cmi_lightning.statistics import Estimate
 

@@ -1,20 +1,24 @@
-"""The table as text: Markdown, long CSV, LaTeX."""
+"""The table's rows, and the table as Markdown, long CSV and LaTeX."""
 
 from __future__ import annotations
 
 import csv as csv_module
 import io
 import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cmi_lightning.files import write
-from cmi_lightning.report.results import AGAINST, Results
-from cmi_lightning.report.rows import Row, rows
-from cmi_lightning.report.verdicts import short
+from cmi_lightning.report.results import ADDED, AGAINST, Cell, Metric, Results, Task
+from cmi_lightning.report.verdicts import Verdict, mean_text, short, verdict
+from cmi_lightning.statistics import Estimate
 
+MEASURED = "measurement A⁺y"
 DIFFERENCE = ("difference", "low", "high", "p", "significant", "improved", "pairs")
 OF_CELL = ("images", "failed", "steps", "passes", "seconds")
 COLUMNS = (
@@ -54,6 +58,73 @@ SYMBOLS = {
     "±": r"\pm",
 }
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~&!$])")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row's mean of a metric, with the verdicts on it by what it is compared with."""
+
+    metric: Metric
+    estimate: Estimate | None
+    verdicts: Mapping[str, Verdict]
+
+    @property
+    def text(self) -> str:
+        """The mean and its error."""
+        return mean_text(self.estimate, self.metric.digits)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell, or a task's measurements; ``images`` is told where other cells have more."""
+
+    task: Task
+    label: str
+    variant: str
+    cell: Cell | None
+    images: int | None
+    entries: list[Entry]
+
+    @property
+    def name(self) -> str:
+        """The label, with the number of images where that is its own."""
+        return self.label if self.images is None else f"{self.label}, {self.images} images"
+
+    @property
+    def added(self) -> bool:
+        """Whether the cell has CMI, so that its differences are verdicts on it."""
+        return self.variant in ADDED
+
+    @property
+    def passes(self) -> float | None:
+        """Network passes per image; a measurement needs none."""
+        return self.cell.passes if self.cell else 0.0
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds per image."""
+        return self.cell.seconds if self.cell else None
+
+
+def rows(results: Results) -> dict[Task, list[Row]]:
+    """Return the table's rows, by task."""
+    every: dict[Task, list[Row]] = defaultdict(list)
+    for task in results.tasks:
+        if measured := results.measured.get(task.key):
+            entries = [Entry(metric, measured.get(metric.key), {}) for metric in results.metrics]
+            every[task].append(Row(task, MEASURED, "measured", None, None, entries))
+        for cell in results.cells_of(task.key):
+            images = None if cell.images == results.images else cell.images
+            entries = [
+                Entry(
+                    metric,
+                    cell.metrics.get(metric.key),
+                    {a: v for a in AGAINST if (v := verdict(results, metric, cell, a))},
+                )
+                for metric in results.metrics
+            ]
+            every[task].append(Row(task, cell.label, cell.variant, cell, images, entries))
+    return every
 
 
 def write_tables(results: Results, folder: Path) -> None:
@@ -110,29 +181,19 @@ def csv(results: Results) -> str:
     file = io.StringIO()
     writer = csv_module.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    for of_task in rows(results).values():
-        for row in of_task:
-            writer.writerows(_lines(row))
-    return file.getvalue()
-
-
-def _lines(row: Row) -> list[dict[str, object]]:
-    cell = row.cell
-    first = {"task": row.task.key, "method": cell.method if cell else "", "variant": row.variant}
-    first |= {"label": row.label}
-    lines = []
-    for entry in row.entries:
-        if entry.estimate is not None:
-            line: dict[str, object] = {**first, "metric": entry.metric.key}
+    for row in (row for of_task in rows(results).values() for row in of_task):
+        for entry in (entry for entry in row.entries if entry.estimate is not None):
+            cell = row.cell
+            line = {"task": row.task.key, "variant": row.variant, "label": row.label}
+            line |= {"metric": entry.metric.key, "method": cell.method if cell else ""}
             line |= {name: getattr(entry.metric, name) for name in ("unit", "better")}
             line |= {name: getattr(entry.estimate, name) for name in ("mean", "se")}
-            line |= {name: getattr(cell, name) for name in OF_CELL} if cell else {}
-            for against, verdict in entry.verdicts.items():
-                for name in DIFFERENCE:
-                    line[f"{name}_{against}"] = getattr(verdict.paired, name)
-                line[f"significant_{against}"] = str(verdict.paired.significant).lower()
-            lines.append({name: _harmless(value) for name, value in line.items()})
-    return lines
+            line |= {name: getattr(cell, name) for name in OF_CELL if cell}
+            for against, found in entry.verdicts.items():
+                line |= {f"{name}_{against}": getattr(found.paired, name) for name in DIFFERENCE}
+                line[f"significant_{against}"] = str(found.paired.significant).lower()
+            writer.writerow({name: _harmless(value) for name, value in line.items()})
+    return file.getvalue()
 
 
 def _harmless(value: object) -> object:

@@ -38,6 +38,16 @@ def mean_text(estimate: Estimate | None, digits: int) -> str:
     return fixed(estimate.mean, digits) + error
 
 
+# By name in style sheets: a triangle, up for better and filled if significant, and words.
+LOOKS = {
+    "better": ("▲", "significantly better"),
+    "better-unsure": ("△", "better, not significantly"),
+    "worse": ("▼", "significantly worse"),
+    "worse-unsure": ("▽", "worse, not significantly"),
+    "none": ("=", "no difference"),
+}
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A cell's paired difference of a metric, and whether it is for better or worse."""
@@ -47,32 +57,22 @@ class Verdict:
     paired: Difference
 
     @property
-    def direction(self) -> str:
-        """Return "better", "worse", or "same"."""
-        gain = self.paired.difference * self.metric.sign
-        return "better" if gain > 0 else "worse" if gain < 0 else "same"
-
-    @property
     def name(self) -> str:
-        """Its name in style sheets: "better", "better-unsure", "worse", "worse-unsure", "none"."""
-        if self.direction == "same":
+        """Its key in ``LOOKS``, which style sheets know."""
+        gain = self.paired.difference * self.metric.sign
+        if not abs(gain) > 0:
             return "none"
-        return self.direction if self.paired.significant else f"{self.direction}-unsure"
+        return ("better" if gain > 0 else "worse") + "-unsure" * (not self.paired.significant)
 
     @property
     def symbol(self) -> str:
-        """A triangle: up for better and down for worse, filled if significant."""
-        signs = {"better": "▲", "worse": "▼", "better-unsure": "△", "worse-unsure": "▽"}
-        return signs.get(self.name, "=")
+        """A triangle."""
+        return LOOKS[self.name][0]
 
     @property
     def words(self) -> str:
         """The verdict in words, for those who do not see colours."""
-        if self.direction == "same":
-            return "no difference"
-        if self.paired.significant:
-            return f"significantly {self.direction}"
-        return f"{self.direction}, not significantly"
+        return LOOKS[self.name][1]
 
     @property
     def outcome(self) -> str:
