@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from PIL import Image
 
 from cmi_lightning.api import examples
-from cmi_lightning.data.pictures import Picture, as_images, psnr
+from cmi_lightning.data.pictures import Picture, psnr
 from cmi_lightning.errors import InputError, first_line, one_sentence
 from cmi_lightning.studio import work
+from cmi_lightning.studio.pictures import edited, is_example, large, layers, of_kernel, photograph
 from cmi_lightning.studio.work import Choice
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def build() -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 editor = gr.ImageEditor(
-                    _editor(_example(FIRST)),
+                    edited(photograph(FIRST)),
                     label="Photograph",
                     show_label=False,
                     type="pil",
@@ -71,74 +71,41 @@ def build() -> gr.Blocks:
                     height=300,  # an image of 4:3 then fits in the width as well
                     elem_id="editor",
                 )
-                example = gr.Dropdown(
-                    list(examples()),
-                    value=FIRST,
-                    label="Example photographs",
-                    elem_id="example",
-                )
-                damage = gr.Radio(
-                    list(DAMAGE_NAMES.items()),
-                    value="missing",
-                    label="What is wrong",
-                    elem_id="damage",
-                )
+                label = "Example photographs"
+                example = gr.Dropdown(list(examples()), value=FIRST, label=label, elem_id="example")
+                damage = _choice(DAMAGE_NAMES, "What is wrong", "damage")
                 with gr.Group():
-                    missing = gr.Radio(
-                        list(MISSING_NAMES.items()),
-                        value="painted",
-                        label="What is missing",
-                        elem_id="missing",
-                    )
+                    missing = _choice(MISSING_NAMES, "What is missing", "missing")
                     with gr.Row(visible=False) as blur:
                         with gr.Column():
-                            kernel = gr.Radio(
-                                list(KERNEL_NAMES.items()), value="gaussian", label="Blur"
-                            )
+                            kernel = _choice(KERNEL_NAMES, "Blur")
                             width = gr.Slider(0.5, 12, 2, step=0.5, label="Width in pixels")
-                            angle = gr.Slider(
-                                0, 180, 30, step=5, label="Direction in degrees", visible=False
-                            )
-                        shape = gr.Image(
-                            _kernel("gaussian", 2, 30),
-                            label="Kernel",
-                            height=160,
-                            interactive=False,
-                            buttons=[],
-                            elem_id="kernel",
+                            label = "Direction in degrees"
+                            angle = gr.Slider(0, 180, 30, step=5, label=label, visible=False)
+                        shape = _picture(
+                            "Kernel", "kernel", 160, value=of_kernel("gaussian", 2, 30)
                         )
                     factor = gr.Radio([2, 3, 4], value=2, label="Enlarge by", visible=False)
-                    estimate = gr.Checkbox(
-                        False, label="Estimate the noise from the photograph", visible=False
-                    )
-                    sigma = gr.Slider(
-                        0, 0.5, 0.025, step=0.005, label="Noise (0 is none, 1 is white to black)"
-                    )
-                    sound = gr.Checkbox(
-                        True, label="The photograph is sound: damage it first, then compare"
-                    )
+                    label = "Estimate the noise from the photograph"
+                    estimate = gr.Checkbox(False, label=label, visible=False)
+                    label = "Noise (0 is none, 1 is white to black)"
+                    sigma = gr.Slider(0, 0.5, 0.025, step=0.005, label=label)
+                    label = "The photograph is sound: damage it first, then compare"
+                    sound = gr.Checkbox(True, label=label)
                 with gr.Accordion("Method", open=False, elem_id="method"):
                     method = gr.Dropdown(list(work.methods()), value="pigdm", label="Method")
                     steps = gr.Slider(1, 1000, 100, step=1, label="Steps", elem_id="steps")
                     samples = gr.Slider(1, 16, 1, step=1, label="Draws", elem_id="draws")
-                    side = gr.Dropdown(
-                        list(work.SIDES), value=128, label="Longer side in pixels", elem_id="side"
-                    )
+                    sides, label = list(work.SIDES), "Longer side in pixels"
+                    side = gr.Dropdown(sides, value=128, label=label, elem_id="side")
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0)
             with gr.Column():
                 with gr.Row():
                     run = gr.Button("Restore", variant="primary", elem_id="run")
                     stop = gr.Button("Cancel", interactive=False, elem_id="stop")
                 status = gr.HTML(_status(""), elem_id="status")
-                live = gr.Image(
-                    label="On the way",
-                    format="jpeg",  # a thirteenth of the time that WebP takes
-                    visible=False,
-                    interactive=False,
-                    buttons=[],
-                    height=380,
-                    elem_id="live",
-                )
+                # JPEG takes a thirteenth of the time that WebP takes.
+                live = _picture("On the way", "live", 380, format="jpeg", visible=False)
                 compare = gr.ImageSlider(
                     label="Before | after",
                     format="png",
@@ -146,81 +113,73 @@ def build() -> gr.Blocks:
                     height=380,
                     elem_id="compare",
                 )
-                spread = gr.Image(
-                    label="Uncertainty: where the draws differ (bright)",
-                    format="png",
-                    visible=False,
-                    interactive=False,
-                    buttons=["download"],
-                    height=240,
-                    elem_id="spread",
-                )
+                label = "Uncertainty: where the draws differ (bright)"
+                spread = _picture(label, "spread", 240, visible=False, buttons=["download"])
                 with gr.Accordion("Copy as a command, or as Python", open=False, elem_id="copy"):
                     command = gr.Code(language="shell", label="Command", elem_id="command")
                     python = gr.Code(language="python", label="Python", elem_id="python")
                     files = gr.Files(label="Files that both read", visible=False, elem_id="files")
-        parts: dict[str, Any] = dict(
+        asked: dict[str, Any] = dict(
             damage=damage, missing=missing, kernel=kernel, width=width, angle=angle, factor=factor,
             sigma=sigma, estimate=estimate, sound=sound, side=side, method=method, steps=steps,
             samples=samples, seed=seed,
         )  # fmt: skip
-        inputs = list(parts.values())
-        outputs = [status, live, compare, spread, run, stop, files]
+        told: dict[str, Any] = dict(
+            status=status, live=live, compare=compare, spread=spread, run=run, stop=stop,
+            files=files,
+        )  # fmt: skip
+        inputs, outputs = list(asked.values()), list(told.values())
 
-        def restored(photograph: Any, *values: Any) -> Iterator[tuple[Any, ...]]:
-            yield from _restore(photograph, dict(zip(parts, values, strict=True)))
+        def restored(edit: Any, *values: Any) -> Iterator[dict[Any, Any]]:
+            for shown in _restore(edit, dict(zip(asked, values, strict=True))):
+                yield {told[name]: value for name, value in shown.items()}
+
+        def stopped() -> dict[Any, Any]:
+            shown = _ready(_status("Cancelled.")) | {"compare": gr.update(visible=True)}
+            return {told[name]: value for name, value in shown.items()}
 
         def code(*values: Any) -> tuple[str, str]:
             try:
-                choice = Choice(**dict(zip(parts, values, strict=True)))
+                choice = Choice(**dict(zip(asked, values, strict=True)))
             except (InputError, TypeError) as error:
                 return f"# {one_sentence(error)}", ""
             return choice.as_command(), choice.as_python()
 
+        def blurred(kind: str, width: float, angle: float) -> tuple[Any, Any]:
+            return of_kernel(kind, width, angle), gr.update(visible=kind == "motion")
+
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        running = run.click(
-            restored,
-            [editor, *inputs],
-            outputs,
-            concurrency_limit=1,
-            concurrency_id="run",
-            **hidden,
-        )
-        stop.click(_stopped, None, outputs, cancels=[running], queue=False, **hidden)
-        example.input(
-            lambda name: (_editor(_example(name)), True), example, [editor, sound], **hidden
-        )
-        editor.upload(_is_example, [editor, example], sound, **hidden)
+        alone: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "run"}
+        running = run.click(restored, [editor, *inputs], outputs, **alone, **hidden)
+        stop.click(stopped, None, outputs, cancels=[running], queue=False, **hidden)
+        own: list[Any] = [editor, sound]
+        example.input(lambda name: (edited(photograph(name)), True), example, own, **hidden)
+        editor.upload(is_example, [editor, example], sound, **hidden)
+        parts = {"missing": missing, "blurry": blur, "small": factor}
         damage.change(
-            lambda what: (
-                gr.update(visible=what == "missing"),
-                gr.update(visible=what == "blurry"),
-                gr.update(visible=what == "small"),
-            ),
-            damage,
-            [missing, blur, factor],
+            lambda what: [gr.update(visible=what == part) for part in parts],
+            *(damage, list(parts.values())),
             **hidden,
         )
         sound.change(lambda yes: gr.update(visible=not yes), sound, estimate, **hidden)
-        for part in (kernel, width, angle):
-            part.change(
-                lambda kind, width, angle: (
-                    _kernel(kind, width, angle),
-                    gr.update(visible=kind == "motion"),
-                ),
-                [kernel, width, angle],
-                [shape, angle],
-                **hidden,
-            )
-        gr.on(
-            [page.load, *(part.change for part in inputs)],
-            code,
-            inputs,
-            [command, python],
-            **hidden,
-        )
+        of_blur: list[Any] = [kernel, width, angle]
+        gr.on([part.change for part in of_blur], blurred, of_blur, [shape, angle], **hidden)
+        every = [page.load, *(part.change for part in inputs)]
+        gr.on(every, code, inputs, [command, python], **hidden)
     page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)
     return page
+
+
+def _choice(names: dict[str, str], label: str, name: str | None = None) -> gr.Radio:
+    """Return buttons of which the first is chosen."""
+    first = next(iter(names.values()))
+    return gr.Radio(list(names.items()), value=first, label=label, elem_id=name)
+
+
+def _picture(label: str, name: str, height: int, **options: Any) -> gr.Image:
+    """Return a place for a picture that the page makes."""
+    options = {"format": "png", "buttons": []} | options
+    return gr.Image(label=label, elem_id=name, height=height, interactive=False, **options)
 
 
 def serve(port: int, share: bool = False, browser: bool = False, wait: bool = True) -> gr.Blocks:
@@ -267,21 +226,20 @@ def serve(port: int, share: bool = False, browser: bool = False, wait: bool = Tr
     return page
 
 
-def _restore(photograph: Any, values: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-    """Yield what the page shows while it restores: status, live, compare, spread, run and stop."""
-    busy, free = gr.update(interactive=False), gr.update(interactive=True)
+def _restore(editor: Any, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what the page shows while it restores, by the names of its parts."""
+    busy = {"run": gr.update(interactive=False), "stop": gr.update(interactive=True)}
+    busy |= {"compare": gr.update(visible=False)}
     try:
         choice = Choice(**values)
-        image, painted = _layers(photograph)
-        yield (
-            *(_status("Starting …", 0.0), gr.skip(), gr.update(visible=True)),
-            *(gr.update(visible=False), busy, free, gr.skip()),
-        )
+        image, painted = layers(editor)
+        started = {"live": gr.update(visible=True), "spread": gr.update(visible=False)}
+        yield {"status": _status("Starting …", 0.0)} | started | busy
         for step in work.restore(choice, image, painted):
             if step.result is None:
                 told = _status(f"Step {step.done} of {step.total}", step.done / step.total)
-                shown = gr.update(value=_large(step.image), visible=True)
-                yield told, shown, gr.update(visible=False), gr.skip(), busy, free, gr.skip()
+                live = gr.update(value=large(step.image), visible=True)
+                yield {"status": told, "live": live} | busy
                 continue
             result = step.result
             height, width = result.pixels["after"].shape[-2:]
@@ -292,40 +250,24 @@ def _restore(photograph: Any, values: dict[str, Any]) -> Iterator[tuple[Any, ...
             if choice.sound:
                 seen = result.image, choice.fitted(image.convert("RGB"))  # of 8 bits
                 told += f" PSNR {float(psnr(*(Picture.of(i).x for i in seen))):.1f} dB."
-            pair = (_large(result.pil("before")), _large(result.pil("after")))
-            maps = gr.update(visible=False)
+            shown = _ready(_status(told, wrong=" ".join(result.notes)))
+            pair = (large(result.pil("before")), large(result.pil("after")))
+            shown["compare"] = gr.update(value=pair, visible=True)
             if "std" in result.pixels:
-                maps = gr.update(value=_large(result.pil("std")), visible=True)
-            yield (
-                *(_status(told, wrong=" ".join(result.notes)), gr.update(visible=False)),
-                *(gr.update(value=pair, visible=True), maps, free, busy),
-                gr.update(value=_files(choice, image, painted), visible=True),
-            )
+                shown["spread"] = gr.update(value=large(result.pil("std")), visible=True)
+            yield shown | {"files": gr.update(value=_files(choice, image, painted), visible=True)}
     except (InputError, TypeError) as error:
-        yield _failed(one_sentence(error))
+        yield _ready(_status("", wrong=one_sentence(error)))
     except Exception as error:
         log.exception("The studio could not restore a photograph.")
-        yield _failed(f"It did not work ({type(error).__name__}: {first_line(error)}).")
+        told = f"It did not work ({type(error).__name__}: {first_line(error)})."
+        yield _ready(_status("", wrong=told))
 
 
-def _failed(told: str) -> tuple[Any, ...]:
-    free, busy = gr.update(interactive=True), gr.update(interactive=False)
-    return (
-        _status("", wrong=told),
-        gr.update(visible=False),
-        gr.skip(),
-        gr.skip(),
-        free,
-        busy,
-        gr.skip(),
-    )
-
-
-def _stopped() -> tuple[Any, ...]:
-    """Return what the page shows after a run was cancelled."""
-    free, busy = gr.update(interactive=True), gr.update(interactive=False)
-    shown = gr.update(visible=True)
-    return _status("Cancelled."), gr.update(visible=False), shown, gr.skip(), free, busy, gr.skip()
+def _ready(status: str) -> dict[str, Any]:
+    """Return what the page shows when nothing runs, with its status."""
+    run, stop = gr.update(interactive=True), gr.update(interactive=False)
+    return {"status": status, "live": gr.update(visible=False), "run": run, "stop": stop}
 
 
 def _status(told: str, share: float | None = None, wrong: str = "") -> str:
@@ -335,58 +277,7 @@ def _status(told: str, share: float | None = None, wrong: str = "") -> str:
     return f'<div aria-live="polite"><p>{html.escape(told)}</p>{bar}{wrong}</div>'
 
 
-def _layers(value: Any) -> tuple[Image.Image, Image.Image | None]:
-    """Return the photograph of the editor, and what was painted on it, as gray values."""
-    background = (value or {}).get("background")
-    if background is None:
-        raise InputError("There is no photograph: drop one on the page, or choose an example.")
-    if background.width * background.height > work.MOST:
-        raise InputError(f"The photograph has more than {work.MOST // 10**6} million pixels.")
-    white = Image.new("RGBA", background.size, "white")
-    photograph = Image.alpha_composite(white, background.convert("RGBA")).convert("RGB")
-    painted = [layer.getchannel("A") for layer in value.get("layers") or [] if layer is not None]
-    if not painted:
-        return photograph, None
-    total = np.max([np.asarray(p.resize(photograph.size)) for p in painted], axis=0)
-    return photograph, Image.fromarray(total)
-
-
 def _files(choice: Choice, image: Image.Image, painted: Image.Image | None) -> list[str]:
     """Return the paths of what the command and the code read, in the folder of this process."""
     folder = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"]))
     return [str(path) for path in choice.files(folder, image, painted)]
-
-
-def _example(name: str) -> Image.Image:
-    if name not in examples():
-        raise gr.Error("There is no such example.")
-    return Image.open(examples()[name]).convert("RGB")
-
-
-def _editor(image: Image.Image) -> Any:
-    return {"background": image, "layers": [], "composite": image}
-
-
-def _is_example(photograph: Any, name: str) -> bool:
-    """Whether the editor holds an example, which is sound, and no photograph of one's own."""
-    background = (photograph or {}).get("background")
-    if background is None:
-        return False
-    example = np.asarray(_example(name))
-    shown = np.asarray(background.convert("RGB"))
-    return shown.shape == example.shape and bool((shown == example).all())
-
-
-def _kernel(kind: str, width: float, angle: float) -> Image.Image | None:
-    """Return a picture of the blur's kernel, black to white."""
-    try:
-        values = Choice(damage="blurry", kernel=kind, width=width, angle=angle).kernel_values()
-    except (InputError, TypeError):
-        return None
-    return _large(as_images((2 * values / values.max() - 1)[None, None])[0], 160)
-
-
-def _large(image: Image.Image, side: int = 512) -> Image.Image:
-    """Return a picture enlarged to about ``side`` pixels, each pixel a square."""
-    times = max(1, side // max(image.size))
-    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)

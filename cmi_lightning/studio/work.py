@@ -121,13 +121,18 @@ class Choice:
         if self.damage == "noisy":
             return Identity()
         if self._soft:
-            return GaussianBlur(2 * math.ceil(4 * self.width) + 1, self.width)
+            return GaussianBlur(self._size, self.width)
         return GivenKernel(self.kernel_values())
 
     @property
     def _soft(self) -> bool:
         """Whether the blur has a class of its own; of given photographs it is a kernel."""
         return self.kernel == "gaussian" and self.sound
+
+    @property
+    def _size(self) -> int:
+        """The side of a Gaussian's kernel."""
+        return 2 * math.ceil(4 * self.width) + 1
 
     def mask(self, size: tuple[int, int], painted: Image.Image | None = None) -> Tensor:
         """Return the known pixels (H, W) of an image of ``size`` (width, height)."""
@@ -157,13 +162,9 @@ class Choice:
         elif self.kernel == "disc":
             values = (self.width + 0.5 - (x**2 + y**2).sqrt()).clamp(0, 1)
         else:
-            turn = math.radians(self.angle)
-            along, across = (
-                x * math.cos(turn) - y * math.sin(turn),
-                x * math.sin(turn) + y * math.cos(turn),
-            )
-            inside = (self.width + 0.5 - along.abs()).clamp(0, 1)
-            values = inside * (1 - across.abs()).clamp(0, 1)
+            cos, sin = math.cos(math.radians(self.angle)), math.sin(math.radians(self.angle))
+            along, across = (x * cos - y * sin).abs(), (x * sin + y * cos).abs()
+            values = (self.width + 0.5 - along).clamp(0, 1) * (1 - across).clamp(0, 1)
         return values / values.sum()
 
     def files(
@@ -177,18 +178,17 @@ class Choice:
             painted: see :meth:`operator`.
         """
         small = self.fitted(photograph.convert("RGB"))
-        write(folder / "photographs/photograph.png", png(small))
-        written = [folder / "photographs/photograph.png"]
+        contents = {"photographs/photograph.png": png(small)}
         if self.damage == "missing":
             known = np.uint8(255) * self.mask(small.size, painted).numpy()
-            write(folder / "mask.png", png(Image.fromarray(known)))
-            written.append(folder / "mask.png")
+            contents["mask.png"] = png(Image.fromarray(known))
         if self.damage == "blurry" and not self._soft:
             buffer = io.BytesIO()
             np.save(buffer, self.kernel_values().numpy())
-            write(folder / "kernel.npy", buffer.getvalue())
-            written.append(folder / "kernel.npy")
-        return written
+            contents["kernel.npy"] = buffer.getvalue()
+        for name, content in contents.items():
+            write(folder / name, content)
+        return [folder / name for name in contents]
 
     def as_command(self) -> str:
         """Return the command that does the same, beside the files of :meth:`files`."""
@@ -205,8 +205,7 @@ class Choice:
                 "noisy": [f"{operator} Identity"],
             }[self.damage]
             if self.damage == "blurry" and self._soft:
-                size = 2 * math.ceil(4 * self.width) + 1
-                words[-2:] = [f"{operator} GaussianBlur", f"{operator}.kernel_size {size}"]
+                words[-2:] = [f"{operator} GaussianBlur", f"{operator}.kernel_size {self._size}"]
                 words += [f"{operator}.sd {self.width:g}"]
         else:
             words += ["--data MeasurementFolderData", "--data.measurements photographs/"]
@@ -233,8 +232,7 @@ class Choice:
 
     def _stand_in(self) -> Operator:
         """Return an operator of the same class."""
-        some = replace(self, missing="box")
-        return some.operator(Image.new("RGB", (64, 64)))
+        return replace(self, missing="box").operator(Image.new("RGB", (64, 64)))
 
     def as_python(self) -> str:
         """Return the code that does the same, beside the files of :meth:`files`."""
@@ -245,7 +243,7 @@ class Choice:
             "noisy": "Identity()",
         }[self.damage]
         if self.damage == "blurry" and self._soft:
-            made = f"GaussianBlur({2 * math.ceil(4 * self.width) + 1}, {self.width:g})"
+            made = f"GaussianBlur({self._size}, {self.width:g})"
         sigma = f'"{ESTIMATE}"' if self.estimates else f"{self.sigma:g}"
         options = [f'method="{self.method}"', f"steps={self.steps}", f"sigma={sigma}"]
         options += [f"samples={self.samples}"] * (self.samples > 1) + [f"seed={self.seed}"]
@@ -284,15 +282,8 @@ def restore(
     restorer = Restorer(_prior(), choice.method, steps=choice.steps)
     sigma = ESTIMATE if choice.estimates else choice.sigma
     shown = -math.inf
-    for step in restorer.steps(
-        small,
-        operator,
-        sigma=sigma,
-        samples=choice.samples,
-        seed=choice.seed,
-        name="photograph",
-        simulate=choice.sound,
-    ):
+    options: dict[str, Any] = dict(samples=choice.samples, seed=choice.seed, simulate=choice.sound)
+    for step in restorer.steps(small, operator, sigma=sigma, name="photograph", **options):
         if step.result is not None or time.monotonic() - shown >= SHOW:
             shown = time.monotonic()
             yield step
