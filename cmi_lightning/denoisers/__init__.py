@@ -1,6 +1,6 @@
 """Priors: pretrained networks, the U-Net of guided-diffusion's layout, and what wraps them."""
 
-from cmi_lightning.denoisers.base import Autocast, Denoiser, DenoiserSpec, Prediction
+from cmi_lightning.denoisers.base import Autocast, Denoiser, Prediction
 from cmi_lightning.denoisers.channels import AsGray, AsRGB
 from cmi_lightning.denoisers.diffusers_models import DiffusersDenoiser
 from cmi_lightning.denoisers.edm import EDMDenoiser
@@ -18,7 +18,6 @@ __all__ = [
     "Autoencoder",
     "Decoder",
     "Denoiser",
-    "DenoiserSpec",
     "DiffusersDenoiser",
     "EDMDenoiser",
     "LatentPrior",

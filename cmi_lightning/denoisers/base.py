@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +38,18 @@ class Prediction(NamedTuple):
         return Prediction(function(self.x0), None if fraction is None else function(fraction))
 
 
-@dataclass(frozen=True)
-class DenoiserSpec:
-    """What a denoiser says of itself.
+class Denoiser(nn.Module, ABC):
+    """A prior p(x₀), given by its posterior mean at every noise level.
+
+    A subclass sets the attributes, of which only ``schedule`` has no default. A denoiser around
+    another one is a :class:`Wrapper`.
+
+    >>> class Normal(Denoiser):  # x₀ ~ N(0, I): x̂₀ = α x_t / (α² + σ²)
+    ...     schedule = Schedule.linear()
+    ...     def forward(self, x, level):
+    ...         return Prediction(level.alpha * x / (level.alpha**2 + level.sigma**2))
+    >>> Normal()(torch.ones(1, 3, 8, 8), Level(0.6, 0.8, 500.0)).x0.unique()
+    tensor([0.6000])
 
     Attributes:
         schedule: the noise levels that the denoiser knows.
@@ -54,9 +62,6 @@ class DenoiserSpec:
         latent: x_t is of latents; see :class:`cmi_lightning.denoisers.LatentPrior`.
         trained_side: side of the images it was trained on, in pixels; images of more than twice it
             are seen in windows of it. None if it makes no difference.
-
-    >>> DenoiserSpec(Schedule.linear(), (3, 64, 64)).derivatives
-    2
     """
 
     schedule: Schedule
@@ -68,39 +73,10 @@ class DenoiserSpec:
     latent: bool = False
     trained_side: int | None = None
 
-
-class Denoiser(nn.Module, ABC):
-    """A prior p(x₀), given by its posterior mean at every noise level.
-
-    A subclass sets the attributes of :class:`DenoiserSpec`, of which only ``schedule`` has no
-    default. A denoiser around another one is a :class:`Wrapper`.
-
-    >>> class Normal(Denoiser):  # x₀ ~ N(0, I): x̂₀ = α x_t / (α² + σ²)
-    ...     schedule = Schedule.linear()
-    ...     def forward(self, x, level):
-    ...         return Prediction(level.alpha * x / (level.alpha**2 + level.sigma**2))
-    >>> Normal()(torch.ones(1, 3, 8, 8), Level(0.6, 0.8, 500.0)).x0.unique()
-    tensor([0.6000])
-    """
-
-    schedule: Schedule
-    image_shape = DenoiserSpec.image_shape
-    value_range = DenoiserSpec.value_range
-    learns_variance = DenoiserSpec.learns_variance
-    derivatives = DenoiserSpec.derivatives
-    size_multiple = DenoiserSpec.size_multiple
-    latent = DenoiserSpec.latent
-    trained_side = DenoiserSpec.trained_side
-
     @property
-    def spec(self) -> DenoiserSpec:
-        """All that the denoiser says of itself."""
-        return DenoiserSpec(*(getattr(self, field.name) for field in fields(DenoiserSpec)))
-
-    @spec.setter
-    def spec(self, spec: DenoiserSpec) -> None:
-        for field in fields(DenoiserSpec):
-            setattr(self, field.name, getattr(spec, field.name))
+    def spec(self) -> dict[str, Any]:
+        """The attributes by name."""
+        return {name: getattr(self, name) for name in Denoiser.__annotations__}
 
     @abstractmethod
     def forward(self, x: Tensor, level: Level) -> Prediction:
@@ -144,7 +120,7 @@ class Denoiser(nn.Module, ABC):
 
 
 class Wrapper(Denoiser):
-    """Another denoiser with a change around it: its spec too, but for what a subclass sets.
+    """Another denoiser with a change around it: its attributes too, but for what a subclass sets.
 
     Attributes:
         of_latents: it suits priors of latents, too.
@@ -166,7 +142,9 @@ class Wrapper(Denoiser):
                 f"{name} acts on pixels, and the prior's chain runs on latents: put it inside, "
                 f"LatentPrior({name}(denoiser), decoder), or leave it out."
             )
-        self.denoiser, self.spec = denoiser, denoiser.spec
+        self.denoiser = denoiser
+        for name, value in denoiser.spec.items():
+            setattr(self, name, value)
 
     def inner(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape that the other denoiser sees of images of ``shape`` (C, H, W)."""

@@ -58,7 +58,7 @@ class Card:
         network: class and arguments.
         prediction: see :class:`cmi_lightning.denoisers.NetworkDenoiser`.
         schedule: name of its levels.
-        trained_side: see :class:`cmi_lightning.denoisers.base.DenoiserSpec`.
+        trained_side: see :class:`cmi_lightning.denoisers.Denoiser`.
         needs: conditions that it must be told, such as ("y",).
         asset: path in the package's assets.
         file: the published file.
