@@ -22,7 +22,7 @@ from cmi_lightning.linalg import dot, norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import BoxMask, Dense, PixelMask
 from cmi_lightning.problem import Problem
-from cmi_lightning.schedule import Level
+from cmi_lightning.schedule import Level, Schedule
 from cmi_lightning.solvers import DDPM
 from cmi_lightning.step import Step
 
@@ -93,9 +93,10 @@ def test_value_and_gradient_equal_the_dense_ones(mixture, dense, estimator, inde
     assert float(information.residual.max()) < 1e-6
 
 
+@pytest.mark.parametrize("schedule", [None, Schedule.edm()], ids=["linear", "edm"])
 @pytest.mark.parametrize("delta", [0.3, 2.0])
-def test_ridge_is_the_information_of_a_noisier_measurement(mixture, dense, delta):
-    step = make_step(mixture, dense, 300, sigma=0.1)
+def test_ridge_is_the_information_of_a_noisier_measurement(mixture, dense, delta, schedule):
+    step = make_step(mixture, dense, 300 if schedule is None else 45, schedule=schedule)
     step.noise = AllSigns(step.noise)
     information = Ridge(probes=4, krylov=3, delta=delta)(step)
     alpha, sigma = step.t.alpha, step.t.sigma

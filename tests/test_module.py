@@ -43,9 +43,9 @@ def module(prior) -> PosteriorSampler:
 
 @pytest.mark.parametrize("inference_mode", [True, False])
 def test_predict_equals_the_core_in_either_mode(module, prior, shipped_images, inference_mode):
-    x = shipped_images[:4]
+    x = shipped_images[:2]
     (restoration,) = run(module, x, inference_mode=inference_mode)
-    noise = SampleNoise(0, [f"set/{i}" for i in range(4)])
+    noise = SampleNoise(0, ["set/0", "set/1"])
     problem = Problem.simulate(x, BoxMask(14, 4), 0.05, noise)
     expected = Sampler(prior, DDPM(), [CMI(interval=1, estimator=Lanczos(krylov=2)), DPS()], 4).run(
         problem, noise, x
@@ -59,8 +59,8 @@ def test_predict_equals_the_core_in_either_mode(module, prior, shipped_images, i
 
 def test_batch_size_changes_nothing(module, shipped_images):
     together, apart = (
-        torch.cat([r["restored"] for r in run(module, shipped_images[:4], size=size)])
-        for size in (4, 1)
+        torch.cat([r["restored"] for r in run(module, shipped_images[:2], size=size)])
+        for size in (2, 1)
     )
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
 
@@ -105,7 +105,7 @@ def test_double_precision_measures_in_double_precision(shipped_images):
     assert float((single.double() - wanted).abs().max()) > 1e-9  # what single precision loses
 
 
-@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("draws", [1, 2])
 def test_residuals_of_the_draws_survive_a_batch_in_parts(prior, shipped_images, draws):
     module = PosteriorSampler(
         prior, BoxMask(14, 4), guidances=[DPS()], num_steps=2, samples_per_image=draws
