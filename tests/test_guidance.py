@@ -232,20 +232,3 @@ def test_heun_is_of_second_order():
         errors.append(abs(float(x) - exact))
     assert errors[0] / errors[1] > 3.2
     assert errors[1] / errors[2] > 3.2
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: DSG(rate=1.5),
-        lambda: DSG(interval=0),
-        lambda: MCG(level="later"),
-        lambda: PiGDM(weight="heavy"),
-        lambda: PiGDM(prior_variance=0.0),
-        lambda: DDIM(2.0),
-        lambda: DDPM("tiny"),
-    ],
-)
-def test_bad_options_are_refused(make):
-    with pytest.raises(InputError):
-        make()

@@ -824,6 +824,39 @@ def test_numbers_at_the_ends_of_their_range_are_taken():
     DAPS(ode_steps=0, high=math.inf), DDIM(1), Renoise(0), CDPS(0), DPS(0), DPS(-1.0)
 
 
+OUT_OF_RANGE = {
+    CADPS: {"shrink": 2.0},
+    CDPS: {"fresh": 2.0},
+    CMI: {"step_size": "gamma", "max_step": -1.0, "min_signal": 0.95, "max_signal": 1.5}
+    | {"interval": 0, "budget": 0.0},
+    DDIM: {"eta": 2.0},
+    DDPM: {"variance": "tiny"},
+    DSG: {"rate": 1.5, "interval": 0},
+    DiffPIR: {"weight": 0.0},
+    Discrepancy: {"factor": 0.0},
+    FPS: {"particles": 0},
+    LAMP: {"warmup": 0},
+    MCG: {"level": "later"},
+    PiGDM: {"weight": "heavy", "prior_variance": 0.0},
+    REDDiff: {"rate": 0.0},
+    Renoise: {"zeta": 1.5},
+    Resampled: {"jump": 0, "repeats": 0},
+    SITCOM: {"iterations": 0},
+    information.ImageProbes: {"krylov": 0},
+    information.Lanczos: {"derivative": "magic", "probes": 0, "krylov": 0},
+    information.Ridge: {"delta": -1.0},
+    information.TraceLimit: {"delta": math.inf},
+    information.TwoTraces: {"floor": 0.0},
+}
+
+
+@pytest.mark.parametrize("cls", OUT_OF_RANGE, ids=lambda cls: cls.__name__)
+def test_what_is_out_of_range_is_named(cls):
+    for option, value in OUT_OF_RANGE[cls].items():
+        with pytest.raises(InputError, match=rf"{cls.__name__}\.{option}"):
+            cls(**NEEDED.get(cls, {}), **{option: value})
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -833,23 +866,17 @@ def test_numbers_at_the_ends_of_their_range_are_taken():
         (lambda: DAPS(spread=0.0), "DAPS.spread must be a number, above 0 and finite, got 0.0"),
         (lambda: PnPDM(decay=1.0), "PnPDM.decay must be a number, above 0 and below 1, got 1.0"),
         (lambda: PnPDM(low=9.0, high=9.0), "PnPDM.low must be below PnPDM.high"),
-        (lambda: REDDiff(rate=0.0), "REDDiff.rate"),
         (lambda: DPMSolver("third"), "DPMSolver.kind must be one of midpoint, heun, sde, got 'thi"),
         (lambda: DPMSolver(order=3), "DPMSolver.order must be a whole number, between 1 and 2"),
         (
             lambda: Euler(1.0),
             "Euler.start_signal must be a number, at least 0 and below 1, got 1.0",
         ),
-        (lambda: FPS(0), "FPS.particles"),
-        (lambda: DiffPIR(weight=0.0), "DiffPIR.weight"),
         (lambda: DiffPIR(prior_variance=0.0), "variance must be a number, above 0, got 0.0"),
         (lambda: DPS(math.inf), "DPS.scale must be a number, finite, got inf"),
         (lambda: CADPS("neither"), "CADPS.reading must be one of paper, code"),
-        (lambda: CADPS(shrink=2.0), "CADPS.shrink"),
-        (lambda: CDPS(2.0), "CDPS.fresh"),
-        (lambda: SITCOM(iterations=0), "SITCOM.iterations"),
-        (lambda: Discrepancy(DPS(), 0.0), "Discrepancy.factor"),
-        (lambda: LAMP(warmup=0), "LAMP.warmup"),
+        (lambda: CMI(budget=0.3, interval=6), r"CMI\.budget and CMI\.interval"),
+        (lambda: Resampled(Resampled(DDPM(), 4, 3), 2, 2), "Resampled"),
     ],
 )
 def test_bad_options_are_refused(make, words):

@@ -103,20 +103,6 @@ def test_guidances_that_a_solver_would_ignore_are_refused(mixture):
 
 
 @pytest.mark.parametrize(
-    "make",
-    [
-        lambda: Renoise(1.5),
-        lambda: Resampled(DDPM(), 0),
-        lambda: Resampled(DDPM(), 1, 0),
-        lambda: Resampled(Resampled(DDPM(), 4, 3), 2, 2),
-    ],
-)
-def test_bad_options_are_refused(make):
-    with pytest.raises(InputError):
-        make()
-
-
-@pytest.mark.parametrize(
     "operator",
     [
         Identity(),
