@@ -1,7 +1,5 @@
 """Shared fixtures: exact priors and a dense operator that everything is checked against."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

@@ -1,7 +1,5 @@
 """Image files that Pillow does not write: any PNG, and colour profiles."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 

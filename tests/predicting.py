@@ -1,7 +1,5 @@
 """Quiet predictions through Lightning, and what they leave."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ derived from this package's network, which is tested against them. A block is a 
 downsampling have no parameters), "attn c" self-attention.
 """
 
-from __future__ import annotations
-
 Shapes = dict[str, tuple[int, ...]]
 
 # Width; then blocks between bars, "×n" for n of the same, a space in front of each resolution.

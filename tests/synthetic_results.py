@@ -1,7 +1,5 @@
 """Results as `cmi-lightning table` makes them, with images, for the tests of the report."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

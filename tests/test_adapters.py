@@ -1,7 +1,5 @@
 """Forward models of others: functions, and every kind of physics that deepinv has."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One call: `restore` and `Restorer`."""
 
-from __future__ import annotations
-
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser

@@ -1,7 +1,5 @@
 """What is chosen by measuring: the batch size and the precision."""
 
-from __future__ import annotations
-
 import json
 import math
 from types import SimpleNamespace

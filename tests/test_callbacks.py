@@ -1,7 +1,5 @@
 """Callbacks in real prediction runs, their numbers against skimage and numpy."""
 
-from __future__ import annotations
-
 import csv
 import io
 import socket

@@ -1,7 +1,5 @@
 """The command line, end to end, and what it says to bad input."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io
@@ -142,7 +140,6 @@ def test_usage_names_commands_and_configs(capsys):
     assert main([]) == 0
 
 
-# ---------------------------------------------------------------------------------------------
 # Bad input: one sentence, exit code 2, nothing sampled
 
 

@@ -1,7 +1,5 @@
 """CMI against dense float64 computations on exact priors."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

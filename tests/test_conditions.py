@@ -1,7 +1,5 @@
 """Networks that are told more than x_t and its time, and ten ways to use a prior wrongly."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import save_file

@@ -1,7 +1,5 @@
 """The packaged configurations; the paper's: what they say, and that they run on its network."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import resource
@@ -130,7 +128,6 @@ def test_missing_weights_and_images_are_named(name, capsys, tmp_path):
     assert WEIGHTS[name] in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------
 # On FFHQ's architecture, with random weights
 
 

@@ -1,7 +1,5 @@
 """What every combination of guidance, operator, solver and precision owes its user."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import itertools

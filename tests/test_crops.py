@@ -1,7 +1,5 @@
 """Crops of photographs: any number is drawn alone, so that a training resumes where it was."""
 
-from __future__ import annotations
-
 import csv
 import re
 

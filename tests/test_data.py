@@ -1,7 +1,5 @@
 """Image folders and given measurements: values, order, and one clear sentence for bad input."""
 
-from __future__ import annotations
-
 import os
 import pickle
 from collections import Counter

@@ -1,7 +1,5 @@
 """Networks: layout, derivatives, precision, and the loading of weights."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import save_file

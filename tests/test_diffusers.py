@@ -1,7 +1,5 @@
 """Models of diffusers against diffusers' own pipelines, on the same noise."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

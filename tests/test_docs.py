@@ -3,8 +3,6 @@
 A block that cannot run here follows a comment <!-- not run: the reason -->.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

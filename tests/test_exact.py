@@ -1,7 +1,5 @@
 """Exact priors, exact posteriors and the exact conditional mutual information."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -107,7 +105,6 @@ def close(a: Tensor, b: Tensor, relative: float = 1e-9) -> None:
     assert float((a - b).abs().max()) <= relative * float(b.abs().max())
 
 
-# ---------------------------------------------------------------------------------------------
 # Priors
 
 
@@ -420,7 +417,6 @@ def test_bad_input_is_named(build, words):
         build(torch.zeros(3, N))
 
 
-# ---------------------------------------------------------------------------------------------
 # Stationary priors
 
 
@@ -499,7 +495,6 @@ def test_exact_priors_from_the_command_line(tmp_path, prior):
     assert (out / "metrics.csv").is_file()
 
 
-# ---------------------------------------------------------------------------------------------
 # Posteriors
 
 
@@ -606,7 +601,6 @@ def test_ragged_masks_lose_their_padding():
     close(posterior.means, mixture.condition(b.matrix, b.y, 0.3).means, 1e-12)
 
 
-# ---------------------------------------------------------------------------------------------
 # Conditional mutual information
 
 

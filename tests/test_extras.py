@@ -1,7 +1,5 @@
 """Masks and kernels as people save them: understood, or refused in one sentence."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Distances in a classifier's features: against closed forms, sums by hand, and in real runs."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

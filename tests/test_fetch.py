@@ -1,7 +1,5 @@
 """Metric networks: brought, refused, read; LPIPS against sums by hand on the same backbone."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

@@ -1,7 +1,5 @@
 """``fit``: what it refuses, and how it stops."""
 
-from __future__ import annotations
-
 import os
 import signal
 

@@ -1,7 +1,5 @@
 """Flow matching: straight paths, velocities, exact posteriors on them, a network trained here."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import numbered, randn

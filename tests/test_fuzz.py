@@ -4,8 +4,6 @@ Each is either refused by one clear sentence or read right; nothing raises anoth
 The examples are the same in every run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io

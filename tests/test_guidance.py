@@ -1,7 +1,5 @@
 """Guidances and solvers against closed forms."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Small commands: info, new, completion, -q; and the files that build and test the package."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

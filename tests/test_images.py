@@ -1,7 +1,5 @@
 """Image files as tensors: hidden colours, profiles, depths, formats that are and are not read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Priors of latents: a linear decoder against exact answers, and autoencoders of diffusers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import assert_two_derivatives, numbered, randn

@@ -1,7 +1,5 @@
 """The house: which package may import which, and what has a docstring."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """Per-sample linear algebra against dense solutions."""
 
-from __future__ import annotations
-
 import traceback
 
 import pytest

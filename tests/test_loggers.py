@@ -1,7 +1,5 @@
 """What loggers get, and that none of them can cost a result."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 from pathlib import Path

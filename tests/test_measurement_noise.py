@@ -1,7 +1,5 @@
 """Photon noise: its law, its estimate from y, and the posterior that guidances make of it."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

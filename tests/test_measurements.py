@@ -1,7 +1,5 @@
 """Given measurements: a noise level for each, from a table or estimated, and what is left out."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

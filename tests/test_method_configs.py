@@ -1,7 +1,5 @@
 """Every section of guidance.yaml and solver.yaml runs on every operator that it is defined for."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from jsonargparse import ArgumentParser

@@ -4,8 +4,6 @@ Where a method is affine in its random numbers, its law is found exactly (``samp
 compared with a recursion of dense matrices that shares no code with it, or with the posterior.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
@@ -106,7 +104,6 @@ def distance(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor] = EXACT)
     return wasserstein(found, truth) / SD
 
 
-# ---------------------------------------------------------------------------------------------
 # Laws by dense recursions: x_s = F x_t + c + N(0, Q)
 
 Affine = tuple[Tensor, Tensor, Tensor]
@@ -262,7 +259,6 @@ def test_renoised_proximal_steps_by_dense_matrices():
         torch.testing.assert_close(part, wanted, rtol=1e-7, atol=1e-7)
 
 
-# ---------------------------------------------------------------------------------------------
 # Distances to the posterior
 
 
@@ -371,7 +367,6 @@ def test_walks_of_repaint_come_nearer():
     assert often < once
 
 
-# ---------------------------------------------------------------------------------------------
 # Methods that must coincide
 
 
@@ -568,7 +563,6 @@ def test_langevin_without_noise_descends_to_the_proximal_point(mixture, dense):
     )
 
 
-# ---------------------------------------------------------------------------------------------
 # Solvers
 
 
@@ -654,7 +648,6 @@ def test_particles_choose_between_modes():
     assert right[0] < share < right[1]
 
 
-# ---------------------------------------------------------------------------------------------
 # Plug-ins and wrappers
 
 
@@ -759,7 +752,6 @@ def test_lle_is_trained_by_least_squares():
     assert float((trained - truth).square().mean()) < float((base - truth).square().mean())
 
 
-# ---------------------------------------------------------------------------------------------
 # CMI with each
 
 
@@ -789,7 +781,6 @@ def test_cmi_is_refused_where_there_is_nothing_to_move(mixture, solver):
         Sampler(mixture, solver, [CMI()])
 
 
-# ---------------------------------------------------------------------------------------------
 # Options and cost
 
 NEEDED = {Discrepancy: {"guidance": DPS()}, Resampled: {"solver": DDPM()}}

@@ -1,7 +1,5 @@
 """The mixture benchmark: its problems, its metrics, and that DPS lands where others found it."""
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import json

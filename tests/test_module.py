@@ -1,7 +1,5 @@
 """The Lightning module, used as plain Python."""
 
-from __future__ import annotations
-
 import copy
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Networks as denoisers: kept and made again, patches of pixels, images they do not take."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import assert_two_derivatives, randn

@@ -1,7 +1,5 @@
 """A sample's noise is its own."""
 
-from __future__ import annotations
-
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager

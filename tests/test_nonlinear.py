@@ -1,7 +1,5 @@
 """Forward models that are not linear: derivatives, linearisation, and every guidance on them."""
 
-from __future__ import annotations
-
 import io
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every operator against its definition: dense matrices, scipy, torch's resize, autograd."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path

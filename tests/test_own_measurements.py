@@ -1,7 +1,5 @@
 """Measurements of the user's own operator: batches and files, through Lightning."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

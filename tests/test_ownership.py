@@ -1,7 +1,5 @@
 """Whose files are these? A run touches what it wrote, and nothing else."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -51,7 +49,6 @@ def names(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
-# ---------------------------------------------------------------------------------------------
 # Foreign files
 
 
@@ -96,7 +93,6 @@ def test_only_own_temporary_files_are_removed(tmp_path):
     assert all(path.read_text() == "half" for path in foreign)
 
 
-# ---------------------------------------------------------------------------------------------
 # Inputs and outputs
 
 
@@ -128,7 +124,6 @@ def test_results_of_another_run_can_be_inputs(tmp_path):
     assert (tmp_path / "b/restored/1.png").is_file()
 
 
-# ---------------------------------------------------------------------------------------------
 # Records and their options
 
 
@@ -157,7 +152,6 @@ def test_a_smaller_limit_keeps_what_is_done(tmp_path):
         assert [r["id"] for r in sampler.run.collect(t)] == ["1", "2", "10"]
 
 
-# ---------------------------------------------------------------------------------------------
 # Two at once
 
 
@@ -185,7 +179,6 @@ def test_processes_of_one_run_share_the_folder(tmp_path):
     assert names(tmp_path) - {".lock"} == {"a", "b", "manifest.txt"}
 
 
-# ---------------------------------------------------------------------------------------------
 # Changed code
 
 CODE = {
@@ -234,7 +227,6 @@ def test_functions_closures_and_prompts_are_covered():
     assert not [name for name in dict(options("f", torch.tanh)) if name.startswith("source")]
 
 
-# ---------------------------------------------------------------------------------------------
 # Loaders of the user's own
 
 
@@ -293,7 +285,6 @@ def test_an_operator_that_would_not_be_used_is_refused(tmp_path):
         trainer(tmp_path / "o").predict(module(operator=BoxMask(2, 2)), datamodule=data)
 
 
-# ---------------------------------------------------------------------------------------------
 # A run that cannot be right
 
 

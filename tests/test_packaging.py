@@ -1,7 +1,5 @@
 """The package as it is built and installed."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Quality of posterior draws, against priors whose posterior is known exactly."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math
@@ -103,7 +101,6 @@ def close(estimate: dict[str, float], expected: float) -> bool:
     return abs(estimate["value"] - expected) <= 3 * estimate["standard_error"]
 
 
-# ---------------------------------------------------------------------------------------------
 # Ranks and coverage
 
 
@@ -173,7 +170,6 @@ def test_standard_errors_are_the_jackknife_s():
     assert whole["spread_skill"]["value"] == pytest.approx(math.sqrt(spread / skill))
 
 
-# ---------------------------------------------------------------------------------------------
 # Exact posteriors
 
 
@@ -237,7 +233,6 @@ def test_numbers_are_of_the_saved_pixels(tmp_path):
     assert counts[-1] == SIDE**2
 
 
-# ---------------------------------------------------------------------------------------------
 # Runs
 
 

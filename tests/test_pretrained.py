@@ -1,7 +1,5 @@
 """Other people's networks: every wrapper against exact priors."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Long runs in processes of their own: killed, several at once, and how exact they are."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

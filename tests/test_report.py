@@ -1,7 +1,5 @@
 """The report and the tables as files: what they say is what the results hold, and nothing runs."""
 
-from __future__ import annotations
-
 import base64
 import copy
 import csv as csv_module

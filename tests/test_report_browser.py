@@ -1,7 +1,5 @@
 """The report in a real browser: headless Chromium, without network."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Long runs: what is kept, resumed, refused, shared between processes, and given up."""
 
-from __future__ import annotations
-
 import copy
 import ctypes
 import errno
@@ -101,7 +99,6 @@ def crash() -> None:
     raise RuntimeError("crash")
 
 
-# ---------------------------------------------------------------------------------------------
 # Resuming
 
 
@@ -278,7 +275,6 @@ def test_options_of_custom_parts_are_found():
     assert "x.scale" not in str(differences(a, {"x": "another class"}))
 
 
-# ---------------------------------------------------------------------------------------------
 # Files
 
 
@@ -351,7 +347,6 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, exact, images, monkey
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
-# ---------------------------------------------------------------------------------------------
 # Signals
 
 
@@ -393,7 +388,6 @@ def test_a_further_rank_ends_with_the_process_that_started_it(monkeypatch):
         records.leave_if_orphaned()
 
 
-# ---------------------------------------------------------------------------------------------
 # Sharing
 
 
@@ -432,7 +426,6 @@ def test_a_single_batch_is_split_between_processes():
     assert shares([16], 4, set()) == [[[str(4 * r + i) for i in range(4)]] for r in range(4)]
 
 
-# ---------------------------------------------------------------------------------------------
 # Determinism
 
 
@@ -492,7 +485,6 @@ def test_draws_of_one_image(tmp_path, exact, images):
         sampler(exact, samples_per_image=0)
 
 
-# ---------------------------------------------------------------------------------------------
 # Samples that fail, and memory
 
 
@@ -647,7 +639,6 @@ def test_other_errors_are_not_taken_for_memory(tmp_path, exact, images):
         predict(sampler(exact), tmp_path, images[:2], Count((0, 1), crash))
 
 
-# ---------------------------------------------------------------------------------------------
 # Costs
 
 

@@ -1,7 +1,5 @@
 """Schedules against published values and Bayes' rule."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

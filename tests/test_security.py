@@ -1,7 +1,5 @@
 """What comes from outside (files, names, checkpoints, configurations) does no harm."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import os

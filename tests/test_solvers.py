@@ -1,7 +1,5 @@
 """The contract of solvers: levels, start, memory, resampling; each solver against closed forms."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Every source of a prior with DPS, ΠGDM and CMI, on tiny networks; flow sampling as diffusers'."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny import autoencoder, filled, unet2d

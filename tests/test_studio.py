@@ -1,7 +1,5 @@
 """The page: what it asks of the core, what it keeps to itself, and itself in a browser."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

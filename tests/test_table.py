@@ -1,7 +1,5 @@
 """The table: its cells, its statistics, its results, its command."""
 
-from __future__ import annotations
-
 import csv
 import importlib.util
 import io

@@ -1,7 +1,5 @@
 """Images larger than the network: windows, their weights, seams, derivatives, memory."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Training: the loss, and fit end to end with resuming."""
 
-from __future__ import annotations
-
 import gzip
 
 import numpy as np

@@ -1,7 +1,5 @@
 """guided-diffusion's U-Net: layout, layers, derivatives, precision, memory."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess
@@ -50,7 +48,6 @@ def frozen(**options) -> UNet:
     return network.double().requires_grad_(False).eval()
 
 
-# ---------------------------------------------------------------------------------------------
 # Layout
 
 
@@ -75,7 +72,6 @@ def test_heads_have_64_channels():
     assert {(b.qkv.in_channels, b.num_heads) for b in blocks} == {(512, 8), (1024, 16)}
 
 
-# ---------------------------------------------------------------------------------------------
 # Layers, against re-derivations from elementary operations
 
 
@@ -201,7 +197,6 @@ def test_softmax_is_taken_in_float32(monkeypatch):
     assert seen == [torch.float32, torch.float32]
 
 
-# ---------------------------------------------------------------------------------------------
 # Learned variance
 
 
@@ -229,7 +224,6 @@ def test_learned_variance_drives_ddpm(t):
     np.testing.assert_allclose(transition.std.numpy(), np.sqrt(variance), rtol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------
 # Derivatives
 
 TIMES = torch.full((1,), 300.0, dtype=torch.float64)
@@ -386,7 +380,6 @@ def test_output_and_gradient_have_their_own_dtypes(dtype, checkpoint):
     assert torch.autograd.grad(out.sum(), x)[0].dtype == torch.float32
 
 
-# ---------------------------------------------------------------------------------------------
 # Memory
 
 

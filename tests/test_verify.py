@@ -1,7 +1,5 @@
 """`cmi-lightning verify`: green as it stands, and red when something is broken."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

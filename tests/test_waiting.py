@@ -1,7 +1,5 @@
 """A step asks the device for no number and copies no table to it: an accelerator runs ahead."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Loading of weights: where from, how strictly, and what is said when they do not fit."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The zoo: its cards, the networks that they describe, where weights come from."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

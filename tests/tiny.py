@@ -1,7 +1,5 @@
 """Tiny networks, of ours and of diffusers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Small problems in float64 that the tests of this folder share."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ azula's times are mapped to our levels by a table: t = i + 1 is level i, and t =
 Its samplers draw with torch.randn_like, which is made to return our noise.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import make_step

@@ -7,8 +7,6 @@ Inside, deepinv casts xÌ„ to float32. The adapter goes on in float64, from an xÌ
 exactly, so that all that is left of the cast is one rounding of the gradient, 6e-8.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Operators through deepinv's generic tests, and against deepinv's own operators."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import randn

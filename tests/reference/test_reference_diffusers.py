@@ -5,8 +5,6 @@ are. diffusers keeps ᾱ in float32. Where a test says "in float64", its table i
 table computed in float64 from the definition; all else is as it ships. Noise is ours in both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Bicubic downsampling against Pillow; image metrics of real runs against scikit-image."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 
