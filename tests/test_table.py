@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -675,61 +676,81 @@ def test_a_job_restores_no_more_images_of_equal_cost_than_wanted(monkeypatch):
 
 # A whole table ------------------------------------------------------------------------------------
 
-FAST = ["--steps=4", "--images=3", "--round=2", "--only_tasks=[super_resolution]"]
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """Two methods on one task, three images in two rounds, CMI at every step."""
-    folder = tmp_path_factory.mktemp("smoke")
-    often = folder / "often.yaml"
-    text = configs.find("table/cmi").replace('"interval": 6', '"interval": 1')
-    often.write_text(text.replace('"krylov": 6', '"krylov": 1'))
-    arguments = ["-c", "table/smoke", *FAST, f"--output={folder}", f"--cmi.configs=[{often}]"]
-    arguments += ["--posterior={images: 2, draws: 2, methods: [DPS]}"]
-    assert main(["table", *arguments]) == 0
-    return folder, arguments
+PART = ["--only_tasks=[super_resolution]", "--only_methods=[DPS]"]
 
 
 def results_of(folder):
     return read_results(folder / "results.json")
 
 
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The packaged smoke table as it is: its folder, and its results."""
+    folder = tmp_path_factory.mktemp("smoke")
+    assert main(["table", "-c", "table/smoke", f"--output={folder}"]) == 0
+    return folder, results_of(folder)
+
+
+@pytest.fixture(scope="module")
+def grown(smoke, tmp_path_factory):
+    """A copy of which a part lost a record and goes on, by a second round and by draws."""
+    folder = tmp_path_factory.mktemp("grown") / "smoke"
+    shutil.copytree(smoke[0], folder)
+    cut = folder / "cells/super_resolution/DPS-cmi"
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("records/*.json")}
+    (cut / "records" / f"{records(cut)[2]['id']}.json").unlink()
+    arguments = ["-c", "table/smoke", f"--output={folder}", *PART]
+    more = ["--images=6", "--posterior={images: 2, draws: 2, methods: [DPS]}"]
+    assert main(["table", *arguments, *more]) == 0
+    again = {p.parents[1] for p, t in before.items() if p.stat().st_mtime_ns != t}
+    assert again == {cut}  # its batch: all of its first four images
+    return folder, arguments
+
+
+def test_the_smoke_table_runs_as_it_is_packaged(smoke):
+    folder, results = smoke
+    assert len(results.cells) == 2 * 2 * 3
+    assert results.images == 4
+    for cell in results.cells:
+        assert cell.images == 4
+        assert cell.failed == 0
+        measured = results.measured[cell.task]["psnr"].mean
+        assert cell.metrics["psnr"].mean > measured - 3  # 12 steps are few
+    wanted = {"psnr", "ssim", "perceptual", "frechet", "kernel"}
+    assert {m.key for m in results.metrics} == wanted
+    for name in ("report.html", "table.md", "table.csv", "table.tex"):
+        assert (folder / name).stat().st_size > 200
+    assert results.command.startswith("cmi-lightning table -c table/smoke ")
+    name = results.examples["super_resolution"][0]
+    example = Album(results, folder).example("super_resolution", name, ["DPS"])
+    assert example.truth is not None
+    assert "cmi" in example.restored["DPS"]
+
+
 def test_results_are_the_means_of_the_records(smoke):
-    folder, _ = smoke
-    results = results_of(folder)
-    assert results.images == 3
-    assert len(results.cells) == 6
+    folder, results = smoke
+    seen = {}
     for cell in results.cells:
         found = records(folder / cell.folder)
-        values = [r["metrics"]["psnr"] for r in found]
-        assert cell.metrics["psnr"].mean == pytest.approx(np.mean(values))
+        assert cell.metrics["psnr"].mean == pytest.approx(
+            np.mean([r["metrics"]["psnr"] for r in found])
+        )
         assert cell.passes == pytest.approx(passes(found))
-        assert cell.images == 3
         assert cell.curves["residual"][1] == pytest.approx(
             np.mean([r["curves"]["residual"]["1"] for r in found])
         )
-
-
-def test_cells_share_measurements_and_truths(smoke):
-    folder, _ = smoke
-    cells = results_of(folder).cells
-    seen = [
-        [(r["id"], r["input"], r["metrics"]["psnr_measurement"]) for r in records(folder / c)]
-        for c in (cell.folder for cell in cells)
-    ]
-    assert all(one == seen[0] for one in seen)
+        shared = [(r["id"], r["input"], r["metrics"]["psnr_measurement"]) for r in found]
+        assert seen.setdefault(cell.task, shared) == shared  # measurements and truths
 
 
 def test_differences_are_paired(smoke):
-    folder, _ = smoke
-    results = results_of(folder)
+    folder, results = smoke
+    assert len(results.comparisons) == 2 * 2 * 3
     for comparison in results.comparisons:
-        key = (comparison.task, comparison.method)
-        cells = {c.variant: c for c in results.cells if (c.task, c.method) == key}
         one, other = (
-            {r["id"]: r["metrics"]["psnr"] for r in records(folder / cells[v].folder)}
-            for v in (comparison.variant, comparison.against)
+            {r["id"]: r["metrics"]["psnr"] for r in records(folder / cell.folder)}
+            for variant in (comparison.variant, comparison.against)
+            if (cell := results.cell(comparison.task, comparison.method, variant))
         )
         entry = comparison.metrics["psnr"]
         assert entry.values == pytest.approx([one[n] - other[n] for n in one], abs=1e-4)
@@ -739,90 +760,59 @@ def test_differences_are_paired(smoke):
 
 
 def test_equal_cost_is_equal(smoke):
-    folder, _ = smoke
-    cells = {(c.method, c.variant): c for c in results_of(folder).cells}
-    for method in ("DPS", "ΠGDM"):
-        cmi, equal = cells[method, "cmi"].passes, cells[method, "equal"].passes
-        assert cmi > cells[method, "base"].passes
-        assert abs(equal - cmi) <= cells[method, "base"].passes / cells[method, "base"].steps
+    for task, method in itertools.product(("inpaint_box", "super_resolution"), ("DPS", "ΠGDM")):
+        base, cmi, equal = (smoke[1].cell(task, method, v) for v in ("base", "cmi", "equal"))
+        assert cmi.passes > base.passes
+        assert abs(equal.passes - cmi.passes) <= base.passes / base.steps
 
 
-def test_draws_are_judged_without_and_with_cmi(smoke):
-    folder, _ = smoke
+def test_draws_are_judged_without_and_with_cmi(grown):
+    folder, _ = grown
     rows = results_of(folder).posterior
-    assert [(row.label, row.images, row.draws) for row in rows] == [
-        ("DPS", 2, 2),
-        ("CMI+DPS", 2, 2),
-    ]
+    assert [(r.label, r.images, r.draws) for r in rows] == [("DPS", 2, 2), ("CMI+DPS", 2, 2)]
     for row in rows:
         assert 0 <= row.coverage["50"].mean <= row.coverage["90"].mean <= 1
         assert row.residual.mean > 0
         assert (folder / row.folder / "std").is_dir()
 
 
-def test_report_and_tables_are_there_and_show_examples(smoke):
-    folder, _ = smoke
-    for name in ("report.html", "table.md", "table.csv", "table.tex"):
-        assert (folder / name).stat().st_size > 200
-    results = results_of(folder)
-    example = Album(results, folder).example(
-        "super_resolution", results.examples["super_resolution"][0], ["DPS"]
-    )
-    assert example.truth is not None
-    assert "cmi" in example.restored["DPS"]
-    assert results_of(folder).command.startswith("cmi-lightning table -c table/smoke ")
+def test_a_table_goes_on_where_it_was_stopped(smoke, grown):
+    folder, arguments = grown
+    assert [cell.images for cell in results_of(folder).cells] == [6, 6, 6]
+    _, before = smoke
+    after = aggregate(parse(arguments, "table")[0])  # of the first four images
+    assert [c for c in before.comparisons if (c.task, c.method) == ("super_resolution", "DPS")] == [
+        *after.comparisons
+    ]
+    for cell in after.cells:
+        other = before.cell(cell.task, cell.method, cell.variant)
+        assert replace(cell, seconds=0) == replace(other, seconds=0)
 
 
-def test_a_table_goes_on_where_it_was_stopped(smoke):
-    folder, arguments = smoke
-    before = results_of(folder)
-    cell = folder / before.cells[1].folder
-    stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("records/*.json")}
-    lost = cell / "records" / f"{records(cell)[2]['id']}.json"
-    lost.unlink()
-    assert main(["table", *arguments]) == 0
-    after = results_of(folder)
-    assert [p for p, t in stamps.items() if p.stat().st_mtime_ns != t] == [lost]
-    assert before.comparisons == after.comparisons
-    for one, other in zip(before.cells, after.cells, strict=True):
-        assert replace(one, seconds=0) == replace(other, seconds=0)
-
-
-def test_a_cell_of_other_options_is_refused(smoke, capsys):
-    _, arguments = smoke
-    assert main(["table", *arguments, "--steps=5"]) == 2
+def test_a_cell_of_other_options_is_refused(grown, capsys):
+    assert main(["table", *grown[1], "--steps=5"]) == 2
     error = capsys.readouterr().err
     assert "super_resolution, DPS" in error
     assert "num_steps" in error
 
 
-def test_unfinished_tables_say_so(smoke):
-    _, arguments = smoke
-    table, _ = parse([*arguments, "--images=5"], "table")
-    results = aggregate(table)
-    assert any("not finished" in note for note in results.notes)
-    assert not any("not finished" in note for note in aggregate(replace(table, images=3)).notes)
-    assert table.at_equal_cost(table.cell("super_resolution", "DPS", "equal")).steps > 4
+def test_unfinished_tables_say_so(grown):
+    table, _ = parse([*grown[1], "--images=9"], "table")
+    assert any("not finished" in note for note in aggregate(table).notes)
+    assert not any("not finished" in note for note in aggregate(replace(table, images=6)).notes)
+    assert table.at_equal_cost(table.cell("super_resolution", "DPS", "equal")).steps > 12
 
 
-def test_rows_of_equal_cost_with_fewer_images_cut_no_others(smoke):
-    _, arguments = smoke
-    table, _ = parse([*arguments, "--equal_images=2"], "table")
+def test_rows_of_equal_cost_with_fewer_images_cut_no_others(grown):
+    table, _ = parse([*grown[1], "--equal_images=2"], "table")
     results = aggregate(table)
-    images = {(c.method, c.variant): c.images for c in results.cells}
-    assert images["DPS", "base"] == images["DPS", "cmi"] == 3
-    assert images["DPS", "equal"] == 2
-    pairs = {
-        (c.variant, c.against): len(c.metrics["psnr"].values)
-        for c in results.comparisons
-        if c.method == "DPS"
-    }
-    assert pairs == {("cmi", "base"): 3, ("equal", "base"): 2, ("cmi", "equal"): 2}
+    assert {c.variant: c.images for c in results.cells} == {"base": 4, "cmi": 4, "equal": 2}
+    pairs = {(c.variant, c.against): c.metrics["psnr"].pairs for c in results.comparisons}
+    assert pairs == {("cmi", "base"): 4, ("equal", "base"): 2, ("cmi", "equal"): 2}
     assert any("first 2 images" in note for note in results.notes)
     assert not any("not finished" in note for note in results.notes)
     # Without these rows: those that there are from before are shown, and not counted as missing.
-    table, _ = parse([*arguments, "--equal_cost=false"], "table")
-    results = aggregate(table)
+    results = aggregate(replace(table, equal_cost=False))
     assert any(c.variant == "equal" for c in results.cells)
     assert not any("have not been started" in note for note in results.notes)
 
@@ -831,8 +821,8 @@ def test_rows_of_equal_cost_with_fewer_images_cut_no_others(smoke):
 
 
 def test_tune_saves_its_study_and_an_overlay_that_the_table_takes(tmp_path):
-    arguments = ["-c", "table/smoke", "--steps=4", "--tune_images=2", f"--output={tmp_path}"]
-    arguments += ["--only_tasks=[super_resolution]", "--only_methods=[DPS]"]
+    arguments = ["-c", "table/smoke", "--steps=4", "--tune_images=2", *PART]
+    arguments += [f"--output={tmp_path}"]
     assert main(["tune", *arguments]) == 0
     found = json.loads((tmp_path / "tune" / "study.json").read_text())
     rows = found["study"]["super_resolution"]
@@ -854,27 +844,10 @@ def test_tune_saves_its_study_and_an_overlay_that_the_table_takes(tmp_path):
     assert table.step_sizes == {"super_resolution": {"DPS": chosen, "CMI+DPS": 0.03}}
 
 
-# The packaged smoke table -------------------------------------------------------------------------
-
-
-def test_the_smoke_table_runs_as_it_is_packaged(tmp_path):
-    assert main(["table", "-c", "table/smoke", f"--output={tmp_path}"]) == 0
-    results = results_of(tmp_path)
-    assert len(results.cells) == 2 * 2 * 3
-    for cell in results.cells:
-        assert cell.images == 4
-        assert cell.failed == 0
-        measured = results.measured[cell.task]["psnr"].mean
-        assert cell.metrics["psnr"].mean > measured - 3  # 12 steps are few
-    assert {m.key for m in results.metrics} == {
-        *("psnr", "ssim", "perceptual", "frechet", "kernel")
-    }
-
-
 @pytest.mark.slow
 def test_a_killed_table_loses_one_batch_at_most(tmp_path):
     """Two processes, killed with all they started; then the rest, and nothing a second time."""
-    options = [*FAST, "--round=1", "--images=4", "--processes=2"]
+    options = [*PART[:1], "--steps=4", "--round=1", "--images=4", "--processes=2"]
 
     def start(name: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "cmi_lightning", "table", "-c", "table/smoke", *options]
@@ -900,5 +873,5 @@ def test_a_killed_table_loses_one_batch_at_most(tmp_path):
     assert {p: t for p, t in after.items() if p in before} == before
     whole, cut = results_of(tmp_path / "whole"), results_of(tmp_path / "cut")
     for one, other in zip(whole.cells, cut.cells, strict=True):
-        assert one["metrics"] == other["metrics"]
+        assert one.metrics == other.metrics
     assert whole.comparisons == cut.comparisons
