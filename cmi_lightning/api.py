@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
 from cmi_lightning.paths import SHIPPED
 from cmi_lightning.predict.damaged import for_channels, given_channels, problem_of
+from cmi_lightning.predict.messages import nearest
 from cmi_lightning.predict.restoration import Restoration, restoring
 from cmi_lightning.predict.restored import Restored
 from cmi_lightning.problem import Problem
@@ -98,6 +101,11 @@ class Restorer:
         step_sizes: Mapping[str, float] | None = None,
         device: str | torch.device | None = None,
     ) -> None:
+        _of_kind("prior", prior, (str, Denoiser), "a name such as photos-64, or a Denoiser")
+        _of_kind("method", method, (str, Sequence), "a name such as dps, or a list of guidances")
+        for part in () if isinstance(method, str) else method:
+            _of_kind("method", part, Guidance, "a name such as dps, or a list of guidances")
+        _of_kind("solver", solver, (str, Solver, NoneType), "a name such as ddim, or a Solver")
         self.device = torch.device(device or _best_device())
         self.prior = (load_prior(prior) if isinstance(prior, str) else prior).to(self.device)
         self.method, self.solver, self.num_steps = method, solver, steps
@@ -120,6 +128,10 @@ class Restorer:
         """
         from tqdm import tqdm
 
+        known = [*inspect.signature(self.steps).parameters, "progress", "stop"]
+        for unknown in set(options) - set(known):
+            right = nearest(unknown, [*known, *inspect.signature(Restorer).parameters])
+            raise InputError(f"restore has no argument '{unknown}'{right}")
         shown = _watched() if progress is None else progress
         with tqdm(desc="restore", unit="step", disable=not shown) as bar:
             for step in self.steps(image, operator, **options):
@@ -165,13 +177,15 @@ class Restorer:
         for option, value, least in (("samples", samples, 1), ("trajectory", trajectory, 0)):
             if value < least:
                 raise InputError(f"{option} must be at least {least}, got {value}.")
+        kinds = "an operator such as Inpaint(mask), GivenKernel(kernel) or Downsample(4)"
+        _of_kind("operator", operator, (Operator, NoneType), kinds)
         picture = Picture.of(image, given_channels(self.prior))
         names = [name] if isinstance(name, str) else list(name or picture.names)
         if len(names) != len(picture.x):
             raise InputError(f"There are {len(picture.x)} images and {len(names)} names.")
         operator, noise = operator or Identity(), SampleNoise(seed, names)
         x = picture.x.to(self.device)
-        problem, like = problem_of(x, operator, sigma, noise, simulate)
+        problem, like, notes = problem_of(x, operator, sigma, noise, simulate)
         shape = tuple(like.shape[1:])
         prior = suited(for_channels(self.prior, shape[0]), shape)
         prior.rehearse(shape)
@@ -182,7 +196,7 @@ class Restorer:
         )
         count = len(sampler.schedule)
         kept = {round((i + 1) * count / trajectory) for i in range(trajectory)}
-        return _progress(drawing, picture, samples * count, kept, seed)
+        return _progress(drawing, picture, samples * count, kept, seed, notes)
 
     def _sampler(
         self, prior: Denoiser, operator: Operator, problem: Problem | None = None
@@ -241,7 +255,12 @@ def restore(
 
 
 def _progress(
-    drawing: Drawing, picture: Picture, total: int, wanted: set[int], seed: int
+    drawing: Drawing,
+    picture: Picture,
+    total: int,
+    wanted: set[int],
+    seed: int,
+    notes: list[str],
 ) -> Iterator[Progress]:
     """Yield the steps of a restoration, keep some x̂₀, and yield the result."""
     done = 0
@@ -250,7 +269,7 @@ def _progress(
         try:
             record = next(drawing)
         except StopIteration as end:
-            result = Restored.of(end.value, picture, seed, kept)
+            result = Restored.of(end.value, picture, seed, kept, notes)
             break
         if record is not None:
             last, done = record, done + 1
@@ -285,6 +304,13 @@ def examples() -> dict[str, Path]:
     True
     """
     return {path.stem: path for path in sorted(SHIPPED["photos-test"].glob("*.*"))}
+
+
+def _of_kind(argument: str, value: Any, kinds: Any, wanted: str) -> None:
+    """Refuse an argument of another kind."""
+    if not isinstance(value, kinds):
+        got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)[:60]
+        raise InputError(f"{argument} must be {wanted}; got {got}.")
 
 
 def _best_device() -> str:

@@ -130,6 +130,16 @@ def test_what_the_mask_hides_is_not_used(restorer):
     assert not torch.equal(first.image, restorer(TENSOR).image)
 
 
+def test_an_inverted_mask_is_told(restorer):
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    mask[2:5, 2:5] = False
+    painted = TENSOR.clone()
+    painted[:, ~mask] = 255
+    notes = [restorer(painted, Inpaint(m), name="beach").notes for m in (mask, ~mask)]
+    told = ["The known pixels of 'beach' are of one colour" in "".join(n) for n in notes]
+    assert told == [False, True]
+
+
 def test_operators_that_change_the_size_and_that_do_not():
     restorer = Restorer(GaussianMixture(torch.zeros(1, 3, 16, 16), 0.2), steps=2)
     assert restorer(TENSOR, Downsample(2)).image.shape == (3, 16, 16)
@@ -232,6 +242,17 @@ def test_progress(restorer, capsys):
         (np.zeros((0, 3)), {}, "got an array (0, 3)"),
         ("no/such/file.png", {}, "There is no image file 'no/such/file.png'"),
         (BYTES, {"operator": Inpaint(torch.ones(4, 4))}, "(1, 4, 4)"),
+        (BYTES, {"operator": Inpaint("no.png")}, "There is no file 'no.png' to take the mask from"),
+        (BYTES, {"operator": GivenKernel("no.npy")}, "'no.npy' to take the kernel from"),
+        (
+            BYTES,
+            {"operator": "inpaint"},
+            "such as Inpaint(mask), GivenKernel(kernel) or Downsample",
+        ),
+        (BYTES, {"operator": Downsample}, "operator must be an operator"),
+        (BYTES, {"num_steps": 3}, "restore has no argument 'num_steps'; did you mean steps?"),
+        (BYTES, {"sigm": 0.1}, "did you mean sigma?"),
+        (BYTES, {"quux": 1}, "restore has no argument 'quux'; help() lists them."),
         (BYTES, {"sigma": -1}, "sigma must be at least 0"),
         (BYTES, {"sigma": "much"}, "sigma must be at least 0, or 'estimate'"),
         (np.zeros((8, 8), np.uint8), {"sigma": "estimate"}, "cannot be estimated"),
@@ -257,6 +278,10 @@ def test_wrong_input_is_one_sentence(restorer, image, options, words):
         ({"method": "dbs"}, "There is no method 'dbs': use "),
         ({"solver": "euler9"}, "There is no solver 'euler9': use "),
         ({"prior": "faces"}, "'faces'"),
+        ({"prior": 3}, "prior must be a name such as photos-64, or a Denoiser; got 3"),
+        ({"method": DPS}, "list of guidances; got the class DPS"),
+        ({"method": [DPS]}, "list of guidances; got the class DPS"),
+        ({"solver": 3}, "solver must be a name such as ddim, or a Solver; got 3"),
         ({"method": "dsg", "solver": "heun"}, "DSG steers the solver's noise"),
     ],
 )

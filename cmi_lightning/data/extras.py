@@ -72,6 +72,7 @@ def read_mask(path: Path, size: tuple[int, ...] | None = None) -> Tensor:
         InputError: if it is unreadable, of another size, black all over, or if it cannot be told
             which pixels are missing.
     """
+    _refuse_absent(path, "mask")
     if path.suffix.lower() == ".npy":
         values = torch.from_numpy(_load_array(path, "mask")).float()
         if not values.numel() or not 0 <= values.min() <= values.max() < np.inf:
@@ -129,6 +130,24 @@ def _known(values: Tensor, alpha: Tensor) -> Tensor:
     return known
 
 
+def looks_inverted(y: Tensor, known: Tensor) -> bool:
+    """Whether known pixels (h, w) of y (C, h, w) are of one colour, and missing ones are not.
+
+    >>> y = torch.eye(3)[None]
+    >>> looks_inverted(y, y[0] == 0), looks_inverted(y, y[0] >= 0)
+    (False, False)
+    >>> looks_inverted(torch.tensor([[[0.0, 0.1, 0.2]]]), torch.tensor([[True, False, False]]))
+    True
+    """
+    seen, hidden = y[:, known], y[:, ~known]
+    return bool((seen == seen[:, :1]).all()) and not bool((hidden == hidden[:, :1]).all())
+
+
+def _refuse_absent(path: Path, what: str) -> None:
+    if not path.is_file():
+        raise UnreadableError(f"There is no file '{printable(path)}' to take the {what} from.")
+
+
 def read_kernel(path: Path, convention: Convention = "correlation") -> Tensor:
     """Return a blur kernel (kh, kw) of sum 1, float32, as correlation takes it.
 
@@ -141,6 +160,7 @@ def read_kernel(path: Path, convention: Convention = "correlation") -> Tensor:
         InputError: if it is unreadable, not 2-D, larger than 2048 pixels a side, not finite, or its
             sum is not positive, or below 1 % of the sum of absolute values.
     """
+    _refuse_absent(path, "kernel")
     if path.suffix.lower() == ".npy":
         array = _load_array(path, "kernel")
     else:

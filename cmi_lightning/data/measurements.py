@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmi_lightning.data.base import measured, own
-from cmi_lightning.data.extras import Convention, companions, read_kernel, read_mask
+from cmi_lightning.data.extras import (
+    Convention,
+    companions,
+    looks_inverted,
+    read_kernel,
+    read_mask,
+)
 from cmi_lightning.data.files import (
     Kept,
     Shape,
@@ -95,8 +101,7 @@ class MeasurementFolder(Dataset):
         elif self.kind == "inpaint":
             known = self._extra(name, (height, width))
             self.missing.append(1 - float(known.float().mean()))
-            seen, hidden = y[:, known], y[:, ~known]
-            if bool((seen == seen[:, :1]).all()) and not bool((hidden == hidden[:, :1]).all()):
+            if looks_inverted(y, known):
                 note("have known pixels of one value and missing ones that differ: inverted masks?")
         return channels, height, width
 

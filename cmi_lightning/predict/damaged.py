@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmi_lightning.data.extras import looks_inverted
+from cmi_lightning.data.noise_levels import estimate_sigma
 from cmi_lightning.denoisers import AsGray, AsRGB, Denoiser
 from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import Operator
+from cmi_lightning.operators import Operator, PixelMask
 from cmi_lightning.problem import Problem
 
 ESTIMATE = "estimate"  # the sigma that is found by wavelets
@@ -18,11 +20,20 @@ ESTIMATE = "estimate"  # the sigma that is found by wavelets
 
 def problem_of(
     x: Tensor, operator: Operator, sigma: float | str, noise: SampleNoise, simulate: bool
-) -> tuple[Problem, Tensor]:
-    """Return the problem of damaged images x (B, C, h, w), and a tensor like the images sought."""
-    std = _std(x, sigma, operator, noise)
+) -> tuple[Problem, Tensor, list[str]]:
+    """Return the problem of damaged images x (B, C, h, w), images like those sought, and notes."""
+    masked = hasattr(operator, "mask") or isinstance(operator, PixelMask)
+    known = known_pixels(x, operator, noise) if masked else None
+    std = _std(x, sigma, known)
     if simulate:
-        return Problem.simulate(x, operator, std, noise), x
+        return Problem.simulate(x, operator, std, noise), x, []
+    pairs = [] if known is None else zip(noise.ids, x.cpu(), known, strict=True)
+    notes = [
+        f"The known pixels of '{name}' are of one colour and the missing ones differ: is its mask "
+        "inverted? White is known, black is missing."
+        for name, y, of_image in pairs
+        if looks_inverted(y, of_image)
+    ]
     factor = getattr(operator, "factor", 1)
     like = x.new_zeros(*x.shape[:2], x.shape[2] * factor, x.shape[3] * factor)
     bound = Problem(x, operator, std).bind(noise, like).operator
@@ -34,19 +45,19 @@ def problem_of(
                 f"{type(operator).__name__} makes measurements {tuple(seen.shape[1:])}, and the "
                 f"image is {tuple(x.shape[1:])}."
             )
-        return Problem(bound(x), bound, std), like
-    return Problem(x, bound, std), like
+        x = bound(x)
+    return Problem(x, bound, std), like, notes
 
 
-def _std(x: Tensor, sigma: float | str, operator: Operator, noise: SampleNoise) -> float | Tensor:
+def known_pixels(x: Tensor, operator: Operator, noise: SampleNoise) -> Tensor:
+    """Return the pixels (B, H, W) that a mask leaves of images x, in their first channel."""
+    bound: Any = operator.bind(tuple(x.shape[1:]), noise, x)
+    return bound.pinv(bound(torch.ones_like(x)))[:, 0].cpu() > 0.5
+
+
+def _std(x: Tensor, sigma: float | str, known: Tensor | None) -> float | Tensor:
     """Return the noise level on [−1, 1]: one number, or one for each image."""
     if sigma == ESTIMATE:
-        from cmi_lightning.data.noise_levels import estimate_sigma
-
-        known = None
-        if hasattr(operator, "mask"):
-            bound: Any = operator.bind(tuple(x.shape[1:]), noise, x)
-            known = bound.pinv(bound(torch.ones_like(x)))[:, 0].cpu() > 0.5
         try:
             found = [
                 estimate_sigma(y, None if known is None else known[i])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import pkgutil
 import re
 from collections.abc import Iterable
 from typing import Any
 
-from cmi_lightning.errors import one_sentence
+from cmi_lightning.errors import one_sentence, wording
 
 LONGEST = 300  # characters of another library's words
 
@@ -27,25 +28,43 @@ def explain(message: str, options: Iterable[str]) -> str:
     message = one_sentence(message)
     if found := re.search(r"nrecognized arguments: (\S+)", message):
         name = found[1].partition("=")[0]
-        return f"There is no option {name}{_nearest(name, [f'--{o}' for o in options])}"
+        return f"There is no option {name}{nearest(name, [f'--{o}' for o in options])}"
     key = re.search(r'[Kk]ey "([^"]+)"', message)
     where = f"{key[1]}: " if key else ""
     known = re.findall(r"class_path '([\w.]+)'[^']*Option '([^']+)' is not accepted", message)
     if known:
         path, option = known[-1]
-        return f"{where}{path} has no option '{option}'{_nearest(option, _arguments(path))}"
+        return f"{where}{path} has no option '{option}'{nearest(option, _arguments(path))}"
     missing = re.search(r"Expected a dot import path string: ([^\s,;]+)", message)
-    base = re.search(r"(?:<class '|list\[)(cmi_lightning[\w.]+|torch[\w.]+)", message)
+    base = re.search(r"(?:<class '|list\[)((?:cmi_lightning|torch|lightning)\.[\w.]+)", message)
     if missing and base and "." not in missing[1]:
-        return f"{where}there is no class '{missing[1]}'{_nearest(missing[1], _classes(base[1]))}"
+        return f"{where}there is no class '{missing[1]}'{nearest(missing[1], _classes(base[1]))}"
+    if absent := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        module, name = absent.groups()
+        return f"{where}there is no '{name}' in {module}{nearest(name, _held(module))}"
+    other = re.search(r"mport path ?[\w.]* does not correspond to a subclass of (\w+)", message)
+    if other and (given := re.search(r"(?:but|Import path) (\w+\.[\w.]+)", message)):
+        name = given[1].rpartition(".")[2]
+        return f"{where}{name} is no {other[1]}{nearest(name, _classes(base[1]) if base else ())}"
     if len(message) > LONGEST:
         message = f"{message[: LONGEST - 100]} … {message[-97:]}"
     return message + _quotes(message)
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(names), 1, 0.5)
-    return f"; did you mean {found[0]}?" if found else "; --help lists them."
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return the end of a sentence about a wrong name: the nearest of the right ones.
+
+    >>> nearest("DSP", ["DSG", "DPS"])
+    '; did you mean DPS?'
+    """
+    names = list(names)
+    swapped = [right for right in names if sorted(right) == sorted(name)]
+    found = swapped or difflib.get_close_matches(name, names, 1, 0.5)
+    return (
+        f"; did you mean {found[0]}?"
+        if found
+        else wording("; --help lists them.", "; help() lists them.")
+    )
 
 
 def _quotes(message: str) -> str:
@@ -69,6 +88,13 @@ def _import(path: str) -> Any:
 def _arguments(path: str) -> list[str]:
     made = _import(path)
     return list(inspect.signature(made).parameters) if callable(made) else []
+
+
+def _held(module: str) -> list[str]:
+    """Return the public names of a module, those of its own modules among them."""
+    held = importlib.import_module(module)
+    inner = [found.name for found in pkgutil.iter_modules(getattr(held, "__path__", ()))]
+    return [n for n in [*getattr(held, "__all__", dir(held)), *inner] if not n.startswith("_")]
 
 
 def _classes(path: str) -> list[str]:

@@ -56,15 +56,22 @@ class Restored:
     pixels: dict[str, Tensor] = field(repr=False)
 
     @classmethod
-    def of(cls, found: Restoration, picture: Picture, seed: int, trajectory: list[Any]) -> Restored:
+    def of(
+        cls,
+        found: Restoration,
+        picture: Picture,
+        seed: int,
+        trajectory: list[Any],
+        notes: list[str],
+    ) -> Restored:
         """Return what the core gave, in the kind of the input."""
         draws = found["draws"]
         std = None if draws is None else draws.std(1) / 2
         level = torch.as_tensor(found["details"].problem.noise_std).flatten() / 2
         fits = (found["residual"] / found["noise_norm"]).tolist()
-        notes = [f"'{name}' was given up: {why}" for name, why in found["failed"].items()]
-        if told := misfit([] if notes else fits, given=found["truth"] is None):
-            notes.append(told)
+        failed = [f"'{name}' was given up: {why}" for name, why in found["failed"].items()]
+        told = misfit([] if failed else fits, given=found["truth"] is None)
+        notes = [*notes, *failed, *([told] if told else [])]
         pixels = {"before": found["measurement"], "after": found["restored"]}
         if std is not None:
             pixels["std"] = (std.mean(1, keepdim=True) * 4 / WHITE_STD - 1).clamp(-1, 1)
