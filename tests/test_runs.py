@@ -274,6 +274,14 @@ def test_options_of_custom_parts_are_found():
     assert "4 more" in str(differences({}, many))
     assert "x.scale" not in str(differences(a, {"x": "another class"}))
 
+    class Handed(Custom):
+        def __init__(self, more: int, **rest: Any) -> None:
+            super().__init__(**rest)
+            self.more = more
+
+    handed = dict(options("x", Handed(2, scale=1.0, kernel=None)))
+    assert (handed["x.more"], handed["x.scale"]) == ("2", "1.0")
+
 
 # Files
 

@@ -106,7 +106,7 @@ class DiffusersDenoiser(WrappedNetwork):
             prediction or prediction_of(settings, where),
             (channels, height, width),
             value_range,
-            learns,
+            learns_variance=learns,
             condition=condition,
             unconditional=unconditional,
             guidance_scale=guidance_scale,

@@ -57,7 +57,15 @@ class EDMDenoiser(WrappedNetwork):
         **options: Any,
     ) -> None:
         super().__init__(
-            network, weights, schedule, "x0", image_shape, value_range, False, **options
+            network,
+            weights,
+            schedule,
+            "x0",
+            image_shape,
+            value_range,
+            time="c_noise",
+            learns_variance=False,
+            **options,
         )
         if sigma_data <= 0:
             raise InputError(f"sigma_data must be positive, got {sigma_data:g}.")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save
@@ -16,22 +14,10 @@ from torch import Tensor, nn
 from cmi_lightning.denoisers.conditions import called
 from cmi_lightning.denoisers.unet import UNet
 from cmi_lightning.denoisers.weights import hub_folder
-from cmi_lightning.denoisers.wrapped import Output, WrappedNetwork
+from cmi_lightning.denoisers.wrapped import TIMES, WrappedNetwork
 from cmi_lightning.errors import InputError, first_line
 from cmi_lightning.files import write, write_json
 from cmi_lightning.schedule import Level, Schedule, ScheduleName
-
-Time = Literal["time", "index", "sigma", "alpha", "noise_to_signal", "c_noise", "log_snr"]
-
-TIMES: dict[str, Callable[[Level], float]] = {
-    "time": lambda level: level.time,
-    "index": lambda level: level.time,
-    "sigma": lambda level: level.sigma,
-    "alpha": lambda level: level.alpha,
-    "noise_to_signal": lambda level: level.sigma / level.alpha,
-    "c_noise": lambda level: math.log(level.sigma / level.alpha) / 4,
-    "log_snr": lambda level: 2 * math.log(level.alpha / level.sigma),
-}
 
 
 class NetworkDenoiser(WrappedNetwork):
@@ -76,40 +62,6 @@ class NetworkDenoiser(WrappedNetwork):
     >>> prior(torch.ones(1, 3, 8, 8), level).x0.shape  # (1 − σ) / α everywhere
     torch.Size([1, 3, 8, 8])
     """
-
-    def __init__(
-        self,
-        network: nn.Module | Callable,
-        weights: str | None,
-        schedule: Schedule | ScheduleName = "linear",
-        prediction: Output = "epsilon",
-        image_shape: tuple[int | None, int | None, int | None] | None = None,
-        value_range: tuple[float, float] | None = (-1.0, 1.0),
-        time: Time = "time",
-        learns_variance: bool | None = None,
-        sha256: str | None = None,
-        weights_part: str | None = None,
-        condition: Mapping[str, Any] | None = None,
-        unconditional: Mapping[str, Any] | None = None,
-        guidance_scale: float = 1.0,
-    ) -> None:
-        super().__init__(
-            network,
-            weights,
-            schedule,
-            prediction,
-            image_shape,
-            value_range,
-            learns_variance,
-            sha256,
-            weights_part,
-            condition,
-            unconditional,
-            guidance_scale,
-        )
-        if time not in TIMES:
-            raise InputError(f"time must be one of {', '.join(TIMES)}, got '{time}'.")
-        self.time = time
 
     def _call(self, u: Tensor, level: Level, told: dict[str, Any]) -> Tensor:
         times = self._fill(u, TIMES[self.time](level))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -19,6 +20,18 @@ from cmi_lightning.errors import InputError, first_line, warn_once
 from cmi_lightning.schedule import Level, Schedule, ScheduleName
 
 Output = Literal["epsilon", "x0", "v", "score", "velocity"]
+
+Time = Literal["time", "index", "sigma", "alpha", "noise_to_signal", "c_noise", "log_snr"]
+
+TIMES: dict[str, Callable[[Level], float]] = {
+    "time": lambda level: level.time,
+    "index": lambda level: level.time,
+    "sigma": lambda level: level.sigma,
+    "alpha": lambda level: level.alpha,
+    "noise_to_signal": lambda level: level.sigma / level.alpha,
+    "c_noise": lambda level: math.log(level.sigma / level.alpha) / 4,
+    "log_snr": lambda level: 2 * math.log(level.alpha / level.sigma),
+}
 
 
 class WrappedNetwork(Denoiser):
@@ -38,11 +51,12 @@ class WrappedNetwork(Denoiser):
         self,
         network: nn.Module | Callable,
         weights: str | None,
-        schedule: Schedule | ScheduleName,
-        prediction: Output,
-        image_shape: tuple[int | None, int | None, int | None] | None,
-        value_range: tuple[float, float] | None,
-        learns_variance: bool | None,
+        schedule: Schedule | ScheduleName = "linear",
+        prediction: Output = "epsilon",
+        image_shape: tuple[int | None, int | None, int | None] | None = None,
+        value_range: tuple[float, float] | None = (-1.0, 1.0),
+        time: Time = "time",
+        learns_variance: bool | None = None,
         sha256: str | None = None,
         weights_part: str | None = None,
         condition: Mapping[str, Any] | None = None,
@@ -64,7 +78,9 @@ class WrappedNetwork(Denoiser):
             self.schedule = self.schedule.scale_noise(1 / self.gain)
         if prediction not in (names := get_args(Output)):
             raise InputError(f"prediction must be one of {', '.join(names)}, got '{prediction}'.")
-        self.prediction = prediction
+        if time not in TIMES:
+            raise InputError(f"time must be one of {', '.join(TIMES)}, got '{time}'.")
+        self.prediction, self.time = prediction, time
         if prediction == "velocity":
             self.own_schedule.refuse_curved()
         self.image_shape = None if image_shape is None else tuple(image_shape)

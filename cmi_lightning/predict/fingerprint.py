@@ -116,7 +116,7 @@ def _arguments(value: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     try:
-        names = list(inspect.signature(type(value).__init__).parameters)[1:]
+        names = _parameters(type(value))
     except (TypeError, ValueError):
         return {}
     # Not getattr: what computes or warns is no plain attribute.
@@ -124,6 +124,18 @@ def _arguments(value: Any) -> dict[str, Any]:
     if isinstance(value, nn.Module):
         kept |= {**value._modules, **value._buffers}
     return {name: kept[name] for name in names if kept.get(name) is not None}
+
+
+def _parameters(kind: type) -> list[str]:
+    """Return the names of a constructor's arguments, with those that it hands on by ``**``."""
+    names: list[str] = []
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            own = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
+            names += [p.name for p in own]
+            if not any(p.kind is p.VAR_KEYWORD for p in own):
+                break
+    return names
 
 
 def inputs(data: Any) -> dict[str, Path]:
