@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cmi_lightning import Problem, Sampler
 from cmi_lightning.denoisers import Denoiser, shipped_prior
+from cmi_lightning.denoisers.wrapped import compile_networks
 from cmi_lightning.guidance import CMI, DPS, DSG, MCG, Guidance, MomentMatching, PiGDM
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import BoxMask
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--budget", type=float, default=0.3)
+    parser.add_argument("--compile", action="store_true", help="the network, by torch.compile")
     parser.add_argument("--fresh-memory", action="store_true", help="glibc's own settings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -106,6 +108,8 @@ def main() -> None:
     if not args.fresh_memory:
         keep_memory()  # as predict and restore do
     prior = shipped_prior(args.prior).to(args.device)
+    if args.compile:
+        compile_networks(prior)
     print(f"{args.prior}, {args.steps} steps, {args.device}, {args.runs} runs\n")
     print(
         "| method | batch | size | ms an image and step | base / raw | CMI+base / base | CMI acts |"

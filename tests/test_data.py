@@ -18,9 +18,10 @@ from cmi_lightning.data import (
     MeasurementFolderData,
 )
 from cmi_lightning.data import files as data_files
+from cmi_lightning.data.batches import FolderData
 from cmi_lightning.data.extras import read_kernel
 from cmi_lightning.data.fashion import DEBIAN_FOLDER
-from cmi_lightning.data.folder import FolderData, crop_to
+from cmi_lightning.data.folder import crop_to
 from cmi_lightning.errors import InputError
 from cmi_lightning.paths import SHIPPED
 

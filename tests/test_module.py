@@ -11,9 +11,10 @@ from predicting import items, restore, trainer
 from torch.utils.data import DataLoader
 
 from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
-from cmi_lightning.exact import GaussianMixture
+from cmi_lightning.denoisers import NetworkDenoiser, UNet
+from cmi_lightning.exact import GaussianMixture, GaussianPrior
 from cmi_lightning.guidance import CMI, DPS
-from cmi_lightning.information import Lanczos
+from cmi_lightning.information import Lanczos, TraceLimit
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import BoxMask, Downsample, Gamma, Identity
 from cmi_lightning.predict.memory import Parts
@@ -224,3 +225,38 @@ def test_a_run_says_at_which_steps_cmi_acts(prior):
     assert "CMI" not in PosteriorSampler(prior, guidances=[DPS()], num_steps=20).describe()
     module = PosteriorSampler(prior, Gamma(2.2), guidances=[CMI(), DPS()], num_steps=20)
     assert module.describe()["CMI"].startswith("acts at 2 of 20 steps, for 0.30 of the 40 passes")
+
+
+def test_a_compiled_network_restores_the_same(monkeypatch):
+    def restored(**options) -> torch.Tensor:
+        prior = NetworkDenoiser(UNet(1, 32, (1,), attention_levels=()), None)
+        module = PosteriorSampler(prior, BoxMask(4, 1), None, [CMI(), DPS()], 4, **options)
+        return module.predict_step({"x": torch.ones(2, 1, 8, 8), "id": ["a", "b"]})["restored"]
+
+    calls, torch_compile = [], torch.compile
+
+    def quickly(model, **options):  # without a compiler of C++
+        calls.append(model)
+        return torch_compile(model, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", quickly)
+    torch.manual_seed(0)
+    plain = restored()
+    assert not calls
+    torch.manual_seed(0)
+    torch.testing.assert_close(restored(compile=True), plain, rtol=0, atol=1e-4)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("prior", "guidance", "words"),
+    [
+        (GaussianPrior(torch.zeros(1, 8, 8)), DPS(), "needs a network"),
+        (None, CMI(estimator=TraceLimit()), "CMI.* takes second ones: leave compile out"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(prior, guidance, words):
+    prior = prior or NetworkDenoiser(UNet(1, 32, (1,), attention_levels=()), None)
+    batch = {"x": torch.ones(1, 1, 8, 8), "id": ["a"]}
+    with pytest.raises(InputError, match=words):
+        PosteriorSampler(prior, None, None, [guidance], 4, compile=True).predict_step(batch)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmi_lightning.data.base import measured, own
+from cmi_lightning.data.batches import FolderData
 from cmi_lightning.data.extras import (
     Convention,
     companions,
@@ -29,7 +30,6 @@ from cmi_lightning.data.files import (
     local_path,
     read_all,
 )
-from cmi_lightning.data.folder import FolderData
 from cmi_lightning.data.images import Channels, Decoding, Note, read_image
 from cmi_lightning.data.noise_levels import Range, estimate_of, report_estimates, sigmas_of
 from cmi_lightning.data.own import OwnMeasurements

@@ -213,6 +213,27 @@ class WrappedNetwork(Denoiser):
         return output
 
 
+def compile_networks(denoiser: Denoiser) -> None:
+    """Let torch.compile make kernels of a denoiser's networks, at their next call.
+
+    It knows first derivatives, not second ones.
+
+    Raises:
+        InputError: if no network of it is a module.
+    """
+    import torch._functorch.config as functorch  # a switch that has no public name
+
+    networks = [part.network for part in denoiser.modules() if isinstance(part, WrappedNetwork)]
+    modules = [network for network in networks if isinstance(network, nn.Module)]
+    if not modules:
+        raise InputError("model.compile=true needs a network that is a torch.nn.Module.")
+    if hasattr(functorch, "donated_buffer"):
+        functorch.donated_buffer = False  # a step takes several products of one graph
+    for network in modules:
+        if network._compiled_call_impl is None:
+            network.compile()
+
+
 def private(network: nn.Module) -> nn.Module:
     """Return a copy of a module that shares the memory of its tensors, and no switch or flag.
 

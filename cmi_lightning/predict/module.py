@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.data.base import LoaderData, RestorationData
-from cmi_lightning.denoisers.base import Autocast, Denoiser, size_text
+from cmi_lightning.denoisers.base import Autocast, Denoiser
 from cmi_lightning.denoisers.tiled import Tiled, suited
+from cmi_lightning.denoisers.wrapped import compile_networks
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
 from cmi_lightning.measurement_noise import GaussianNoise, MeasurementNoise
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import Identity, LinearOperator, Operator
+from cmi_lightning.operators import Identity, Operator
 from cmi_lightning.predict.auto import Choice, choose
 from cmi_lightning.predict.batch import as_batch, checksums, images_of, take
 from cmi_lightning.predict.callback import recorders, tell
 from cmi_lightning.predict.checks import check, refuse_operator
+from cmi_lightning.predict.describe import DRAWS, described, short_name
 from cmi_lightning.predict.fingerprint import of_run
 from cmi_lightning.predict.memory import Parts
 from cmi_lightning.predict.misfit import Fits
@@ -33,8 +35,6 @@ from cmi_lightning.predict.signals import end_at_sigterm
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDPM, Solver
-
-DRAWS = "none: the images are draws from the prior"
 
 
 class PosteriorSampler(L.LightningModule):
@@ -68,6 +68,7 @@ class PosteriorSampler(L.LightningModule):
             None tiles where a network of one size gets larger images, and only there.
         precision: of the network. None is the trainer's. "auto" measures two steps and takes the
             faster of float32 and bfloat16 (:func:`cmi_lightning.predict.auto.faster`).
+        compile: run the network through ``torch.compile``; docs/speed.md says what that gains.
 
     Raises:
         InputError: for parts that do not fit together, at construction or before sampling starts.
@@ -87,12 +88,13 @@ class PosteriorSampler(L.LightningModule):
         overwrite: bool = False,
         tile: int | None = None,
         precision: Literal["auto"] | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if samples_per_image < 1:
             raise InputError(f"samples_per_image must be at least 1, got {samples_per_image}.")
         self.samples_per_image = samples_per_image
-        self.overwrite, self.precision = overwrite, precision
+        self.overwrite, self.precision, self.compiled = overwrite, precision, compile
         self.chosen = Choice()
         self.run, self.fits = Run(), Fits()
         self.parts: dict[torch.Size, Parts] = {}  # by the shape of an image
@@ -109,6 +111,11 @@ class PosteriorSampler(L.LightningModule):
         parts: tuple[Any, ...] = (self.solver, *(g for g in self.guidances or () if g.active))
         refuse_nonlinear(parts, self.operator)
         for part in parts:
+            if compile and getattr(part, "derivatives", 1) > 1:
+                raise InputError(
+                    f"model.compile=true has first derivatives alone, and {short_name(part)} takes "
+                    "second ones: leave compile out, or choose differences (CMI's default)."
+                )
             if part.needs_noise and not self.measurement_noise.present:
                 raise InputError(
                     f"{type(part).__name__} needs measurement noise: set noise.sigma above 0."
@@ -119,41 +126,14 @@ class PosteriorSampler(L.LightningModule):
     ) -> Sampler:
         """Return the sampler for images (C, H, W), with the network under autocast to ``dtype``."""
         denoiser = self.denoiser if shape is None else suited(self.denoiser, shape)
+        if self.compiled and shape is not None:
+            compile_networks(denoiser)
         denoiser = denoiser if dtype is None else Autocast(denoiser, dtype)
         return Sampler(denoiser, self.solver, self.guidances or (), self.num_steps, self.clamp)
 
     def describe(self) -> dict[str, str]:
         """Return what will be run, for people."""
-        noise, shape = _name(self.measurement_noise), self.denoiser.image_shape
-        if isinstance(self.measurement_noise, GaussianNoise):
-            std = self.measurement_noise.level
-            noise = f"σ = {std:g} on [−1, 1] = {std / 2:g} on [0, 1]"
-        size, sampler = size_text(shape) if shape else "any", self.sampler()
-        seen = [suited(self.denoiser, shape) for shape in self.shapes] or [self.denoiser]
-        if windows := dict.fromkeys(size_text(d.window) for d in seen if isinstance(d, Tiled)):
-            size += f", in windows of {' or '.join(windows)}"
-        datamodule = getattr(self._trainer, "datamodule", None)
-        given = getattr(datamodule, "given", None)
-        parts, linear = [given] if given else [], not self.denoiser.latent
-        if not given or getattr(datamodule, "takes_operator", False):
-            parts.append(_name(self.operator))
-            linear = linear and isinstance(self.operator, LinearOperator)
-        return {
-            "prior": f"{_name(self.denoiser)}, images {size}",
-            "operator": ", ".join(parts),
-            "noise": getattr(datamodule, "given_noise", None) or noise,
-            "solver": _name(self.solver),
-            "guidances": ", ".join(map(_name, self.guidances or ()))
-            or ("none" if self.solver.conditional else DRAWS),
-            **{
-                type(g).__name__: f"acts {plan}"
-                for g in sampler.guidances
-                if (plan := g.plan(linear))
-            },
-            "steps": str(len(sampler.schedule)),
-            "seed": str(self.seed),
-            **({"samples per image": str(k)} if (k := self.samples_per_image) > 1 else {}),
-        }
+        return described(self)
 
     def __repr__(self) -> str:
         """Return what will be run, a line for each part."""
@@ -311,8 +291,3 @@ def _plain_autograd(device: str) -> Iterator[None]:
     """Leave Lightning's inference mode and autocast: guidance needs gradients in full precision."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         yield
-
-
-def _name(part: object) -> str:
-    """Return a short description: dataclasses print their options, others their class."""
-    return repr(part) if hasattr(part, "__dataclass_fields__") else type(part).__name__
