@@ -37,7 +37,7 @@ from cmi_lightning.information import Lanczos
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import BoxMask, Identity, RandomMask
-from cmi_lightning.predict import records
+from cmi_lightning.predict import processes
 from cmi_lightning.predict.fingerprint import differences, options
 from cmi_lightning.predict.records import Run
 from cmi_lightning.problem import Problem
@@ -388,12 +388,12 @@ def test_a_signal_ends_the_run_with_a_line(tmp_path, signum, code, capsys, monke
 
 
 def test_a_further_rank_ends_with_the_process_that_started_it(monkeypatch):
-    records.leave_if_orphaned()
-    monkeypatch.setattr(records, "_parent", -1)
-    records.leave_if_orphaned()  # rank 0 has no such parent
+    processes.leave_if_orphaned()
+    monkeypatch.setattr(processes, "_parent", -1)
+    processes.leave_if_orphaned()  # rank 0 has no such parent
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
-        records.leave_if_orphaned()
+        processes.leave_if_orphaned()
 
 
 # Sharing

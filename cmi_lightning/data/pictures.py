@@ -56,10 +56,8 @@ class Picture:
         """
         if isinstance(image, (str, Path, Image.Image)):
             return cls._of_file(image, channels)
-        if isinstance(image, Tensor):
-            return cls._of_tensor(image)
-        if isinstance(image, np.ndarray):
-            return cls._of_array(image)
+        if isinstance(image, (Tensor, np.ndarray)):
+            return cls._of_numbers(image)
         raise InputError(f"The image must be {KINDS}; got {type(image).__name__}.")
 
     @classmethod
@@ -78,37 +76,26 @@ class Picture:
         return cls(x[None], lambda x: as_images(x)[0], lambda x: _last(x[0]), names)
 
     @classmethod
-    def _of_tensor(cls, image: Tensor) -> Picture:
-        x = _in_range(image.detach())
-        shape, byte = image.shape, image.dtype == torch.uint8
-        if image.ndim not in (2, 3, 4) or 0 in shape:
-            raise InputError(f"The image must be {KINDS}; got a tensor {tuple(shape)}.")
-        x = x.reshape(-1, *(shape[-3:] if image.ndim > 2 else (1, *shape)))
+    def _of_numbers(cls, image: Tensor | np.ndarray) -> Picture:
+        given = image.detach() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+        last, byte = not isinstance(image, Tensor), given.dtype == torch.uint8
+        if given.ndim not in (2, 3, 4) or 0 in given.shape:
+            kind = f"{'an array' if last else 'a tensor'} {tuple(given.shape)}"
+            raise InputError(f"The image must be {KINDS}; got {kind}.")
+        x = _in_range(given)
+        x = x[None, None] if x.ndim == 2 else x.reshape(-1, *x.shape[-3:])
+        x = x.movedim(-1, 1) if last and given.ndim > 2 else x
 
-        def shaped(x: Tensor) -> Tensor:
-            x = x.to(image.device)
-            return x if image.ndim == 4 else x[0] if image.ndim == 3 else x[0, 0]
+        def shaped(x: Tensor) -> Any:
+            x = x if given.ndim == 4 else x[0] if given.ndim == 3 else x[0, :1]
+            if isinstance(image, Tensor):
+                return x.to(image.device) if given.ndim > 2 else x[0].to(image.device)
+            return _last(x) if given.ndim > 2 else _last(x)[..., 0]
 
-        def back(x: Tensor) -> Tensor:
-            return shaped(to_uint8(x) if byte else _unit(x).to(image.dtype))
+        def back(x: Tensor) -> Any:
+            return shaped(to_uint8(x) if byte else _unit(x) if last else _unit(x).to(given.dtype))
 
-        return cls(_channels(x, image, 1), back, shaped, _numbered(len(x)))
-
-    @classmethod
-    def _of_array(cls, image: np.ndarray) -> Picture:
-        if image.ndim not in (2, 3, 4) or 0 in image.shape:
-            raise InputError(f"The image must be {KINDS}; got an array {image.shape}.")
-        x = _in_range(torch.from_numpy(np.array(image)))
-        x = x[None, None] if image.ndim == 2 else x.reshape(-1, *x.shape[-3:]).movedim(-1, 1)
-
-        def shaped(x: Tensor) -> np.ndarray:
-            array = _last(x)
-            return array if image.ndim == 4 else array[0] if image.ndim == 3 else array[0, ..., 0]
-
-        def back(x: Tensor) -> np.ndarray:
-            return shaped(to_uint8(x)) if image.dtype == np.uint8 else shaped(_unit(x))
-
-        return cls(_channels(x, image, image.ndim - 1), back, shaped, _numbered(len(x)))
+        return cls(_channels(x, given, -1 if last else 1), back, shaped, _numbered(len(x)))
 
 
 def _numbered(count: int) -> list[str]:

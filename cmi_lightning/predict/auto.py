@@ -26,6 +26,7 @@ from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.predict.batch import as_batch
 from cmi_lightning.predict.memory import keep_memory, out_of_memory, peak_memory
+from cmi_lightning.predict.processes import by_the_first
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.schedule import Level
 
@@ -85,16 +86,7 @@ def choose(module: PosteriorSampler, trainer: Any) -> Choice:
     data = trainer.datamodule
     if not _grows(data) and module.precision is None:
         return Choice()
-    choice, problem = module.chosen, None
-    if trainer.is_global_zero:
-        try:
-            with torch.no_grad():
-                choice = _measured(module, trainer, choice)
-        except Exception as error:  # the others wait for an answer
-            problem = error
-    choice, problem = trainer.strategy.broadcast((choice, problem))
-    if problem is not None:
-        raise problem
+    choice = by_the_first(trainer, lambda: _measured(module, trainer, module.chosen))
     if _grows(data):
         data.at_once = choice.batch_size
     return choice
@@ -104,6 +96,7 @@ def _grows(data: Any) -> bool:
     return getattr(data, "batch_size", None) == "auto"
 
 
+@torch.no_grad()
 def _measured(module: PosteriorSampler, trainer: Any, choice: Choice) -> Choice:
     """Return a choice with what it lacks, measured on the device."""
     data, fixed = trainer.datamodule, module.operator.images

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
-from cmi_lightning.predict.records import leave_if_orphaned
+from cmi_lightning.predict.processes import leave_if_orphaned
 
 if TYPE_CHECKING:
     from cmi_lightning.predict.module import PosteriorSampler

@@ -16,7 +16,6 @@ from cmi_lightning.predict.auto import earlier
 from cmi_lightning.predict.callback import recorders
 from cmi_lightning.predict.fingerprint import inputs
 from cmi_lightning.predict.folder import RunFolder
-from cmi_lightning.predict.records import RESULTS, refuse_foreign_logs, refuse_other
 
 if TYPE_CHECKING:
     from cmi_lightning.predict.module import PosteriorSampler
@@ -44,11 +43,11 @@ def check(module: PosteriorSampler, trainer: Any, datamodule: Any) -> None:
     if trainer.limit_predict_batches == 0:
         raise InputError("trainer.limit_predict_batches=0 leaves nothing to restore.")
     if recorders(trainer):
-        folder = Path(trainer.default_root_dir).expanduser()
-        RunFolder(folder).refuse_overlap(inputs(datamodule), RESULTS)
-        refuse_foreign_logs(trainer, folder)
-        if not module.overwrite and (folder / "run.json").is_file():
-            refuse_other(folder, module.fingerprint(trainer, datamodule))
+        folder = RunFolder(Path(trainer.default_root_dir).expanduser())
+        folder.refuse_overlap(inputs(datamodule))
+        folder.refuse_foreign_logs(trainer)
+        if not module.overwrite and (folder.path / "run.json").is_file():
+            folder.refuse_other(module.fingerprint(trainer, datamodule))
     given = getattr(datamodule, "given", None)
     if given and not getattr(datamodule, "takes_operator", False):
         refuse_operator(module.operator, f"the data are {given}")

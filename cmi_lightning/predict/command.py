@@ -9,7 +9,7 @@ from typing import Any
 from cmi_lightning.errors import InputError, first_line
 from cmi_lightning.files import make_folder, write
 from cmi_lightning.predict.options import lightning_cli, prediction_cli
-from cmi_lightning.predict.signals import end_at_sigterm
+from cmi_lightning.predict.processes import end_at_sigterm
 
 
 def predict(args: list[str]) -> int:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from cmi_lightning import files
 from cmi_lightning.errors import InputError, printable, wording
 from cmi_lightning.files import make_folder
+from cmi_lightning.predict.fingerprint import FREE, differences
 
+# The folders that callbacks make in a run's folder.
+RESULTS = (
+    *("restored", "draws", "std", "truth", "measurement"),
+    *("records", "features", "timings"),
+)
 LOCK, MANIFEST = ".lock", "manifest.txt"
 PATIENCE = 10.0  # seconds: workers of a killed process hold its lock for a while
 
@@ -111,12 +120,39 @@ class RunFolder:
                 self.tidy()
         self._lock.release(force=True)
 
-    def refuse_overlap(self, inputs: dict[str, Path], results: tuple[str, ...]) -> None:
-        """Refuse inputs that lie where the run writes.
+    def refuse_other(self, fingerprint: Mapping[str, str]) -> None:
+        """Refuse results of other options.
 
-        Args:
-            inputs: folders and files that are read, by option.
-            results: the names of the folders that a run makes.
+        Raises:
+            InputError: naming the options that differ.
+        """
+        try:
+            before = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return
+        before = {name: value for name, value in before.items() if name not in FREE}
+        if differ := differences(before, fingerprint):
+            raise InputError(
+                f"The folder '{self.path}' holds the results of other options: {differ}. Set "
+                f"another trainer.default_root_dir, or {afresh()}."
+            )
+
+    def refuse_foreign_logs(self, trainer: Any) -> None:
+        """Refuse a logger that writes into another run's folder.
+
+        Raises:
+            InputError: naming that folder.
+        """
+        for logger in trainer.loggers:
+            path = Path(getattr(logger, "save_dir", None) or self.path).expanduser()
+            if path.resolve() != self.path.resolve() and (path / "run.json").is_file():
+                raise InputError(
+                    f"trainer.logger writes into '{path}', the folder of another run: set its "
+                    "save_dir to trainer.default_root_dir."
+                )
+
+    def refuse_overlap(self, inputs: dict[str, Path]) -> None:
+        """Refuse inputs, by option, that lie where the run writes.
 
         Raises:
             InputError: naming the option.
@@ -125,7 +161,7 @@ class RunFolder:
         for option, given in inputs.items():
             path = given.resolve()
             inside = path.relative_to(here).parts if path.is_relative_to(here) else None
-            if inside == () or (inside and inside[0] in results):
+            if inside == () or (inside and inside[0] in RESULTS):
                 raise InputError(
                     f"{option}: '{printable(given)}' is where trainer.default_root_dir="
                     f"'{printable(self.path)}' puts results, which would replace it. Set another "

@@ -28,10 +28,10 @@ from cmi_lightning.predict.describe import DRAWS, described, short_name
 from cmi_lightning.predict.fingerprint import of_run
 from cmi_lightning.predict.memory import Parts
 from cmi_lightning.predict.misfit import Fits
+from cmi_lightning.predict.processes import end_at_sigterm
 from cmi_lightning.predict.readback import read_back
 from cmi_lightning.predict.records import Run
 from cmi_lightning.predict.restoration import Restoration, joined, nothing, restoring
-from cmi_lightning.predict.signals import end_at_sigterm
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDPM, Solver

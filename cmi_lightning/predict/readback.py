@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.data.images import read_image
-from cmi_lightning.linalg import norm
-from cmi_lightning.predict.restoration import Details, Restoration
+from cmi_lightning.predict.restoration import Details, Restoration, judged
 from cmi_lightning.problem import Problem
 from cmi_lightning.step import Cost
 
@@ -39,18 +38,13 @@ def read_back(
 
     restored = torch.stack([images([n for n in names if _is(n, "restored")]) for names in files])
     each = [[images([n]) for n in names if _is(n, "draws")] for names in files]
-    draws = torch.stack([torch.stack(x) for x in each]) if all(each) else None
-    some = restored[:, None] if draws is None else draws
-    single = [norm(problem.y - problem.operator(x)) for x in some.unbind(1)]
-    return Restoration(
+    draws = [torch.stack(x) for x in zip(*each, strict=True)] if all(each) else [restored]
+    return judged(
+        problem,
+        restored,
+        draws,
         id=[record["id"] for record in kept],
-        restored=restored,
-        measurement=problem.operator.guess(problem.y),
         truth=truth,
-        draws=draws,
-        residual=norm(problem.y - problem.operator(restored)),
-        residual_draws=torch.stack(single, 1),
-        noise_norm=problem.noise_norm,
         failed={record["id"]: record["failed"] for record in kept if record["failed"]},
         seconds=0.0,
         records=kept,

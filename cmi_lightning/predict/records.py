@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +17,9 @@ from cmi_lightning.data.files import natural
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import write_json
 from cmi_lightning.paths import inside
-from cmi_lightning.predict.fingerprint import FREE, differences, digest
+from cmi_lightning.predict.fingerprint import digest
 from cmi_lightning.predict.folder import RunFolder, afresh
+from cmi_lightning.predict.processes import by_the_first, leave_if_orphaned
 
 if TYPE_CHECKING:
     import lightning as L
@@ -29,45 +29,6 @@ if TYPE_CHECKING:
 # Seconds: between looks at the disk; for a network file system to show a new file; without a new
 # record, which no batch takes. A process that fails is noticed much sooner, by what started it.
 POLL, VISIBLE, PATIENCE = 0.5, 90.0, 6 * 3600.0
-
-# The folders that callbacks make in a run's folder.
-RESULTS = (
-    *("restored", "draws", "std", "truth", "measurement"),
-    *("records", "features", "timings"),
-)
-
-
-def refuse_other(folder: Path, fingerprint: Mapping[str, str]) -> None:
-    """Refuse a folder that belongs to another configuration.
-
-    Raises:
-        InputError: naming the options that differ.
-    """
-    try:
-        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return
-    before = {name: value for name, value in before.items() if name not in FREE}
-    if differ := differences(before, fingerprint):
-        raise InputError(
-            f"The folder '{folder}' holds the results of other options: {differ}. Set another "
-            f"trainer.default_root_dir, or {afresh()}."
-        )
-
-
-def refuse_foreign_logs(trainer: L.Trainer, folder: Path) -> None:
-    """Refuse a logger that writes into another run's folder.
-
-    Raises:
-        InputError: naming that folder.
-    """
-    for logger in trainer.loggers:
-        path = Path(getattr(logger, "save_dir", None) or folder).expanduser()
-        if path.resolve() != folder.resolve() and (path / "run.json").is_file():
-            raise InputError(
-                f"trainer.logger writes into '{path}', the folder of another run: set its save_dir "
-                "to trainer.default_root_dir."
-            )
 
 
 class Run:
@@ -118,27 +79,13 @@ class Run:
             return
         self.options = digest(sorted(fingerprint.items()))
         self._files = RunFolder(self.folder, trainer.global_rank)
-        problem: Exception | None = None
-        if trainer.is_global_zero:
-            try:
-                self._files.lock()
-                self._files.open()
-                if overwrite:
-                    self._files.remove_all()
-                self._files.tidy()
-                refuse_other(self.folder, fingerprint)
-                records = list(self._read_all())
-                self._refuse_strangers(records, overwrite)
-                write_json(self.folder / "run.json", {**fingerprint, **chosen})
-                for record in records:
-                    if all(r.recorded(record) for r in recorders):
-                        self.done[record["id"]] = record["input"]
-            except Exception as error:  # the others wait for an answer
-                problem = error
-        self.done, problem = trainer.strategy.broadcast((self.done, problem))
-        if problem is not None:
+        try:
+            self.done = by_the_first(
+                trainer, lambda: self._look_up(recorders, fingerprint, overwrite, chosen)
+            )
+        except Exception:
             self.close()
-            raise problem
+            raise
         started = time.monotonic()
         while not (self.folder / "run.json").is_file():
             if time.monotonic() - started > VISIBLE:
@@ -150,6 +97,26 @@ class Run:
         if not trainer.is_global_zero:
             self._files.read()
             self._files.open()
+
+    def _look_up(
+        self,
+        recorders: Sequence[SamplingCallback],
+        fingerprint: Mapping[str, str],
+        overwrite: bool,
+        chosen: Mapping[str, str],
+    ) -> dict[str, str]:
+        assert self._files is not None
+        self._files.lock()
+        self._files.open()
+        if overwrite:
+            self._files.remove_all()
+        self._files.tidy()
+        self._files.refuse_other(fingerprint)
+        records = list(self._read_all())
+        self._refuse_strangers(records, overwrite)
+        write_json(self._files.path / "run.json", {**fingerprint, **chosen})
+        done = [r for r in records if all(c.recorded(r) for c in recorders)]
+        return {record["id"]: record["input"] for record in done}
 
     def close(self, finished: bool = False) -> None:
         """Let other runs into the folder."""
@@ -294,12 +261,3 @@ class Run:
             leave_if_orphaned()
             time.sleep(POLL)
         trainer.strategy.barrier()
-
-
-_parent = os.getppid()
-
-
-def leave_if_orphaned() -> None:
-    """End this process if the one that started it, as a further rank, is gone."""
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0 and os.getppid() != _parent:
-        raise SystemExit(1)

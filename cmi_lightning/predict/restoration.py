@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -106,19 +106,34 @@ def restoring(
             failed.setdefault(name, (f"draw {k}: " if draws > 1 else "") + reason)
     seconds = (time.perf_counter() - started) / len(ids)  # of sampling, without A⁺y
     restored = found[0] if draws == 1 else torch.stack(found, 1).mean(1)
-    return Restoration(
+    return judged(
+        problem,
+        restored,
+        found,
         id=ids,
-        restored=restored,
-        measurement=problem.operator.guess(problem.y),
         truth=truth,
-        draws=torch.stack(found, 1) if draws > 1 else None,
-        residual=norm(problem.y - problem.operator(restored)),
-        residual_draws=torch.stack([norm(problem.y - problem.operator(x)) for x in found], 1),
-        noise_norm=problem.noise_norm,
         failed=failed,
         seconds=seconds,
         records=_new_records(problem, len(ids)),
         details=Details(problem, record, cost, peak_memory(like.device)),
+    )
+
+
+def judged(problem: Problem, restored: Tensor, found: list[Tensor], **other: Any) -> Restoration:
+    """Return a restoration with its measurement and residuals; ``found`` are its K draws."""
+    return cast(
+        "Restoration",
+        {
+            "restored": restored,
+            "measurement": problem.operator.guess(problem.y),
+            "draws": torch.stack(found, 1) if len(found) > 1 else None,
+            "residual": norm(problem.y - problem.operator(restored)),
+            "residual_draws": torch.stack(
+                [norm(problem.y - problem.operator(x)) for x in found], 1
+            ),
+            "noise_norm": problem.noise_norm,
+            **other,
+        },
     )
 
 
