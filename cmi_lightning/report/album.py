@@ -29,9 +29,14 @@ class Picture:
     height: int
 
     @property
+    def side(self) -> int:
+        """The longer side."""
+        return max(self.width, self.height)
+
+    @property
     def small(self) -> bool:
         """Whether its pixels are to be seen as such."""
-        return max(self.width, self.height) <= SMALL
+        return self.side <= SMALL
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class Example:
     truth: Picture | None
     measurement: Picture | None
     restored: Mapping[str, Mapping[Variant, Picture]]
+
+
+Sides = dict[str, list[tuple[Change, Example]]]  # "best" and "worst"
 
 
 class Album:
@@ -82,18 +90,15 @@ class Album:
         )
         return Example(name, truth, measurement, restored)
 
-    def extremes(
-        self,
-    ) -> dict[Task, list[tuple[Extremes, dict[str, list[tuple[Change, Example]]]]]]:
+    def extremes(self) -> dict[Task, list[tuple[Extremes, Sides]]]:
         """Return the best and the worst images that there are, by task, row and side."""
         shown = defaultdict(list)
         for task in self.results.tasks:
-            for entry in self.results.extremes:
-                if entry.task == task.key:
-                    sides = {"best": entry.best, "worst": entry.worst}
-                    there = {k: self._side(entry, v) for k, v in sides.items()}
-                    if any(there.values()):
-                        shown[task].append((entry, {k: v for k, v in there.items() if v}))
+            for entry in (entry for entry in self.results.extremes if entry.task == task.key):
+                sides = {"best": self._side(entry, entry.best)}
+                sides["worst"] = self._side(entry, entry.worst)
+                if there := {side: images for side, images in sides.items() if images}:
+                    shown[task].append((entry, there))
         return shown
 
     def _side(self, entry: Extremes, changes: tuple[Change, ...]) -> list[tuple[Change, Example]]:
@@ -104,7 +109,7 @@ class Album:
             both = image.restored.get(entry.method, {})
             if "base" in both and "cmi" in both:
                 shown.append((change, image))
-                if max(max(p.width, p.height) for p in both.values()) > LARGE:
+                if any(picture.side > LARGE for picture in both.values()):
                     break
         return shown
 
@@ -116,15 +121,12 @@ class Album:
         ordered = [path for path in ids if path in paths] + [p for p in paths if p not in ids]
         maps = []
         for path in ordered[:MAPS]:
-            std, mean, truth = (
-                self.picture(f"{draws.folder}/{kind}/{path}")
-                for kind in ("std", "restored", "truth")
-            )
+            kinds = {"truth": "truth", "mean": "restored", "std": "std"}
+            shown = {k: self.picture(f"{draws.folder}/{v}/{path}") for k, v in kinds.items()}
             name = ids.get(path, path.removesuffix(".png"))
-            if std and path in ids:
-                truth = self.example(draws.task, name, ()).truth or truth
-            if std:
-                maps.append({"id": name, "truth": truth, "mean": mean, "std": std})
+            truth = self.example(draws.task, name, ()).truth if path in ids else None
+            if shown["std"]:
+                maps.append({"id": name} | shown | ({"truth": truth} if truth else {}))
         return maps
 
 
@@ -154,23 +156,19 @@ class Gallery:
 
 def gallery(album: Album) -> Gallery | None:
     """Return the example images by task, or None without any restored one."""
-    results = album.results
-    every = {
-        task: [
-            album.example(task.key, n, results.methods) for n in results.examples.get(task.key, ())
-        ]
-        for task in results.tasks
-    }
-    tasks = {
-        t: shown for t, examples in every.items() if (shown := [e for e in examples if e.restored])
-    }
-    restorations = [example.restored for examples in tasks.values() for example in examples]
-    if not restorations:
+    results, tasks = album.results, {}
+    for task in results.tasks:
+        names = results.examples.get(task.key, ())
+        examples = [album.example(task.key, name, results.methods) for name in names]
+        if shown := [example for example in examples if example.restored]:
+            tasks[task] = shown
+    if not tasks:
         return None
-    numbers: dict[Picture, int] = {}
+    restorations = [example.restored for examples in tasks.values() for example in examples]
+    numbers: dict[Picture | None, int | None] = {None: None}
 
     def number(picture: Picture | None) -> int | None:
-        return None if picture is None else numbers.setdefault(picture, len(numbers))
+        return numbers.setdefault(picture, len(numbers) - 1)
 
     def entry(example: Example) -> dict[str, Any]:
         restored = {
@@ -184,17 +182,15 @@ def gallery(album: Album) -> Gallery | None:
     both = [m for m in methods if any({"base", "cmi"} <= set(r.get(m, ())) for r in restorations)]
     first = ([m for m in both if m != "none"] or both or methods)[0]
     labelled = [{"key": m, "default": m == first} | results.variant_labels(m) for m in methods]
-    entries = {task.key: [entry(e) for e in examples] for task, examples in tasks.items()}
     data = {
-        "images": [[p.uri, p.width, p.height] for p in numbers],
-        "tasks": entries,
+        "tasks": {task.key: [entry(e) for e in examples] for task, examples in tasks.items()},
+        "images": [[p.uri, p.width, p.height] for p in numbers if p],
         "methods": labelled,
         "small": SMALL,
     }
-    variants = [
-        v for v in VARIANTS if any(v in r for restored in restorations for r in restored.values())
-    ]
-    names = {"base": "base", "descent": "base with descent", "equal": "base, equal passes"}
-    sides = [("measurement", "measurement", True), ("base", "base", False)]
-    sides += [(v, names[v], False) for v in ("descent", "equal") if v in variants]
-    return Gallery(tasks, labelled, variants, [*sides, ("truth", "truth", False)], data)
+    there = {v for restored in restorations for pictures in restored.values() for v in pictures}
+    variants = [variant for variant in VARIANTS if variant in there]
+    before = {"base": "base", "descent": "base with descent", "equal": "base, equal passes"}
+    others = [(v, name, False) for v, name in before.items() if v == "base" or v in variants]
+    sides = [("measurement", "measurement", True), *others, ("truth", "truth", False)]
+    return Gallery(tasks, labelled, variants, sides, data)
