@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,14 +13,12 @@ from cmi_lightning.report.verdicts import fixed, mean_text, short, verdicts
 from cmi_lightning.statistics import Estimate
 
 Counts = Mapping[str, int]
+KINDS = tuple(itertools.product(ADDED, AGAINST))  # of comparisons: ("cmi", "base")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How often a variant is better, undecided or worse on a metric, by what it is compared with.
-
-    ``counts`` is by the variant and what it is compared with: ("cmi", "base").
-    """
+    """How often a variant is better, undecided or worse on a metric, by kind of comparison."""
 
     metric: Metric
     counts: Mapping[tuple[str, str], Counts]
@@ -31,12 +30,10 @@ def outcomes(results: Results) -> list[Outcome]:
     shown = []
     for metric in results.metrics:
         counts: dict[tuple[str, str], Counts] = {}
-        for variant in ADDED:
-            for against in AGAINST:
-                names = [v.outcome for v in verdicts(results, metric, against, variant)]
-                if names:
-                    every = {name: names.count(name) for name in ("better", "undecided", "worse")}
-                    counts[variant, against] = every | {"all": len(names)}
+        for variant, against in KINDS:
+            if names := [v.outcome for v in verdicts(results, metric, against, variant)]:
+                every = {name: names.count(name) for name in ("better", "undecided", "worse")}
+                counts[variant, against] = every | {"all": len(names)}
         if counts:
             shown.append(Outcome(metric, counts, _spread(results, metric)))
     return shown
@@ -47,10 +44,7 @@ def _spread(results: Results, metric: Metric) -> str:
     if not differences:
         return ""
     unit = f" {metric.unit}" if metric.unit else ""
-    middle, low, high = (
-        fixed(v, metric.digits + 1, True)
-        for v in (median(differences), min(differences), max(differences))
-    )
+    middle, low, high = (fixed(f(differences), metric.digits + 1, True) for f in (median, min, max))
     if len(differences) == 1:
         return f"Difference from the base {middle}{unit}"
     return f"Median difference from the base {middle}{unit}; the cells’ range from {low} to {high}"
@@ -61,28 +55,25 @@ def sentences(results: Results, outcomes: list[Outcome]) -> Iterator[str]:
     several = len(results.metrics) > 1
     pooled = "The counts pool the metrics; each metric and each" if several else "Each"
     last = f" {pooled} kind of comparison has Holm’s correction for itself."
-    for variant, word in ADDED.items():
-        for against in AGAINST:
-            counts = [
-                o.counts[variant, against] for o in outcomes if (variant, against) in o.counts
-            ]
-            if not counts:
-                continue
-            total = {name: sum(c[name] for c in counts) for name in counts[0]}
-            cells = max(c["all"] for c in counts)
-            first = (
-                f"Over {_count(len(results.metrics), 'metric')} and {_count(cells, 'cell')}, "
-                f"{word} is significantly better than the same method without it"
-                if against == "base"
-                else "Against the method given as many network passes as CMI takes, with the step "
-                f"sizes found for the shorter run, {'it' if variant == 'cmi' else word} is "
-                "significantly better"
-            )
-            yield (
-                f"{first} in {total['better']} of {_count(total['all'], 'comparison')}, worse in "
-                f"{total['worse']}, and {total['undecided']} are undecided.{last}"
-            )
-            last = ""
+    for kind in KINDS:
+        if not (counts := [o.counts[kind] for o in outcomes if kind in o.counts]):
+            continue
+        variant, against = kind
+        total = {name: sum(c[name] for c in counts) for name in counts[0]}
+        cells, word = max(c["all"] for c in counts), ADDED[variant]
+        first = (
+            f"Over {_count(len(results.metrics), 'metric')} and {_count(cells, 'cell')}, "
+            f"{word} is significantly better than the same method without it"
+            if against == "base"
+            else "Against the method given as many network passes as CMI takes, with the step "
+            f"sizes found for the shorter run, {'it' if variant == 'cmi' else word} is "
+            "significantly better"
+        )
+        yield (
+            f"{first} in {total['better']} of {_count(total['all'], 'comparison')}, worse in "
+            f"{total['worse']}, and {total['undecided']} are undecided.{last}"
+        )
+        last = ""
 
 
 def _count(number: int, thing: str) -> str:
@@ -96,11 +87,8 @@ def cost(results: Results) -> str:
     parts = []
     for name, words in (("passes", "network passes"), ("seconds", "seconds")):
         costs = [(getattr(cmi, name), getattr(base, name)) for cmi, base in pairs if base]
-        ratios = [a / b for a, b in costs if a is not None and b]
-        if ratios:
-            low, middle, high = (
-                short(round(v, 2)) for v in (min(ratios), median(ratios), max(ratios))
-            )
+        if ratios := [a / b for a, b in costs if a is not None and b]:
+            low, middle, high = (short(round(f(ratios), 2)) for f in (min, median, max))
             between = "" if low == high else f" ({low} to {high})"
             parts.append(f"{middle} times{between} the {words}")
     if not parts:
@@ -120,16 +108,12 @@ def trials(search: Search) -> list[tuple[str, str, bool]]:
     """Return the step sizes tried, in order: the value, what it gave, whether it is used."""
     errors = [trial.standard_error for trial in search.trials.values() if trial.standard_error]
     digits = max(2, min(4, 1 - math.floor(math.log10(min(errors))))) if errors else 2
-    return [
-        (
-            value,
-            "broke an image"
-            if trial.mean is None
-            else mean_text(Estimate(trial.mean, trial.standard_error), digits),
-            float(value) == search.chosen,
-        )
-        for value, trial in sorted(search.trials.items(), key=lambda item: float(item[0]))
-    ]
+    told = []
+    for value, trial in sorted(search.trials.items(), key=lambda item: float(item[0])):
+        mean = mean_text(Estimate(trial.mean, trial.standard_error), digits)
+        text = "broke an image" if trial.mean is None else mean
+        told.append((value, text, float(value) == search.chosen))
+    return told
 
 
 def tried_on(results: Results) -> int | None:

@@ -6,6 +6,7 @@ import contextlib
 import platform
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -15,15 +16,7 @@ from typing import Any
 import torch
 
 from cmi_lightning.report import results as reported
-from cmi_lightning.report.results import (
-    ADDED,
-    Change,
-    Comparison,
-    Draws,
-    Extremes,
-    Metric,
-    Results,
-)
+from cmi_lightning.report.results import ADDED, Change, Comparison, Draws, Extremes, Metric, Results
 from cmi_lightning.statistics import Estimate
 from cmi_lightning.table.cells import MEASURED, METRICS, Key, StartedCell, started_cells
 from cmi_lightning.table.comparisons import compare
@@ -46,6 +39,9 @@ def aggregate(table: Table, config: str = "", command: str = "") -> Results:
     """
     cells = started_cells(table)
     metrics = _metrics(cells)
+    by_task: dict[str, list[StartedCell]] = defaultdict(list)
+    for (task, *_), started in cells.items():
+        by_task[task].append(started)
     comparisons = compare(table, cells, metrics)
     read = [(cell, read_json(cell.folder / "posterior.json")) for cell in table.posterior_cells()]
     posterior = [(cell, summary) for cell, summary in read if summary]
@@ -70,10 +66,10 @@ def aggregate(table: Table, config: str = "", command: str = "") -> Results:
         tasks=tuple(reported.Task(key, task.label) for key, task in table.tasks.items()),
         methods=tuple(table.methods),
         cells=tuple(_cell(table, key, started, metrics) for key, started in cells.items()),
-        measured=_measured(cells, metrics),
+        measured={t: started[0].estimates(metrics, MEASURED) for t, started in by_task.items()},
         comparisons=comparisons,
         posterior=tuple(_draws(table, cell, summary) for cell, summary in posterior),
-        examples=_examples(table, cells),
+        examples={t: _common(started)[: table.examples] for t, started in by_task.items()},
         extremes=tuple(_extremes(cells, comparisons, metrics)),
     )
 
@@ -82,8 +78,7 @@ def _metrics(cells: Cells) -> tuple[Metric, ...]:
     """Return the metrics that some cell has; a network's name belongs to the metrics'."""
     every = cells.values()
     there = {m.key for m in METRICS if any(c.values(m.key) for c in every)}
-    if any(c.fid() is not None for c in every):
-        there.add("fid")
+    there |= {"fid" for c in every if c.fid() is not None}
     if any(c.embeddings(list(c.records)[:1]) for c in every if c.records):
         there |= {"frechet", "kernel"}
     files = (read_json(c.cell.folder / "features.json") for c in every)
@@ -107,26 +102,19 @@ def _cell(table: Table, key: Key, started: StartedCell, metrics: Sequence[Metric
     )
 
 
-def _measured(cells: Cells, metrics: Sequence[Metric]) -> dict[str, dict[str, Estimate]]:
-    """Return the metrics of A⁺y, from the first cell of each task."""
-    first: dict[str, StartedCell] = {}
-    for (task, _, _), started in cells.items():
-        first.setdefault(task, started)
-    return {task: started.estimates(metrics, MEASURED) for task, started in first.items()}
-
-
 def _draws(table: Table, cell: Cell, summary: Mapping[str, Any]) -> Draws:
     from cmi_lightning.callbacks.images import WHITE_STD
 
     def estimate(entry: Mapping[str, Any]) -> Estimate:
         return Estimate(entry["value"], entry["standard_error"])
 
+    coverage = summary["coverage"]
     return Draws(
         *(cell.task, cell.method, cell.variant, cell.label),
         images=summary["images"],
         draws=summary["draws"],
-        coverage={p: estimate(entry) for p, entry in summary["coverage"].items()},
-        expected={p: entry["expected"] for p, entry in summary["coverage"].items()},
+        coverage={percent: estimate(entry) for percent, entry in coverage.items()},
+        expected={percent: entry["expected"] for percent, entry in coverage.items()},
         spread_skill=estimate(summary["spread_skill"]),
         residual=estimate(summary["residual"]),
         white=WHITE_STD,
@@ -134,14 +122,10 @@ def _draws(table: Table, cell: Cell, summary: Mapping[str, Any]) -> Draws:
     )
 
 
-def _examples(table: Table, cells: Cells) -> dict[str, tuple[str, ...]]:
-    """Return the first images that all cells of a task have."""
-    shown = {}
-    for task in dict.fromkeys(key[0] for key in cells):
-        first, *others = (started.records for key, started in cells.items() if key[0] == task)
-        common = [name for name in first if all(name in records for records in others)]
-        shown[task] = tuple(common[: table.examples])
-    return shown
+def _common(cells: Sequence[StartedCell]) -> tuple[str, ...]:
+    """Return the images that all cells have."""
+    first, *others = (started.records for started in cells)
+    return tuple(name for name in first if all(name in records for records in others))
 
 
 def _extremes(
@@ -156,8 +140,8 @@ def _extremes(
         changes = {name: mine[name] - theirs[name] for name in mine if name in theirs}
         order = sorted(changes, key=lambda name: -metric.sign * changes[name])
         best, worst = (
-            tuple(Change(name, changes[name]) for name in names)
-            for names in (order[:EXTREMES], order[: -EXTREMES - 1 : -1])
+            tuple(Change(name, changes[name]) for name in names[:EXTREMES])
+            for names in (order, order[::-1])
         )
         yield Extremes(c.task, c.method, metric.key, best, worst)
 
@@ -176,8 +160,7 @@ def _notes(
         yield "No cell has finished an image yet."
         return
     images = {key: len(started.all) for key, started in cells.items()}
-    short = [n for key, n in images.items() if n < table.limit(key[2], table.images)]
-    if short:
+    if short := [n for key, n in images.items() if n < table.limit(key[2], table.images)]:
         yield (
             f"The run is not finished (or there are no more images): {len(short)} of {len(cells)} "
             f"rows have fewer images than wanted, the shortest {min(short)}; with and without CMI "
@@ -221,8 +204,7 @@ def _notes(
         )
     for word in ADDED.values():
         every = [(name, s) for searches in study.values() for name, s in searches.items()]
-        searches = [s for name, s in every if name.startswith(f"{word}+")]
-        if searches:
+        if searches := [s for name, s in every if name.startswith(f"{word}+")]:
             zero = sum(search.winner == 0 for search in searches)
             what = "CMI" if word == "CMI" else f"{word} of CMI"
             yield (
@@ -233,16 +215,11 @@ def _notes(
 
 def _study(table: Table) -> Study:
     """Return what ``tune`` tried for the table's rows and chose, where the table uses it."""
-    if not (study := read_study(table)):
-        return {}
-    return {
-        task: {
-            name: search
-            for name, search in study.get(task, {}).items()
-            if table.step_sizes.get(task, {}).get(name) == search.chosen
-        }
-        for task in dict.fromkeys(task for task, _ in table.rows())
-    }
+    study, used = read_study(table), {}
+    for task in dict.fromkeys(task for task, _ in table.rows()):
+        sizes, searches = table.step_sizes.get(task, {}), study.get(task, {})
+        used[task] = {name: s for name, s in searches.items() if sizes.get(name) == s.chosen}
+    return used if study else {}
 
 
 def _environment() -> dict[str, str]:

@@ -71,15 +71,14 @@ def tune(args: Sequence[str]) -> int:
 
 def rounds(table: Table) -> list[list[Job]]:
     """Return the work of a table, in rounds that each go over all cells that want more images."""
-    work = []
+    work: list[list[Job]] = []
     for before in range(0, table.images, table.round):
         images = min(before + table.round, table.images)
-        part = []
+        work.append([])
         for task, method in table.rows():
             every = table.variants(method)
             wanted = [v for v in every if table.limit(v, table.images) > before]
-            part.append(Job(tuple(table.cell(task, method, v) for v in wanted), images))
-        work.append(part)
+            work[-1].append(Job(tuple(table.cell(task, method, v) for v in wanted), images))
     return work
 
 
@@ -112,15 +111,13 @@ def table(args: Sequence[str]) -> int:
     spec, text = parse(args, "table")
     command = shlex.join(["cmi-lightning", "table", *args])
     first = first_process()
-    posterior = list(spec.posterior_cells())
     work = rounds(spec)
-    check(spec, [cell for job in work[0] for cell in job.cells] + posterior)
+    if spec.posterior is not None:
+        work.append([Job((cell,), spec.posterior.images) for cell in spec.posterior_cells()])
+    check(spec, [cell for part in (work[0], work[-1]) for job in part for cell in job.cells])
     if first and _other_sizes_were_chosen(spec):
         print(f"The step sizes that were found are not used: add -c {spec.folder}/step_sizes.yaml")
-    if posterior and spec.posterior is not None:
-        work.append([Job((cell,), spec.posterior.images) for cell in posterior])
-    if spec.report_only:
-        work = [[]]
+    work = [[]] if spec.report_only else work
     jobs = [job for part in work for job in part]
     printer = ProgressPrinter(spec, sum(len(job.cells) for job in jobs))
     printer.expect(jobs)
@@ -170,30 +167,25 @@ def _at_work(table: Table) -> Iterator[None]:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)
-    with contextlib.ExitStack() as stack:
-        if not table.report_only and first_process():  # files are written whole: a look is safe
-            stack.callback(_alone(table).release)
-        try:
-            yield
-        except (KeyboardInterrupt, SystemExit) as stop:
-            code = stop.code if isinstance(stop, SystemExit) else 130
-            print(
-                f"cmi-lightning: stopped; what is done is in '{table.folder}'. Run the same "
-                "command again to go on.",
-                file=sys.stderr,
-            )
-            raise SystemExit(code) from None
-
-
-def _alone(table: Table) -> FileLock:
-    make_folder(table.folder, "output")
     lock = FileLock(table.folder / ".lock")
-    with contextlib.suppress(NotImplementedError):  # a file system without locks
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise InputError(
-                f"Another command is at work in '{table.folder}': wait for it, or set another "
-                "output."
-            ) from error
-    return lock
+    if not table.report_only and first_process():  # files are written whole: a look is safe
+        make_folder(table.folder, "output")
+        with contextlib.suppress(NotImplementedError):  # a file system without locks
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise InputError(
+                    f"Another command is at work in '{table.folder}': wait for it, or set another "
+                    "output."
+                ) from error
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        print(
+            f"cmi-lightning: stopped; what is done is in '{table.folder}'. Run the same command "
+            "again to go on.",
+            file=sys.stderr,
+        )
+        raise SystemExit(stop.code if isinstance(stop, SystemExit) else 130) from None
+    finally:
+        lock.release()

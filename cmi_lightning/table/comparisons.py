@@ -11,12 +11,7 @@ import numpy as np
 
 from cmi_lightning.report.results import Comparison, Difference, Metric, Variant
 from cmi_lightning.table.cells import Key, StartedCell
-from cmi_lightning.table.resampling import (
-    bootstrap_interval,
-    holm,
-    interval_and_p,
-    sign_flip_p,
-)
+from cmi_lightning.table.resampling import bootstrap_interval, holm, interval_and_p, sign_flip_p
 from cmi_lightning.table.spec import Table
 
 COMPARED: tuple[tuple[Variant, Variant], ...] = (
