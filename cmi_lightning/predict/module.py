@@ -66,7 +66,7 @@ class PosteriorSampler(L.LightningModule):
         overwrite: start afresh in a folder that has results: what a run wrote there is removed.
         tile: side of the windows in which :class:`cmi_lightning.denoisers.Tiled` sees the image.
             None tiles where a network of one size gets larger images, and only there.
-        precision: of the network. None is the trainer's. "auto" measures two steps and takes the
+        precision: of the network. None is the trainer's. "auto" measures a few steps and takes the
             faster of float32 and bfloat16 (:func:`cmi_lightning.predict.auto.faster`).
         compile: run the network through ``torch.compile``; docs/speed.md says what that gains.
 
