@@ -15,7 +15,6 @@ from cmi_lightning.operators import (
     Convolution,
     Inpaint,
     LinearOperator,
-    Operator,
     from_deepinv,
     from_functions,
 )
@@ -41,7 +40,7 @@ def backward(y: Tensor) -> Tensor:
     return (y @ MATRIX).reshape(-1, 1, 4, 4)
 
 
-def test_functions_are_an_operator() -> None:
+def test_functions_are_an_operator():
     x, y = draw(2, 1, 4, 4), draw(2, 6, seed=1)
     A = from_functions(forward, backward).bind((1, 4, 4), NOISE, x)
     derived = from_functions(forward).bind((1, 4, 4), NOISE, x)
@@ -52,7 +51,7 @@ def test_functions_are_an_operator() -> None:
     expected = (y @ inverse.mT).reshape(x.shape)
     torch.testing.assert_close(A.pinv(y), expected, rtol=1e-3, atol=1e-4)
     given = from_functions(forward, pinv=lambda y: (y @ inverse.mT).reshape(-1, 1, 4, 4))
-    assert torch.equal(given.pinv(y), expected)  # type: ignore[attr-defined]
+    assert torch.equal(given.pinv(y), expected)
     curved = from_functions(torch.tanh, linear=False)
     torch.testing.assert_close(curved.vjp(x, x), x * (1 - torch.tanh(x) ** 2))
 
@@ -69,7 +68,7 @@ def test_functions_are_an_operator() -> None:
         (lambda: from_functions(torch.tanh, backward, linear=False), "no At or pinv"),
     ],
 )
-def test_wrong_functions(make: Callable[[], Operator], words: str) -> None:
+def test_wrong_functions(make, words):
     x = draw(2, 1, 4, 4)
     with pytest.raises(InputError, match=words):
         Problem.simulate(x, make(), 0.1, NOISE)
@@ -119,7 +118,7 @@ PHYSICS: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {
 
 @pytest.mark.filterwarnings("ignore:Complex modules")
 @pytest.mark.parametrize("name", PHYSICS)
-def test_physics_run(name: str) -> None:
+def test_physics_run(name):
     """DPS, ΠGDM and CMI on each, on a Gaussian prior; measurements are deepinv's own."""
     shape, make = PHYSICS[name]
     with torch.random.fork_rng():
@@ -129,9 +128,9 @@ def test_physics_run(name: str) -> None:
     operator = from_deepinv(physics, "autograd" if name == "hyperspectral" else "deepinv")
     problem = Problem.simulate(x, operator, 0.05, NOISE)
     bound = problem.operator
-    if not bound.real:  # type: ignore[attr-defined]
+    if not bound.real:
         theirs = physics.A(x) if name != "phase-retrieval" else physics.A(x.to(torch.cfloat))
-        ours = bound.to_ours(theirs)  # type: ignore[attr-defined]
+        ours = bound.to_ours(theirs)
         torch.testing.assert_close(bound(x), ours, rtol=1e-4, atol=1e-4)
     assert isinstance(bound, LinearOperator) == (name != "phase-retrieval")
     assert not problem.y.is_complex()
@@ -142,7 +141,7 @@ def test_physics_run(name: str) -> None:
         assert bool(restored.isfinite().all())
 
 
-def test_equals_ours() -> None:
+def test_equals_ours():
     mask, kernel = draw(1, 8, 8) > 0, torch.rand(1, 3, 5)
     kernel = kernel / kernel.sum()
     x = draw(2, 3, 8, 8)
@@ -161,7 +160,7 @@ def test_equals_ours() -> None:
     torch.testing.assert_close(blur.pinv(same(x)), same.pinv(same(x)), rtol=1e-2, atol=1e-2)
 
 
-def test_images_from_0_to_1_and_noise() -> None:
+def test_images_from_0_to_1_and_noise():
     u = torch.rand(2, 3, 8, 8)
     operator = from_deepinv(P.Blur(torch.ones(1, 1, 3, 3) / 9, padding="circular"))
     bound = operator.bind((3, 8, 8), NOISE, u)
@@ -176,7 +175,7 @@ def test_images_from_0_to_1_and_noise() -> None:
         assert from_deepinv(P.Denoising(theirs)).noise == ours
 
 
-def test_images_that_do_not_suit_the_physics() -> None:
+def test_images_that_do_not_suit_the_physics():
     operator = from_deepinv(P.Inpainting((3, 8, 8), draw(3, 8, 8) > 0))
     with pytest.raises(InputError, match=r"deepinv's Inpainting does not take images \(3, 6, 6\)"):
         Problem.simulate(draw(2, 3, 6, 6), operator, 0.1, NOISE)

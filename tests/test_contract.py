@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from cmi_lightning.denoisers import Autocast, Denoiser
+from cmi_lightning.denoisers import Autocast
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import CMI, DPS, DSG, MCG, MomentMatching, PiGDM
 from cmi_lightning.information import Estimator, Lanczos, TraceLimit
@@ -95,7 +95,7 @@ def garments(shipped_images) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(NAMES, THRIFTY)
-def test_on_the_shipped_prior(prior: Denoiser, garments, base, cmi, operator, solver):
+def test_on_the_shipped_prior(prior, garments, base, cmi, operator, solver):
     sampler = Sampler(prior, solver, guidances_of(base, cmi), FEW)
     ids = ["a", "b", "c", "d"]
     record = restore(sampler, operator, garments, ids)

@@ -19,7 +19,7 @@ from cmi_lightning.solvers import DDPM
 LONG = torch.float64
 
 
-def test_counts_are_the_quantiles_of_poissons_law() -> None:
+def test_counts_are_the_quantiles_of_poissons_law():
     z = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=LONG)
     rate = torch.cat([torch.linspace(0, 30, 200), torch.logspace(1.5, 5, 200)]).to(LONG)
     expected = stats.poisson.ppf(stats.norm.cdf(z.numpy()), rate.numpy())
@@ -28,7 +28,7 @@ def test_counts_are_the_quantiles_of_poissons_law() -> None:
 
 
 @pytest.mark.parametrize("noise", [PoissonNoise(40.0), PoissonGaussianNoise(40.0, 0.1, "unit")])
-def test_variance_is_that_of_the_draws(noise: PoissonNoise) -> None:
+def test_variance_is_that_of_the_draws(noise):
     x = torch.tensor([-0.8, 0.0, 0.7]).reshape(1, 1, 1, 3).expand(1, 1, 8000, 3)
     y = Problem.simulate(x, Identity(), noise, SampleNoise(0, ["a"])).y[0, 0]
     extra = 0.04 if isinstance(noise, PoissonGaussianNoise) else 0.0
@@ -38,7 +38,7 @@ def test_variance_is_that_of_the_draws(noise: PoissonNoise) -> None:
     assert torch.allclose((noise.std(y) ** 2).mean(0), variance, rtol=0.06)
 
 
-def test_noise_belongs_to_the_sample_and_to_measured_entries() -> None:
+def test_noise_belongs_to_the_sample_and_to_measured_entries():
     x = torch.rand(2, 1, 8, 8) * 2 - 1
     both = Problem.simulate(x, RandomMask(0.5), PoissonNoise(20), SampleNoise(0, ["a", "b"]))
     alone = Problem.simulate(x[1:], RandomMask(0.5), PoissonNoise(20), SampleNoise(0, ["b"]))
@@ -61,9 +61,7 @@ def photons(dense: Dense) -> tuple[GaussianPrior, Problem]:
     return prior, problem
 
 
-def test_the_guided_mean_is_the_exact_posterior_mean(
-    photons: tuple[GaussianPrior, Problem],
-) -> None:
+def test_the_guided_mean_is_the_exact_posterior_mean(photons):
     """Where x_t holds nothing of x₀, E[x₀ | x_t, y] is E[x₀ | y] with the counts' std map."""
     prior, problem = photons
     step = make_step(prior, problem.operator, 999, 2)
@@ -76,9 +74,7 @@ def test_the_guided_mean_is_the_exact_posterior_mean(
             torch.testing.assert_close(mean[row].detach(), exact.mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_draws_have_the_exact_posteriors_mean_and_variance(
-    photons: tuple[GaussianPrior, Problem],
-) -> None:
+def test_draws_have_the_exact_posteriors_mean_and_variance(photons):
     prior, problem = photons
     count = 1200
     many = Problem(
@@ -95,7 +91,7 @@ def test_draws_have_the_exact_posteriors_mean_and_variance(
     assert torch.allclose(x.std(0), sd, rtol=0.12)
 
 
-def test_dps_weighs_residuals_by_their_noise(photons: tuple[GaussianPrior, Problem]) -> None:
+def test_dps_weighs_residuals_by_their_noise(photons):
     prior, problem = photons
     step = make_step(prior, problem.operator, 300, 2)
     step.problem = problem
@@ -111,7 +107,7 @@ def test_dps_weighs_residuals_by_their_noise(photons: tuple[GaussianPrior, Probl
     torch.testing.assert_close(residual_gradient(same), residual_gradient(plain))
 
 
-def test_cmi_runs_on_counts(photons: tuple[GaussianPrior, Problem]) -> None:
+def test_cmi_runs_on_counts(photons):
     prior, problem = photons
     noise, like = SampleNoise(0, ["a", "b"]), torch.zeros(2, *SHAPE, dtype=LONG)
     assert bool(
@@ -128,6 +124,6 @@ def test_cmi_runs_on_counts(photons: tuple[GaussianPrior, Problem]) -> None:
         (lambda: GaussianNoise(float("nan")), "GaussianNoise.sigma must be a number, at least 0"),
     ],
 )
-def test_bad_noise(make: object, words: str) -> None:
+def test_bad_noise(make, words):
     with pytest.raises(InputError, match=words):
-        make()  # type: ignore[operator]
+        make()

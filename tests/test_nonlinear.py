@@ -59,7 +59,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_derivatives_are_the_dense_ones() -> None:
+def test_derivatives_are_the_dense_ones():
     x, u, v = draw(2, *SHAPE), draw(2, *SHAPE, seed=1), draw(2, 3, seed=2)
     A = Cubed()
     J = torch.stack(
@@ -76,7 +76,7 @@ def test_derivatives_are_the_dense_ones() -> None:
     torch.testing.assert_close(linear.value, A(x))
 
 
-def test_composition_follows_the_chain_rule(dense: Dense) -> None:
+def test_composition_follows_the_chain_rule(dense):
     x, v = draw(2, *SHAPE), draw(2, 3, seed=1)
 
     class Square(Operator):
@@ -95,12 +95,12 @@ def test_composition_follows_the_chain_rule(dense: Dense) -> None:
         torch.testing.assert_close(linear.value, A(x))
     both = Dense(draw(2, 3, seed=3)) @ dense
     assert isinstance(both, LinearOperator)
-    matrix = both.outer.matrix @ dense.matrix  # type: ignore[attr-defined]
+    matrix = both.outer.matrix @ dense.matrix
     whole = Dense(matrix, SHAPE)
     torch.testing.assert_close(both.pinv(draw(2, 2)), whole.pinv(draw(2, 2)), rtol=1e-5, atol=1e-6)
 
 
-def test_composition_binds_both_and_keeps_measured_entries() -> None:
+def test_composition_binds_both_and_keeps_measured_entries():
     noise, x = SampleNoise(0, ["a", "b"]), draw(2, 1, 8, 8)
     problem = Problem.simulate(x, RandomMask(0.5) @ Identity(), 0.1, noise)
     alone = Problem.simulate(x, RandomMask(0.5), 0.1, noise)
@@ -109,9 +109,7 @@ def test_composition_binds_both_and_keeps_measured_entries() -> None:
 
 
 @pytest.mark.parametrize("guidances", [[DPS()], [DSG()], [CMI(), DPS()], [PiGDM()]], ids=str)
-def test_a_linear_operator_that_does_not_say_so_gives_the_same_run(
-    dense: Dense, guidances: list
-) -> None:
+def test_a_linear_operator_that_does_not_say_so_gives_the_same_run(dense, guidances):
     prior = GaussianPrior(draw(*SHAPE))
     noise, x = SampleNoise(0, ["a", "b"]), draw(2, *SHAPE, seed=1)
     runs = [
@@ -123,14 +121,14 @@ def test_a_linear_operator_that_does_not_say_so_gives_the_same_run(
     torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-6)
 
 
-def test_residual_gradient_is_autograds(mixture: GaussianMixture) -> None:
+def test_residual_gradient_is_autograds(mixture):
     step = make_step(mixture, Cubed())
     norms = torch.linalg.vector_norm(step.problem.y - Cubed()(step.x0), dim=1)
     torch.testing.assert_close(residual_gradient(step), step.grad(norms))
     assert step.residual.requires_grad
 
 
-def test_every_guidance_runs_or_refuses(mixture: GaussianMixture) -> None:
+def test_every_guidance_runs_or_refuses(mixture):
     noise, x = SampleNoise(0, ["a", "b"]), draw(2, *SHAPE)
     problem = Problem.simulate(x, Cubed(), 0.1, noise)
     for guidances in (
@@ -159,7 +157,7 @@ def test_every_guidance_runs_or_refuses(mixture: GaussianMixture) -> None:
 DERIVED = ("autograd", "difference")
 
 
-def test_information_is_that_of_the_linearised_operator(mixture: GaussianMixture) -> None:
+def test_information_is_that_of_the_linearised_operator(mixture):
     """Exact with every Krylov dimension, and equal to the dense value of A' = ∂A/∂x at x̂₀."""
     step = make_step(mixture, Cubed())
     estimate = Lanczos(probes=100, krylov=3)(step)
@@ -213,9 +211,7 @@ class Detached(Operator):
         (Detached(), "Detached is not differentiable: its result has no gradient. Write"),
     ],
 )
-def test_operators_that_cannot_be_used(
-    mixture: GaussianMixture, operator: Operator, words: str
-) -> None:
+def test_operators_that_cannot_be_used(mixture, operator, words):
     noise, x = SampleNoise(0, ["a", "b"]), draw(2, *SHAPE)
     with pytest.raises(InputError, match=words):
         Sampler(mixture, DDPM(), [DPS()], 6).run(
@@ -225,7 +221,7 @@ def test_operators_that_cannot_be_used(
         Sampler(mixture, DDPM(), [DPS()], 6).run(Problem(x, operator, 0.1), noise, x)
 
 
-def test_operators_are_bound_where_they_meet_images(mixture: GaussianMixture) -> None:
+def test_operators_are_bound_where_they_meet_images(mixture):
     noise, x = SampleNoise(0, ["a", "b"]), draw(2, *SHAPE)
     sampler = Sampler(mixture, DDPM(), [DPS()], 6)
     problem = Problem.simulate(x, RandomMask(0.5), 0.1, noise)
@@ -255,7 +251,7 @@ SHAPES = [(1, 9, 6), (3, 8, 8), (4, 5, 7)]
 
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_contract(name: str, shape: tuple[int, int, int]) -> None:
+def test_contract(name, shape):
     """Derivatives against finite differences, dtype, shape of the guess, and samples apart."""
     x = 0.9 * torch.tanh(draw(2, *shape))
     noise = SampleNoise(0, ["a", "b"])
@@ -287,7 +283,7 @@ TASKS = [name for name in configs.summaries() if name.startswith("task/")]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_runs_with_dps_dsg_and_cmi(task: str) -> None:
+def test_every_task_runs_with_dps_dsg_and_cmi(task):
     """Every section of task.yaml, made as the command line makes it, on an exact prior."""
     text = (configs.FOLDER / "task.yaml").read_text(encoding="utf-8")
     model = OmegaConf.to_container(OmegaConf.create(text)[task.removeprefix("task/")].model)
@@ -309,7 +305,7 @@ def test_every_task_runs_with_dps_dsg_and_cmi(task: str) -> None:
             assert bool(restored.isfinite().all())
 
 
-def test_definitions() -> None:
+def test_definitions():
     x = 0.9 * torch.tanh(draw(1, 1, 8, 8))
     u = (x + 1) / 2
     assert torch.equal(HDR(2.0)(x), (2 * x).clamp(-1, 1))
@@ -333,7 +329,7 @@ def test_definitions() -> None:
 
 
 @pytest.mark.parametrize("quality", [10, 50, 90])
-def test_jpeg_is_pillows(quality: int) -> None:
+def test_jpeg_is_pillows(quality):
     """Gray images within a level of libjpeg's, colours within its other filter for chroma."""
     place = torch.linspace(0, 3, 24, dtype=torch.float64)
     smooth = (place[:, None].sin() * place.cos() * 0.8)[None, None]
@@ -356,7 +352,7 @@ def test_jpeg_is_pillows(quality: int) -> None:
         assert thin or float((ours - theirs).abs().quantile(0.9)) <= 3.01
 
 
-def test_jpeg_leaves_its_own_images_and_fine_quality_alone() -> None:
+def test_jpeg_leaves_its_own_images_and_fine_quality_alone():
     x = 0.5 * torch.tanh(draw(1, 3, 16, 16))
     assert float((JPEG(100, False)(x) - x).abs().max()) < 3 / 127.5
     once = JPEG(50)(0 * x + x.mean())
@@ -371,14 +367,14 @@ def test_jpeg_leaves_its_own_images_and_fine_quality_alone() -> None:
         (lambda: Quantize(0), "Quantize.bits"),
         (lambda: JPEG(0), "JPEG.quality"),
         (lambda: PhaseRetrieval(-1.0), "oversample"),
-        (lambda: PhaseRetrieval(range="both"), "one of unit, signed"),  # type: ignore[arg-type]
+        (lambda: PhaseRetrieval(range="both"), "one of unit, signed"),
         (lambda: NonlinearBlur(sd=0.0), "NonlinearBlur.sd"),
         (lambda: JPEG()(torch.zeros(1, 2, 8, 8)), "1, 3 or 4 channels, not 2"),
     ],
 )
-def test_bad_options(make: object, words: str) -> None:
+def test_bad_options(make, words):
     with pytest.raises(InputError, match=words):
-        make()  # type: ignore[operator]
+        make()
 
 
 class Sum(Operator):
@@ -389,12 +385,10 @@ class Sum(Operator):
 
 
 @pytest.mark.parametrize("derivative", DERIVED)
-def test_cmi_takes_the_change_of_the_derivative_in(
-    mixture: GaussianMixture, derivative: str
-) -> None:
+def test_cmi_takes_the_change_of_the_derivative_in(mixture, derivative):
     """∇I is autograd's of the dense I, where one probe is exact: one measurement."""
     step = make_step(mixture, Sum(), 300, batch=4, sigma=0.3)
-    found = Lanczos(krylov=1, derivative=derivative)(step)  # type: ignore[arg-type]
+    found = Lanczos(krylov=1, derivative=derivative)(step)
     for row in range(4):
         value, whole, held = _dense(step, row)
         assert float(found.value[row]) == pytest.approx(value)
@@ -403,7 +397,7 @@ def test_cmi_takes_the_change_of_the_derivative_in(
         assert float((whole - held).norm() / whole.norm()) > 0.1
 
 
-def test_what_estimators_in_image_space_drop() -> None:
+def test_what_estimators_in_image_space_drop():
     """They hold ∂A/∂x fixed: nothing for a linear A or one of linear pieces (docs/method.md)."""
     g = torch.Generator().manual_seed(3)
     prior = GaussianMixture(

@@ -40,7 +40,7 @@ def images() -> Tensor:
 
 
 def predict(module: PosteriorSampler, data: object) -> dict:
-    (result,) = trainer(None).predict(module, data)  # type: ignore[arg-type]
+    (result,) = trainer(None).predict(module, data)
     return result
 
 
@@ -50,18 +50,18 @@ def direct(y: Tensor, operator: Operator, std: float | Tensor) -> Tensor:
     return sampler.run(Problem(y, operator, std), SampleNoise(0, IDS[: len(y)]), like)
 
 
-def test_a_loaders_measurements_meet_the_modules_operator() -> None:
+def test_a_loaders_measurements_meet_the_modules_operator():
     y, x = Rows()(images()), images()
     rows = [{"y": y[i], "x": x[i], "id": IDS[i]} for i in range(3)]
     module = PosteriorSampler(prior(), Rows(), guidances=[DPS()], num_steps=5)
-    result = predict(module, DataLoader(rows, batch_size=3))  # type: ignore[arg-type]
+    result = predict(module, DataLoader(rows, batch_size=3))
     assert torch.equal(result["restored"], direct(y, Rows(), 0.05))
     assert torch.equal(result["truth"], x)
     assert result["measurement"].shape == x.shape
     for row in rows:  # without the truth, nothing else changes
         del row["x"]
         row["image_shape"] = torch.tensor(SHAPE)
-    again = predict(module, DataLoader(rows, batch_size=3, collate_fn=collated))  # type: ignore[arg-type]
+    again = predict(module, DataLoader(rows, batch_size=3, collate_fn=collated))
     assert torch.equal(again["restored"], result["restored"])
     assert again["truth"] is None
 
@@ -84,7 +84,7 @@ def save(folder: Path, name: str, y: Tensor, kind: str) -> None:
         save_file({"anything": y}, folder / f"{name}.safetensors")
 
 
-def test_files_of_any_kind(tmp_path: Path) -> None:
+def test_files_of_any_kind(tmp_path):
     y = Rows()(images())
     for name, kind, row in zip(IDS, (".npy", ".pt", ".safetensors"), y, strict=True):
         save(tmp_path / "y", name, row.contiguous(), kind)
@@ -97,7 +97,7 @@ def test_files_of_any_kind(tmp_path: Path) -> None:
     assert "Rows" in module.describe()["operator"]
 
 
-def test_images_and_maps_of_the_noise(tmp_path: Path) -> None:
+def test_images_and_maps_of_the_noise(tmp_path):
     pixels = (torch.rand(2, 4, 4) * 255).byte()
     std = torch.rand(2, *SHAPE) + 0.1
     (tmp_path / "y").mkdir()
@@ -117,7 +117,7 @@ def test_images_and_maps_of_the_noise(tmp_path: Path) -> None:
     assert torch.equal(result["restored"], direct(y, HDR(), torch.tensor([0.1, 0.4])))
 
 
-def test_noise_models_serve_given_measurements() -> None:
+def test_noise_models_serve_given_measurements():
     noise, batch = SampleNoise(0, IDS), {"y": torch.zeros(3, *SHAPE), "id": IDS}
     problem, _ = LoaderData().problem(batch, Identity(), PoissonNoise(50), noise)
     assert torch.allclose(problem.std, torch.full((3, *SHAPE), 0.2))
@@ -136,7 +136,7 @@ def test_noise_models_serve_given_measurements() -> None:
         ({"y": torch.zeros(1, 2)}, Identity(), "are not known"),
     ],
 )
-def test_contradictions(batch: dict, operator: Operator, words: str) -> None:
+def test_contradictions(batch, operator, words):
     with pytest.raises(InputError, match=words):
         LoaderData().problem(batch, operator, 0.1, SampleNoise(0, ["a"]))
 
@@ -149,16 +149,16 @@ def test_contradictions(batch: dict, operator: Operator, words: str) -> None:
         ("text", "must be a tensor"),
     ],
 )
-def test_batches_that_hold_no_measurement(y: object, words: str) -> None:
+def test_batches_that_hold_no_measurement(y, words):
     module = PosteriorSampler(prior(), GaussianBlur(3, 1.0), num_steps=2)
     with pytest.raises(InputError, match=words):
         module.predict_step({"y": y, "id": ["a", "b"]})
 
 
-def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
+def test_folders_that_cannot_be_read(tmp_path):
     def refused(words: str, **options: object) -> None:
         with pytest.raises(InputError, match=words):
-            ready(MeasurementFolderData(str(tmp_path), "own", **options))  # type: ignore[arg-type]
+            ready(MeasurementFolderData(str(tmp_path), "own", **options))
 
     refused("holds no measurement")
     np.save(tmp_path / "a.npy", np.zeros((2, 2)) + 1j)

@@ -142,7 +142,7 @@ OPERATORS = [
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: type(operator).__name__)
-def test_an_operator_that_met_its_images_copies_nothing(device, operator: Operator):
+def test_an_operator_that_met_its_images_copies_nothing(device, operator):
     x = torch.rand(2, 3, 8, 8)
     bound = operator.bind((3, 8, 8), SampleNoise(0, ["a", "b"]), x)
     y = bound(x)

@@ -109,7 +109,7 @@ def physics_of(problem: Problem) -> tuple[LinearPhysics, Tensor]:
 
 @on_operators
 @at_levels
-def test_dps(name: str, schedule: str, index: int) -> None:
+def test_dps(name, schedule, index):
     """∇_{x_t} ‖y − A x̂₀‖ is deepinv's gradient (guidance "norm", no clipping) over α."""
     step, x, denoiser, sigma = exploding(problem_step(name, index, Schedule.named(schedule)))
     physics = LinearPhysics(A=step.problem.operator.forward)
@@ -122,7 +122,7 @@ def test_dps(name: str, schedule: str, index: int) -> None:
 
 @on_operators
 @pytest.mark.parametrize("index", [20, 700])
-def test_annealed_dps(name: str, index: int) -> None:
+def test_annealed_dps(name, index):
     """x̂₀ moves along deepinv's gradient (guidance "annealed"), which has a² = 1 in its variance."""
     step, x, denoiser, sigma = exploding(problem_step(name, index))
     physics = LinearPhysics(
@@ -146,7 +146,7 @@ def test_annealed_dps(name: str, index: int) -> None:
 
 @on_operators
 @at_levels
-def test_pigdm(name: str, schedule: str, index: int) -> None:
+def test_pigdm(name, schedule, index):
     """g = −(r²/α) · deepinv's gradient, with r² = σ̄²/(1 + σ̄²) in both; E[x₀ | x_t, y] by Tweedie.
 
     Our solves are closed forms (conjugate gradients for "convolution-reflect"), deepinv's are
@@ -178,7 +178,7 @@ def own_physics(kind: str) -> tuple[LinearOperator, DecomposablePhysics]:
 
 @pytest.mark.parametrize("kind", ["mask", "blur"])
 @pytest.mark.parametrize("index", [20, 300, 700])
-def test_pigdm_with_the_operators_and_closed_forms_of_deepinv(kind: str, index: int) -> None:
+def test_pigdm_with_the_operators_and_closed_forms_of_deepinv(kind, index):
     """As above, with no part of ours in deepinv's: its operator, its y, its singular values.
 
     A mask's y is an image with zeros there, and the list of known pixels here.
@@ -194,7 +194,7 @@ def test_pigdm_with_the_operators_and_closed_forms_of_deepinv(kind: str, index: 
 
 @on_operators
 @at_levels
-def test_moment_matching(name: str, schedule: str, index: int) -> None:
+def test_moment_matching(name, schedule, index):
     """x̂₀ moves by −σ̄² · deepinv's gradient; both solve S = A Σ Aᵀ + Σ_n in a full Krylov space."""
     step, x, denoiser, sigma = exploding(
         problem_step(name, index, Schedule.named(schedule), sigma=STD)
@@ -216,9 +216,7 @@ def network(prior: NetworkDenoiser) -> NetworkDenoiser:
 
 @pytest.mark.parametrize("recipe", [BoxMask(8, 2), GaussianBlur(9, 1.5), Downsample(4)], ids=str)
 @pytest.mark.parametrize("index", [50, 400, 800])
-def test_dps_and_pigdm_on_the_shipped_network(
-    network: NetworkDenoiser, shipped_images: Tensor, recipe: LinearOperator, index: int
-) -> None:
+def test_dps_and_pigdm_on_the_shipped_network(network, shipped_images, recipe, index):
     """The same equalities on a Jacobian that is not symmetric."""
     images = shipped_images[:BATCH, :, 8:24, 8:24].double()
     noise = SampleNoise(0, IDS)

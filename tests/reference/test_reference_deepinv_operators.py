@@ -25,9 +25,7 @@ shapes = pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 6), (2, 5, 15)], id
 @every
 @shapes
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_adjoint_is_the_derivatives(
-    name: str, shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float
-) -> None:
+def test_adjoint_is_the_derivatives(name, shape, dtype, tolerance):
     """deepinv derives Aᵀ from A alone, as a vector-Jacobian product."""
     operator = bound(name, shape, dtype=dtype)
     y = operator(randn(BATCH, *shape, dtype=dtype))
@@ -37,7 +35,7 @@ def test_adjoint_is_the_derivatives(
 
 @pytest.mark.parametrize("name", ["identity", "pixels", "random", "box", "downsample"])
 @shapes
-def test_pseudo_inverse(name: str, shape: tuple[int, int, int]) -> None:
+def test_pseudo_inverse(name, shape):
     """A⁺ y where ours is exact, for y that is not in the range of A either.
 
     deepinv's conjugate gradients add 1e-8 to A Aᵀ and to every denominator. For 1000 A that is
@@ -56,7 +54,7 @@ def test_pseudo_inverse(name: str, shape: tuple[int, int, int]) -> None:
 # Its operators.
 
 
-def test_masks_are_its_inpainting() -> None:
+def test_masks_are_its_inpainting():
     """deepinv's y is an image with zeros at unknown pixels: Aᵀ A x here."""
     shape, mask = (3, 9, 6), unequal_mask(BATCH, 9, 6)
     x = randn(BATCH, *shape)
@@ -68,7 +66,7 @@ def test_masks_are_its_inpainting() -> None:
 
 
 @pytest.mark.parametrize("taps", [(3, 5), (4, 3), (4, 6)], ids=str)
-def test_convolution_is_its_fourier_blur(taps: tuple[int, int]) -> None:
+def test_convolution_is_its_fourier_blur(taps):
     """deepinv convolves and we correlate: its kernel is ours turned by 180°.
 
     Both put a kernel's centre at ⌊k/2⌋. Turning moves that of an even kernel by one pixel.
@@ -83,18 +81,18 @@ def test_convolution_is_its_fourier_blur(taps: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("padding", ["reflect", "circular"])
-def test_convolution_is_its_blur(padding: str) -> None:
+def test_convolution_is_its_blur(padding):
     """As above, with a kernel for each image and deepinv's direct convolution."""
     shape, x, kernel = (2, 9, 8), randn(BATCH, 2, 9, 8), kernels(BATCH, 3, 5)
     physics = Blur(kernel.flip(1, 2)[:, None], padding=padding)
-    operator = Convolution(kernel, padding).bind(shape, SampleNoise(0, IDS), x)  # type: ignore[arg-type]
+    operator = Convolution(kernel, padding).bind(shape, SampleNoise(0, IDS), x)
     y = randn(BATCH, *shape, seed=1)
     assert per_row(operator(x), physics.A(x)) < 1e-12
     assert per_row(operator.adjoint(y), physics.A_adjoint(y)) < 1e-12
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4])
-def test_downsampling_is_its_imresize(factor: int) -> None:
+def test_downsampling_is_its_imresize(factor):
     """MATLAB's imresize with antialiasing, borders included; deepinv derives its adjoint."""
     shape = (2, 5 * factor, 7 * factor)
     x = randn(BATCH, *shape)

@@ -129,7 +129,7 @@ def our_trajectory(
 
 @pytest.mark.parametrize("levels", [1000, 50])
 @pytest.mark.parametrize("ours", ["linear", "cosine"])
-def test_alphas_cumprod(ours: str, levels: int) -> None:
+def test_alphas_cumprod(ours, levels):
     """ᾱ, to the float32 of diffusers: its 1 − β is wrong by up to 6e-8, and ends at 1e-3 in the
     cosine chain (β is capped at 0.999).
     """
@@ -142,7 +142,7 @@ def test_alphas_cumprod(ours: str, levels: int) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 10, 20, 37, 50, 100, 250, 1000])
-def test_respacing_is_its_linspace(count: int) -> None:
+def test_respacing_is_its_linspace(count):
     """guided-diffusion's rule, which adds up a float, and diffusers' numpy.linspace, rounded."""
     scheduler = DDPMScheduler(timestep_spacing="linspace")
     scheduler.set_timesteps(count)
@@ -150,7 +150,7 @@ def test_respacing_is_its_linspace(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 10, 20, 25, 50, 125, 500])
-def test_ddim_respacing_is_its_leading(count: int) -> None:
+def test_ddim_respacing_is_its_leading(count):
     """guided-diffusion's "ddimK" for a K that divides the chain."""
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(count)
@@ -170,15 +170,7 @@ tables = pytest.mark.parametrize(
 @clipping
 @pytest.mark.parametrize("num_steps", [10, 37, "ddim25", "5,15"])
 @tables
-def test_ddpm_trajectory(
-    feed: Callable[[int], None],
-    prediction: Prediction,
-    variance: Variance,
-    clip: bool,
-    num_steps: int | str,
-    table: Callable[[Any], Any],
-    tolerance: float,
-) -> None:
+def test_ddpm_trajectory(feed, prediction, variance, clip, num_steps, table, tolerance):
     """Every x of a run, our times given to diffusers; ᾱ in float64 and as diffusers ships."""
     denoiser = denoiser_of(prediction, variance == "learned")
     sampler, (x, *path) = our_trajectory(denoiser, DDPM(variance), num_steps, clip, LIKE)
@@ -195,14 +187,7 @@ def test_ddpm_trajectory(
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("count", [10, 25, 100])
 @tables
-def test_ddim_trajectory(
-    prediction: Prediction,
-    clip: bool,
-    eta: float,
-    count: int,
-    table: Callable[[Any], Any],
-    tolerance: float,
-) -> None:
+def test_ddim_trajectory(prediction, clip, eta, count, table, tolerance):
     """Every x of a run, with "leading" timesteps and set_alpha_to_one, diffusers' defaults."""
     denoiser = denoiser_of(prediction)
     _, (x, *path) = our_trajectory(denoiser, DDIM(eta), f"ddim{count}", clip, LIKE)
@@ -220,7 +205,7 @@ def test_ddim_trajectory(
         assert per_row(ours, x) < tolerance
 
 
-def test_noise_is_what_generators_of_ours_give_diffusers() -> None:
+def test_noise_is_what_generators_of_ours_give_diffusers():
     """In float32, with a generator for each sample through diffusers' own argument."""
     denoiser = denoiser_of("epsilon").float()
     sampler, (x, *path) = our_trajectory(denoiser, DDPM(), 10, False, LIKE.float())
@@ -236,7 +221,7 @@ def test_noise_is_what_generators_of_ours_give_diffusers() -> None:
 # Where diffusers does something else.
 
 
-def test_ddim_of_diffusers_knows_one_stride() -> None:
+def test_ddim_of_diffusers_knows_one_stride():
     """Its DDIM steps to t − 1000//K, whichever time it visits next, so that "linspace" goes wrong.
 
     With 7 steps 333 is followed by 166; the step that it makes goes to 191.
@@ -250,7 +235,7 @@ def test_ddim_of_diffusers_knows_one_stride() -> None:
     assert per_row(our_step(denoiser, DDIM(), x, 333, 166, False), theirs) > 1e-2
 
 
-def test_ddpm_of_diffusers_may_end_in_noise(feed: Callable[[int], None]) -> None:
+def test_ddpm_of_diffusers_may_end_in_noise(feed):
     """Its last step adds none where t = 0; "trailing" times end at t = 99, and there it adds √β z.
 
     Ours (and Ho et al., Alg. 2) adds none in the step to the clean image, whatever its t.
@@ -265,7 +250,7 @@ def test_ddpm_of_diffusers_may_end_in_noise(feed: Callable[[int], None]) -> None
     assert per_row(theirs - ours, SCHEDULE[99].sigma * NOISE.normal("solver", 0, x)) < 1e-9
 
 
-def test_ddim_of_diffusers_keeps_the_networks_epsilon_where_it_clips() -> None:
+def test_ddim_of_diffusers_keeps_the_networks_epsilon_where_it_clips():
     """By default x̂₀ is clipped and ε̂ is not its own: they no longer add up to x_t.
 
     Ours takes ε̂ = (x_t − α x̂₀)/σ of the clipped x̂₀, as diffusers does when asked to.
@@ -286,7 +271,7 @@ def test_ddim_of_diffusers_keeps_the_networks_epsilon_where_it_clips() -> None:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["midpoint", "heun", "sde"])
-def test_dpm_solver_trajectory(kind: str) -> None:
+def test_dpm_solver_trajectory(kind):
     """Every x of a run of DPMSolverMultistepScheduler on our levels.
 
     Its last step, to σ = 0, is of first order and ends at x̂₀, as ours.

@@ -22,7 +22,7 @@ from cmi_lightning.operators import Downsample, GaussianBlur, LinearOperator
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4, 8])
-def test_downsampling_is_pillows_inside(factor: int) -> None:
+def test_downsampling_is_pillows_inside(factor):
     """Pillow stretches the same cubic (a = −½) and divides by the sum of its weights.
 
     At the borders it leaves out what is not there, where MATLAB and we mirror the image: two pixels
@@ -74,7 +74,7 @@ def check(rows: list[dict[str, str]], images: list[np.ndarray], x: Tensor) -> No
         assert float(row["ssim"]) == pytest.approx(ssim, abs=1e-5)
 
 
-def test_metrics_of_wide_colour_images(tmp_path: Path) -> None:
+def test_metrics_of_wide_colour_images(tmp_path):
     """PSNR and SSIM where height, width and channels differ; SSIM is the mean over channels.
 
     SSIM is Wang et al.'s: 11×11 Gaussian window of σ = 1.5, population covariance,
