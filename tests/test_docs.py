@@ -32,7 +32,7 @@ TUTORIALS = sorted((DOCS / "tutorials").glob("*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOLDERS = (ROOT, DOCS, DOCS / "guides", DOCS / "results")
 PAGES = {str(p.relative_to(ROOT)): p.read_text("utf-8") for f in FOLDERS for p in f.glob("*.md")}
-SHORT = ["--data.limit=2", "--data.batch_size=2", "--model.num_steps=3"]
+SHORT = ["--data.limit=2", "--data.batch_size=2", "--model.num_steps=3", "--trainer.logger=false"]
 
 
 @dataclass(frozen=True)
