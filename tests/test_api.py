@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from predicting import cli
 
-from cmi_lightning import InputError, Restorer, restore
+from cmi_lightning import InputError, Restorer, configs, restore
 from cmi_lightning.api import StoppedError
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import CMI, DPS
@@ -166,7 +166,9 @@ def test_numbers_of_the_result(restorer):
 
 
 def test_step_sizes_are_the_tasks():
-    assert step_sizes(Identity()) == step_sizes(Identity())
+    for operator, task in ((Identity(), "denoise"), (Downsample(2), "super_resolution")):
+        assert step_sizes(operator) == configs.sections("task")[task]["step_sizes"]
+    assert step_sizes(Downsample(4))["mcg"] != step_sizes(Identity())["mcg"]
     assert Method.of("dps", {"dps": 4.0}) == Method([DPS(4.0)])
     dsg, cmi = Method.of("dsg+cmi", {}).guidances
     assert type(dsg).__name__ == "DSG"
