@@ -108,8 +108,10 @@ def test_no_color_leaves_colours_out(tmp_path, monkeypatch):
     """Of a whole prediction in a terminal: table, progress bars, summary."""
     coloured = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])[;m]")
     printed = []
-    for value in ("", "1"):  # NO_COLOR counts where it is not empty
-        monkeypatch.setenv("NO_COLOR", value)
+    monkeypatch.delenv("NO_COLOR", raising=False)  # empty, it counts for older releases of rich
+    for value in ("", "1"):
+        if value:
+            monkeypatch.setenv("NO_COLOR", value)
         terminal = Console(file=io.StringIO(), force_terminal=True, color_system="256")
         monkeypatch.setattr(rich, "_console", terminal)
         assert cli(TINY, f"--trainer.default_root_dir={tmp_path / value}/run") == 0
