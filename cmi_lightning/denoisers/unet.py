@@ -41,11 +41,9 @@ class UNet(nn.Module):
         learn_variance: output 2C channels (ε, v) instead of C.
         dropout: dropout inside residual blocks, in training only.
         scale_shift: the time embedding scales and shifts features (else it is added to them).
-        checkpoint: keep less for derivatives. Of a frozen network in evaluation mode, as denoisers
-            are, only the inputs of norms and attention are kept, and these recomputed; convolutions
-            keep nothing. FFHQ's network at 256×256 so needs half the memory for Jᵀu, and 40 %
-            for its derivative, at a tenth more time (``benchmarks/memory.py``). In training,
-            whole blocks are recomputed, by PyTorch's non-reentrant checkpointing.
+        checkpoint: keep less for derivatives, and recompute it: of a frozen network in evaluation
+            mode all but the inputs of norms and attention, in training whole blocks. FFHQ's network
+            so needs half the memory for Jᵀu, and 40 % for its derivative, at a tenth more time.
         fused_attention: use PyTorch's fused attention. It has no second derivative, so CMI by
             autograd needs the default, plain attention.
         patch_size: the network sees patches of p×p pixels as channels (pixel-unshuffle), which

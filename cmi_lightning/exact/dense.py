@@ -40,12 +40,10 @@ class DenseProblem(NamedTuple):
 
 
 def as_matrix(operator: Operator, y: Tensor, row: int = 0) -> Tensor:
-    """Return one sample's A, dense (m, n), one column per forward pass.
+    """Return A of one sample of a batch, dense (m, n), one column per forward pass.
 
-    Args:
-        operator: A, bound to a batch of images.
-        y: measurements of that batch (B, *m); only shape, dtype and device are read.
-        row: the sample. m counts what is measured of it: padding is left out.
+    A is bound to images; of their measurements y (B, *m), shape, dtype and device are read. m
+    counts what is measured of the sample: padding is left out.
 
     Raises:
         InputError: if A is not linear.
@@ -75,15 +73,10 @@ def exact_posterior(prior: GaussianMixture, problem: Problem, row: int = 0) -> G
 
 
 def jacobian(denoiser: Denoiser, x: Tensor, level: Level, create_graph: bool = False) -> Tensor:
-    """Return J = ∂x̂₀/∂x_t, J[b, i, j] = ∂x̂₀[b, i]/∂x_t[b, j], (B, n, n).
+    """Return J = ∂x̂₀/∂x_t at x_t (B, *), J[b, i, j] = ∂x̂₀[b, i]/∂x_t[b, j], (B, n, n).
 
-    In closed form for an exact prior, else by n vector-Jacobian products.
-
-    Args:
-        denoiser: the prior.
-        x: x_t (B, *).
-        level: the noise level of x_t.
-        create_graph: keep the graph, for derivatives with respect to x.
+    In closed form for an exact prior, else by n vector-Jacobian products. ``create_graph`` keeps
+    the graph, for derivatives with respect to x.
     """
     # A subclass may have another x̂₀, and then has another Jacobian.
     if isinstance(denoiser, GaussianMixture) and type(denoiser).forward is GaussianMixture.forward:

@@ -1,7 +1,4 @@
-"""The contract of a forward model A, differentiable or linear, with generic defaults.
-
-Over 300 lines: the two contracts refer to their derivatives and compositions, and these to them.
-"""
+"""The contract of a forward model A, differentiable or linear, with generic defaults."""
 
 from __future__ import annotations
 
@@ -60,11 +57,7 @@ class Operator(Checked, ABC):
         return bound
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return A(x), (B, C, H, W) → (B, *m).
-
-        Raises:
-            InputError: if the operator is one of :meth:`bind` alone, and was not bound.
-        """
+        """Return A(x), (B, C, H, W) → (B, *m); of an operator that was bound, if it needs that."""
         raise InputError(
             f"{type(self).__name__} is made for each batch of images: give it to Problem.simulate, "
             "and use the problem's operator (or give it a forward)."
@@ -102,10 +95,7 @@ class Operator(Checked, ABC):
     def sample_noise(self, draw: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
         """Return independent random numbers, one per measurement, shaped like y (B, *m).
 
-        Args:
-            draw: fills a tensor like the one given; a sample's numbers must not depend on the
-                shape that its batch happens to have.
-            y: measurements (B, *m).
+        ``draw`` fills a tensor like the one given. A sample's numbers do not depend on its batch.
         """
         return draw(y)
 
@@ -160,11 +150,9 @@ class LinearOperator(Operator):
             return torch.autograd.grad(self.forward(x), x, y, create_graph=keep_graph)[0]
 
     def solve(self, y: Tensor, shift: Tensor | float) -> Tensor:
-        """Return (A Aᵀ + diag(shift))⁻¹ y.
+        """Return (A Aᵀ + diag(shift))⁻¹ y, (B, *m).
 
-        Args:
-            y: right-hand side (B, *m).
-            shift: ≥ 0; a number, one per sample (B,), or one per measurement, broadcastable to y.
+        ``shift`` ≥ 0 is a number, one per sample (B,), or one per measurement, broadcastable to y.
         """
         added = per_sample(shift, y)
 
@@ -181,11 +169,7 @@ class LinearOperator(Operator):
         return self.pinv(y)
 
     def spectral(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return V f(s) Vᵀ x (B, *), with A = U s Vᵀ; f(0) is for what A does not see.
-
-        Args:
-            x: images (B, *).
-            f: maps singular values to numbers; its result broadcasts to x.
+        """Return V f(s) Vᵀ x of images (B, *), with A = U s Vᵀ; f(0) is for what A does not see.
 
         Raises:
             InputError: for an operator without closed form.
