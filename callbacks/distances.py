@@ -17,14 +17,10 @@ SUBSETS = 100  # of the larger set, where two sets differ in size
 
 
 def perceptual(maps: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """Return the perceptual distance (B,) of images, given their feature maps.
+    """Return the perceptual distance (B,) of images, given their layers' maps (B, C_l, H_l, W_l).
 
     d = mean_l mean_hw Σ_c (f_lchw/‖f_l·hw‖ − g_lchw/‖g_l·hw‖)², in [0, 4]: LPIPS without the
     weights learned from people's judgements, averaged over layers instead of summed.
-
-    Args:
-        maps: the layers' features (B, C_l, H_l, W_l) of one set of images.
-        other: those of the images they are compared with.
 
     Source: Zhang et al. (2018), Eq. 1 with w = 1.
     """
@@ -47,14 +43,10 @@ class _Stored(nn.Module):
 
 
 def frechet(real: Tensor, fake: Tensor) -> float:
-    """Return the Fréchet distance of two sets' features, taken as Gaussian.
+    """Return the Fréchet distance of features (N, D) and (M, D), taken as Gaussian; N, M ≥ 2.
 
     d = ‖μ − μ'‖² + tr(Σ + Σ' − 2 (Σ Σ')^½), by torchmetrics. With fewer images than features the
     covariances are singular, and with few the distance is too large: compare equal numbers only.
-
-    Args:
-        real: features (N, D), N ≥ 2.
-        fake: features (M, D), M ≥ 2.
 
     Source: Heusel et al. (2017), whose FID has Inception's features.
     """
@@ -67,15 +59,11 @@ def frechet(real: Tensor, fake: Tensor) -> float:
 
 
 def kernel(real: Tensor, fake: Tensor) -> float:
-    """Return the kernel distance of two sets' features: the unbiased estimate of MMD².
+    """Return the kernel distance of features (N, D) and (M, D), an unbiased MMD²; N, M ≥ 2.
 
     The kernel is (x·y/D + 1)³; by torchmetrics, on all images at once. Where the sets differ in
     size, the mean of 100 subsets as large as the smaller one, the same in every call. It may be
     negative: of images that go in pairs, as restorations and truths do, or by its own error.
-
-    Args:
-        real: features (N, D), N ≥ 2.
-        fake: features (M, D), M ≥ 2.
 
     Source: Bińkowski et al. (2018), whose KID has Inception's features.
     """

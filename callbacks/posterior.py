@@ -41,15 +41,10 @@ NO_NOISE = "The measurements have no noise: the residual has nothing to be compa
 
 
 def ranks(draws: Tensor, truth: Tensor, noise: Tensor) -> Tensor:
-    """Return how many draws lie below the truth, pixel by pixel, ties broken at random.
+    """Return how many of K draws (K, *) lie below the truth (*), ties broken at random.
 
-    r = #{xₖ < x} + ⌊u·(#{xₖ = x} + 1)⌋, which is uniform on 0, …, K wherever the truth is
-    distributed as the draws are, for discrete values too.
-
-    Args:
-        draws: K draws (K, *).
-        truth: the truth (*).
-        noise: u (*), uniform on [0, 1) and independent of everything else.
+    r = #{xₖ < x} + ⌊u·(#{xₖ = x} + 1)⌋ with independent noise u ~ U[0, 1): uniform on 0, …, K
+    wherever the truth is distributed as the draws are, for discrete values too.
 
     Source: Hamill (2001), rank histograms; Talts et al. (2018), simulation-based calibration;
     Czado, Gneiting and Held (2009), randomised for discrete values.
@@ -60,15 +55,11 @@ def ranks(draws: Tensor, truth: Tensor, noise: Tensor) -> Tensor:
 
 
 def coverage(counts: Sequence[int], interval: float) -> float:
-    """Return the share of truths in a central interval of their K draws.
+    """Return the share of truths in their draws' central p-interval, by counts of rank 0, …, K.
 
     Rank r stands for the piece [r, r + 1]/(K + 1) of the unit interval, and counts with the part
     of it that lies in [(1 − p)/2, (1 + p)/2]. Equal counts give p exactly, for every K. Where
     (1 − p)/2·(K + 1) < 1, the outermost ranks always count: see :func:`least_coverage`.
-
-    Args:
-        counts: truths of rank 0, …, K.
-        interval: p, the interval's probability.
     """
     size = len(counts)
     start, end = (1 - interval) / 2 * size, (1 + interval) / 2 * size
@@ -191,8 +182,7 @@ def quality(draws: Tensor, truth: Tensor, generator: torch.Generator) -> dict[st
 def summary(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return values, standard errors over images, the sum of all ranks, and notes.
 
-    Args:
-        images: what :func:`quality` returned, with ``residual``, the mean of ‖y − A x‖²/(σ²m).
+    Images have what :func:`quality` returned, and ``residual``, the mean of ‖y − A x‖²/(σ²m).
     """
     notes = dict.fromkeys(image["note"] for image in images if "note" in image)
     used = [image for image in images if "ranks" in image]

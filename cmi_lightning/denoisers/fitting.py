@@ -28,11 +28,7 @@ FOREIGN = {
 def fitted(network: nn.Module, state: Any, path: Path, part: str | None) -> dict[str, Tensor]:
     """Return the tensors for ``network`` under its own names, from the one place they are in.
 
-    Args:
-        network: what the tensors are for.
-        state: what the file holds.
-        path: the file, for messages.
-        part: name of the place, or components of it that no other has: "ema" of "state.ema.net".
+    ``part`` is the place's name, or components that no other has: "ema" of "state.ema.net".
 
     Raises:
         InputError: where no place has them all, several places have different ones and ``part``

@@ -51,10 +51,8 @@ def sampler_law(sampler: Sampler, problem: Problem, like: Tensor) -> tuple[Tenso
     >>> bool((covariance - 0.5).abs() < 0.02)
     True
 
-    Args:
-        sampler: the method, unclamped.
-        problem: one measurement (1, *m), with an operator for any number of images.
-        like: one image (1, *), in the dtype to compute in; n numbers.
+    The sampler is unclamped, the problem of one measurement (1, *m), its operator for any number of
+    images. ``like`` is one image (1, *) of n numbers, in the dtype to compute in.
     """
     noise = _OneByOne(0, ["0"])
     sampler.run(problem, noise, like)

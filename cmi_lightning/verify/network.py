@@ -32,11 +32,7 @@ def network_checks(denoiser: Denoiser, size: int | None = None) -> Iterator[Chec
 
     About 200 passes over two images. Figures without a bar say what to expect of guidances that
     use the Jacobian: a learned network's is neither symmetric nor positive.
-
-    Args:
-        denoiser: the network.
-        size: side of the images where the network takes any; default: 64, or the next multiple that
-            the network allows.
+    ``size`` is the images' side where it takes any; by default 64, or the next that it takes.
     """
     shape = image_shape(denoiser, size)
     tensors = (*denoiser.parameters(), *denoiser.buffers())

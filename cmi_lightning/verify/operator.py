@@ -23,11 +23,7 @@ def operator_checks(
     """Yield the checks of an operator on two images of random numbers, in float64 where it can.
 
     A linear one is checked for linearity, adjoint, solve and inverse, another for its derivatives.
-
-    Args:
-        operator: A.
-        shape: (C, H, W) of the images.
-        device: where to check it.
+    ``shape`` is that of an image, (C, H, W).
     """
     ids = ["verify/0", "verify/1"]
     noise = SampleNoise(0, ids)
