@@ -77,6 +77,16 @@ def _show(driver: Any, element: Any) -> None:
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
 
 
+def _pick(driver: Any, **chosen: str) -> dict[str, Any]:
+    """Choose options by the names of their groups; return the page's store of images."""
+    for name, value in chosen.items():
+        group = name.replace("_", "-")
+        driver.execute_script(
+            f"document.querySelector('[name={group}][value=\"{value}\"]').click()"
+        )
+    return driver.execute_script("return JSON.parse(document.querySelector('#data').textContent)")
+
+
 def _press(driver: Any, *keys: str) -> None:
     ActionChains(driver).send_keys(*keys).perform()
 
@@ -148,14 +158,10 @@ def test_slider_moves_by_touch(browser):
         stage,
     )
     left, y, width = box[0], box[1] + box[3] / 2, box[2]
-    for kind, part in (
-        ("touchStart", 0.5),
-        ("touchMove", 0.6),
-        ("touchMove", 0.75),
-        ("touchEnd", 0),
-    ):
+    for kind, part in (("Start", 0.5), ("Move", 0.6), ("Move", 0.75), ("End", 0)):
         points = [{"x": left + part * width, "y": y}] if part else []
-        browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        event = {"type": f"touch{kind}", "touchPoints": points}
+        browser.execute_cdp_cmd("Input.dispatchTouchEvent", event)
     assert _place(browser) == pytest.approx(0.75, abs=0.02)
 
 
@@ -180,20 +186,8 @@ def test_slider_moves_by_keys_and_shows_its_focus(browser):
     assert slider.get_attribute("aria-valuetext") == "99 % measurement, 1 % CMI+DPS"
 
 
-def test_slider_shows_what_is_chosen(browser, results):
-    stored = browser.execute_script(
-        "return JSON.parse(document.querySelector('#data').textContent)"
-    )
-    for name, value in (
-        ("compare-before", "base"),
-        ("compare-method", "2"),
-        ("compare-image", "1"),
-    ):
-        browser.execute_script(
-            "document.querySelector(`input[name='${arguments[0]}'][value='${arguments[1]}']`).click()",
-            name,
-            value,
-        )
+def test_slider_shows_what_is_chosen(browser):
+    stored = _pick(browser, compare_before="base", compare_method="2", compare_image="1")
     wanted = stored["tasks"]["inpaint_random"][1]["restored"]["ΠGDM"]
     for part, variant in (("before", "base"), ("after", "cmi")):
         image = browser.find_element(By.CSS_SELECTOR, f".stage .{part}")
@@ -203,20 +197,11 @@ def test_slider_shows_what_is_chosen(browser, results):
 
 
 def test_figure_shows_what_is_chosen(browser):
-    stored = browser.execute_script(
-        "return JSON.parse(document.querySelector('#data').textContent)"
-    )
-    for name, value in (("figure-method", "2"), ("figure-image", "1")):
-        browser.execute_script(
-            "document.querySelector(`input[name='${arguments[0]}'][value='${arguments[1]}']`).click()",
-            name,
-            value,
-        )
+    stored = _pick(browser, figure_method="2", figure_image="1")
     wanted = stored["tasks"]["inpaint_box"][1]
     for slot, index in wanted["restored"]["ΠGDM"].items() | {("truth", wanted["truth"])}:
-        image = browser.find_element(
-            By.CSS_SELECTOR, f".line[data-task=inpaint_box] .tile[data-slot={slot}] img"
-        )
+        tile = f".line[data-task=inpaint_box] .tile[data-slot={slot}] img"
+        image = browser.find_element(By.CSS_SELECTOR, tile)
         assert image.get_attribute("src") == stored["images"][index][0]
 
 
@@ -231,9 +216,7 @@ def _column(driver: Any, column: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("way", ["mouse", Keys.ENTER, Keys.SPACE], ids=["mouse", "enter", "space"])
 def test_table_sorts_both_ways_and_back(browser, way):
-    header = browser.find_elements(By.CSS_SELECTOR, "#results th.js-sort")[
-        4
-    ]  # Fréchet: some absent
+    header = browser.find_elements(By.CSS_SELECTOR, "#results th.js-sort")[4]  # some are absent
     button = header.find_element(By.TAG_NAME, "button")
     before = _column(browser, 4)
     expected = [sorted(map(float, filter(None, body))) for body in before]
@@ -266,11 +249,8 @@ def test_table_sorts_by_name(browser):
 def test_filter_and_comparison(browser):
     shown = "return [...document.querySelectorAll('#results tbody')].map((b) => b.offsetHeight > 0)"
     choice = Select(browser.find_element(By.ID, "task-filter"))
-    assert [o.text for o in choice.options] == [
-        "all",
-        "random inpainting, 90 %",
-        "box inpainting, 14×14",
-    ]
+    tasks = ["random inpainting, 90 %", "box inpainting, 14×14"]
+    assert [option.text for option in choice.options] == ["all", *tasks]
     choice.select_by_index(2)
     assert browser.execute_script(shown) == [False, True]
     choice.select_by_index(0)

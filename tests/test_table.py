@@ -366,6 +366,16 @@ def write_records(cell, psnr, failed=()):
         path.write_text(json.dumps(record))
 
 
+def write_features(cell, seed, count, dimension):
+    """Write the features of a run's first images, truths first; return all twelve images'."""
+    features = np.random.default_rng(seed).normal(size=(12, 3, dimension))
+    for i in range(count):
+        path = embedding_path(cell.folder, str(i + 1))
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, features[i])
+    return torch.from_numpy(features).double()
+
+
 def test_images_are_taken_in_the_order_of_the_loader(tmp_path):
     cell = small(output=str(tmp_path)).cell("box", "DPS")
     write_records(cell, range(12))
@@ -447,19 +457,12 @@ def test_differences_of_fewer_images_say_so(tmp_path):
     for variant, count in (("base", 12), ("cmi", 12), ("equal", 5)):
         cell = table.cell("box", "DPS", variant)
         write_records(cell, np.linspace(20, 21, count) + 0.1 * len(variant))
-        features[variant] = np.random.default_rng(len(variant)).normal(size=(12, 3, 8))
-        for i in range(count):
-            path = embedding_path(cell.folder, str(i + 1))
-            path.parent.mkdir(exist_ok=True)
-            np.save(path, features[variant][i])
+        features[variant] = write_features(cell, len(variant), count, 8)[:5]
     results = aggregate(table)
     against = {c.variant: c.metrics for c in results.comparisons if c.against != "base"}
-    assert {m: entry.pairs for m, entry in against["cmi"].items()} == {
-        "psnr": 5,
-        "frechet": 5,
-        "kernel": 5,
-    }
-    cmi, equal = (torch.from_numpy(features[v][:5]).double() for v in ("cmi", "equal"))
+    pairs = {metric: entry.pairs for metric, entry in against["cmi"].items()}
+    assert pairs == {"psnr": 5, "frechet": 5, "kernel": 5}
+    cmi, equal = features["cmi"], features["equal"]
     apart = frechet(cmi[:, 0], cmi[:, 1]) - frechet(equal[:, 0], equal[:, 1])
     assert against["cmi"]["frechet"].difference == pytest.approx(apart)
     assert "| DPS, 100 steps, 5 images |" in markdown(results)
@@ -467,7 +470,13 @@ def test_differences_of_fewer_images_say_so(tmp_path):
     rows = {(r["variant"], r["metric"]): r for r in csv.DictReader(io.StringIO(to_csv(results)))}
     assert rows["cmi", "frechet"]["pairs_equal"] == "5"
     assert rows["cmi", "frechet"]["pairs_base"] == "12"
+    assert {c.variant: c.images for c in results.cells} == {"base": 12, "cmi": 12, "equal": 5}
     assert any("first 5 images" in note for note in results.notes)
+    assert not any("not finished" in note for note in results.notes)
+    # Without these rows: those that there are from before are shown, and not counted as missing.
+    without = aggregate(replace(table, equal_cost=False))
+    assert any(c.variant == "equal" for c in without.cells)
+    assert not any("have not been started" in note for note in without.notes)
 
 
 def test_a_table_takes_clusters_as_the_independent_units(tmp_path):
@@ -490,16 +499,12 @@ def test_distances_of_sets_are_resampled_by_clusters(tmp_path):
     table = small(output=str(tmp_path), cluster=r"^(\d)")
     cell, ids = table.cell("box", "DPS"), [str(i) for i in range(1, 13)]
     write_records(cell, [20.0] * 12)
-    features = np.random.default_rng(1).normal(size=(12, 3, 4))
-    for name, feature in zip(ids, features, strict=True):
-        path = embedding_path(cell.folder, name)
-        path.parent.mkdir(exist_ok=True)
-        np.save(path, feature)
+    features = write_features(cell, 1, 12, 4)
     started = StartedCell(table, cell, records(cell.folder))
     whole, first, *_ = started.distances("frechet", tuple(ids)).tolist()
     drawn = resamples_of(9, SET_RESAMPLES)[0]
     chosen = np.repeat(np.arange(12), [drawn[int(name[0]) - 1] for name in ids])
-    real, fake = torch.from_numpy(features[:, 0]), torch.from_numpy(features[:, 1])
+    real, fake = features[:, 0], features[:, 1]
     assert whole == pytest.approx(frechet(real, fake), rel=1e-3)
     assert first == pytest.approx(frechet(real[chosen], fake[chosen]), rel=1e-3)
 
@@ -794,27 +799,6 @@ def test_a_cell_of_other_options_is_refused(grown, capsys):
     error = capsys.readouterr().err
     assert "super_resolution, DPS" in error
     assert "num_steps" in error
-
-
-def test_unfinished_tables_say_so(grown):
-    table, _ = parse([*grown[1], "--images=9"], "table")
-    assert any("not finished" in note for note in aggregate(table).notes)
-    assert not any("not finished" in note for note in aggregate(replace(table, images=6)).notes)
-    assert table.at_equal_cost(table.cell("super_resolution", "DPS", "equal")).steps > 12
-
-
-def test_rows_of_equal_cost_with_fewer_images_cut_no_others(grown):
-    table, _ = parse([*grown[1], "--equal_images=2"], "table")
-    results = aggregate(table)
-    assert {c.variant: c.images for c in results.cells} == {"base": 4, "cmi": 4, "equal": 2}
-    pairs = {(c.variant, c.against): c.metrics["psnr"].pairs for c in results.comparisons}
-    assert pairs == {("cmi", "base"): 4, ("equal", "base"): 2, ("cmi", "equal"): 2}
-    assert any("first 2 images" in note for note in results.notes)
-    assert not any("not finished" in note for note in results.notes)
-    # Without these rows: those that there are from before are shown, and not counted as missing.
-    results = aggregate(replace(table, equal_cost=False))
-    assert any(c.variant == "equal" for c in results.cells)
-    assert not any("have not been started" in note for note in results.notes)
 
 
 # Tuning -------------------------------------------------------------------------------------------
