@@ -37,7 +37,8 @@ def render(results: Results, folder: Path) -> str:
         Markup(f"\n{environment.get_template(name).render()}\n")
         for name in ("report.css.j2", "report.js.j2")
     )
-    outcomes = sentences.outcomes(results)
+    outcomes, every = sentences.outcomes(results), (row for rs in groups.values() for row in rs)
+    verdicts = [v for row in every for entry in row.entries for v in entry.verdicts.values()]
     return environment.get_template("report.html.j2").render(
         results=results,
         album=album,
@@ -45,13 +46,7 @@ def render(results: Results, folder: Path) -> str:
         outcomes=outcomes,
         lead=list(sentences.sentences(results, outcomes)),
         cost=sentences.cost(results),
-        fewer_pairs=any(
-            verdict.fewer is not None
-            for of_task in groups.values()
-            for row in of_task
-            for entry in row.entries
-            for verdict in entry.verdicts.values()
-        ),
+        fewer_pairs=any(verdict.fewer is not None for verdict in verdicts),
         against_equal=any(("cmi", "equal") in outcome.counts for outcome in outcomes),
         descends=any(cell.variant == "descent" for cell in results.cells),
         gallery=gallery(album),
