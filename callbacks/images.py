@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmi_lightning.callbacks.base import RecordingCallback
 from cmi_lightning.callbacks.drawing import encode_png, planes, to_tile
-from cmi_lightning.errors import InputError
+from cmi_lightning.checked import check
 from cmi_lightning.files import write
 from cmi_lightning.paths import inside
 from cmi_lightning.predict.module import Restoration
@@ -54,9 +54,8 @@ class ImageWriter(RecordingCallback):
         bits: Literal[8, 16] = 8,
     ) -> None:
         super().__init__(dirpath)
-        if bits not in (8, 16):
-            raise InputError(f"bits must be 8 or 16, got {bits}.")
         self.grid_rows, self.inputs, self.bits = grid_rows, inputs, bits
+        check(self, "bits", grid_rows="[0, inf)")
 
     def files(self, record: Mapping[str, Any]) -> list[Path]:
         return [self.folder / name for name in record["images"]]

@@ -26,6 +26,7 @@ from cmi_lightning.callbacks.summary import (
     table,
     timing,
 )
+from cmi_lightning.checked import check
 from cmi_lightning.data.pictures import levels
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import write, write_json
@@ -79,6 +80,8 @@ class RestorationMetrics(RecordingCallback):
         fetch: bool = False,
     ) -> None:
         super().__init__(dirpath)
+        self.lpips = lpips
+        check(self, "lpips")
         self.networks: list[FeatureMetrics] = []
         if lpips is not None:
             backbone = {"alex": Alex, "vgg": VGG}[lpips](lpips_weights, fetch)

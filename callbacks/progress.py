@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from torch import Tensor
 
+from cmi_lightning.checked import check
 from cmi_lightning.predict.callback import SamplingCallback
 from cmi_lightning.predict.module import PosteriorSampler
 from cmi_lightning.problem import Problem
@@ -43,6 +44,7 @@ class SamplingProgress(ProgressBar, SamplingCallback):
     def __init__(self, interval: float = 10.0, enabled: bool = True) -> None:
         super().__init__()
         self.interval, self.enabled = interval, enabled
+        check(self, interval="[0, inf]")
         self.live: Progress | None = None
         self._reset(0)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from cmi_lightning.callbacks.base import output_folder
 from cmi_lightning.callbacks.drawing import save_png, tile, to_tile
 from cmi_lightning.callbacks.loggers import log_image
+from cmi_lightning.checked import check
 from cmi_lightning.denoisers.network import NetworkDenoiser
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Dense
@@ -50,6 +51,7 @@ class SampleGrid(L.Callback):
     ) -> None:
         self.every_n_validations, self.num_samples = every_n_validations, num_samples
         self.num_steps, self.dirpath, self.seed = num_steps, dirpath, seed
+        check(self, every_n_validations="[1, inf)", num_samples="[1, inf)", num_steps="[1, inf)")
         self.validations = 0
         self.image_shape: tuple[int, ...] | None = None
 

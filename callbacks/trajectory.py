@@ -19,6 +19,7 @@ from torch import Tensor
 from cmi_lightning.callbacks.base import RecordingCallback, plain
 from cmi_lightning.callbacks.drawing import save_png, to_tile
 from cmi_lightning.callbacks.loggers import log_image
+from cmi_lightning.checked import check
 from cmi_lightning.files import write
 from cmi_lightning.predict.module import PosteriorSampler, Restoration
 from cmi_lightning.problem import Problem
@@ -60,6 +61,7 @@ class TrajectoryLogger(RecordingCallback):
     ) -> None:
         super().__init__(dirpath)
         self.per_sample, self.max_images, self.save_every = per_sample, max_images, save_every
+        check(self, max_images="[0, inf)", save_every="[1, inf)")
         self._reset()
 
     def _reset(self) -> None:

@@ -1,9 +1,9 @@
-"""Options of guidances, solvers and estimators: numbers within their range, names out of a list."""
+"""Options: numbers within their range, names out of a list."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import Field, field, fields
+from dataclasses import field, fields
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from cmi_lightning.errors import InputError
 
 T = TypeVar("T")
+FINITE = "(-inf, inf)"
 
 
 def number(default: T, interval: str) -> T:
@@ -44,31 +45,50 @@ class Checked:
 
     def __post_init__(self) -> None:
         """Check every option."""
-        types = _types(type(self))  # type: ignore[arg-type]
-        for option in fields(self):  # type: ignore[arg-type]
-            if option.name in types and (
-                wrong := _wrong(getattr(self, option.name), types[option.name], option)
-            ):
-                raise InputError(f"{type(self).__name__}.{option.name} must be {wrong}.")
+        options = fields(self)  # type: ignore[arg-type]
+        intervals = {f.name: f.metadata.get("interval", FINITE) for f in options}
+        _refuse(self, _types(type(self)), intervals)  # type: ignore[arg-type]
+
+
+def check(owner: object, *names: str, **intervals: str) -> None:
+    """Check arguments that a constructor kept, by the types of its signature, as :class:`Checked`.
+
+    >>> class Walk:
+    ...     def __init__(self, steps: int, gait: Literal["trot", "canter"]) -> None:
+    ...         self.steps, self.gait = steps, gait
+    ...         check(self, "gait", steps="[1, inf)")
+    >>> Walk(1, "crawl")
+    Traceback (most recent call last):
+    cmi_lightning.errors.InputError: Walk.gait must be one of trot, canter, got 'crawl'.
+    """
+    _refuse(owner, _types(type(owner).__init__), dict.fromkeys(names, FINITE) | intervals)
+
+
+def _refuse(owner: object, types: dict[str, Any], options: dict[str, str]) -> None:
+    for name, interval in options.items():
+        if wrong := _wrong(getattr(owner, name), types.get(name), interval):
+            raise InputError(f"{type(owner).__name__}.{name} must be {wrong}.")
 
 
 @cache
-def _types(cls: type) -> dict[str, Any]:
+def _types(annotated: Any) -> dict[str, Any]:
     try:
-        return get_type_hints(cls)
+        return get_type_hints(annotated)
     except NameError:  # names that are imported for type checkers alone
         return {}
 
 
-def _wrong(value: Any, kind: Any, option: Field[Any]) -> str | None:
+def _wrong(value: Any, kind: Any, interval: str) -> str | None:
     """Return what a value should be, and what it is; None if all is well."""
-    if get_origin(kind) is Literal:
-        names = get_args(kind)
-        return None if value in names else f"one of {', '.join(names)}, got {value!r}"
     allowed = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    if (value is None and NoneType in allowed) or not {int, float, NoneType}.issuperset(allowed):
+    if value is None and NoneType in allowed:
         return None
-    interval = option.metadata.get("interval", "(-inf, inf)")
+    allowed = tuple(one for one in allowed if one is not NoneType)
+    if len(allowed) == 1 and get_origin(allowed[0]) is Literal:
+        names = get_args(allowed[0])
+        return None if value in names else f"one of {', '.join(map(str, names))}, got {value!r}"
+    if not {int, float}.issuperset(allowed):
+        return None
     whole = float not in allowed
     fits = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if fits and _inside(float(value), interval):

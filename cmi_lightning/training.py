@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from cmi_lightning.checked import check
 from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Schedule, ScheduleName
 
@@ -64,12 +65,10 @@ class ScoreTraining(L.LightningModule):
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.weight_decay, self.num_eval_levels = weight_decay, num_eval_levels
         self.low_noise_power = low_noise_power
-        if prediction not in (names := get_args(Fitted)):
-            raise InputError(
-                f"model.prediction must be {', '.join(names[:-1])} or {names[-1]}, got "
-                f"'{prediction}'."
-            )
         self.prediction = prediction
+        positive, least = "(0, inf)", "[0, inf)"
+        check(self, "prediction", learning_rate=positive, low_noise_power=positive)
+        check(self, warmup_steps=least, weight_decay=least, num_eval_levels="[1, inf)")
         if prediction == "velocity":
             self.schedule.refuse_curved()
         for name in ("alphas", "sigmas", "times"):

@@ -468,8 +468,24 @@ def test_sixteen_bits(tmp_path, channels):
     assert (header[24], header[25]) == (16, {3: 2, 4: 6}.get(channels, 0))
     assert len(predict(tmp_path, ImageWriter(bits=16), x=x, ids=["a"]).records) == 0
     assert len(predict(tmp_path, ImageWriter(), x=x, ids=["a"]).records) == STEPS  # other files
-    with pytest.raises(InputError, match="bits must be 8 or 16"):
-        ImageWriter(bits=12)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ImageWriter(bits=12), "ImageWriter.bits must be one of 8, 16, got 12"),
+        (lambda: ImageWriter(grid_rows=-1), "grid_rows must be a whole number, at least 0"),
+        (lambda: TrajectoryLogger(save_every=0), "save_every must be a whole number, at least 1"),
+        (lambda: TrajectoryLogger(max_images=-1), "max_images must be a whole number, at least 0"),
+        (lambda: SamplingProgress(interval=-1.0), "interval must be a number, at least 0"),
+        (lambda: SampleGrid(every_n_validations=0), "every_n_validations must be a whole number"),
+        (lambda: RestorationMetrics(lpips="squeeze"), "lpips must be one of alex, vgg"),
+        (lambda: ScoreTraining(TinyNetwork(), num_eval_levels=0), "num_eval_levels must be"),
+    ],
+)
+def test_options_out_of_range(make, words):
+    with pytest.raises(InputError, match=words):
+        make()
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -247,7 +247,10 @@ def test_learned_variance_is_declared_or_asked_for():
     [
         (lambda: NetworkDenoiser(torch.sin, None, value_range=(1, 0)), "value_range must be"),
         (lambda: NetworkDenoiser(torch.sin, None, time="t"), "time must be one of time, index"),
-        (lambda: EDMDenoiser(torch.sin, None, sigma_data=0), "sigma_data must be positive"),
+        (
+            lambda: EDMDenoiser(torch.sin, None, sigma_data=0),
+            "sigma_data must be a number, above 0",
+        ),
         (lambda: Schedule.from_betas([0.1, 1.0, 0.2]), "betas must lie between"),
     ],
 )

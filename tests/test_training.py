@@ -58,7 +58,7 @@ def test_v_is_fitted_by_its_own_error_and_validated_by_that_of_the_noise():
         assert float(module.loss(x0, levels, noise)) == pytest.approx(0.04, rel=1e-3)
         module.eval()
         assert float(module.loss(x0, levels, noise)) == pytest.approx(0.04 * alpha**2, rel=1e-3)
-    with pytest.raises(InputError, match="must be epsilon, v or velocity, got 'x0'"):
+    with pytest.raises(InputError, match="must be one of epsilon, v, velocity, got 'x0'"):
         ScoreTraining(nn.Identity(), prediction="x0")
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from cmi_lightning.checked import check
 from cmi_lightning.denoisers.wrapped import WrappedNetwork
-from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Level, Schedule, ScheduleName
 
 
@@ -67,9 +67,8 @@ class EDMDenoiser(WrappedNetwork):
             learns_variance=False,
             **options,
         )
-        if sigma_data <= 0:
-            raise InputError(f"sigma_data must be positive, got {sigma_data:g}.")
         self.preconditioned, self.sigma_data = preconditioned, sigma_data
+        check(self, sigma_data="(0, inf)")
 
     def _call(self, u: Tensor, level: Level, told: dict[str, Any]) -> Tensor:
         x, sigma = u / level.alpha, level.sigma / level.alpha

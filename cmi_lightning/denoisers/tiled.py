@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import check
 from cmi_lightning.denoisers.base import Denoiser, Prediction, Wrapper, size_text
 from cmi_lightning.denoisers.recompute import Recomputed
 from cmi_lightning.errors import InputError
@@ -71,9 +72,8 @@ class Tiled(Wrapper):
                 f"The overlap must be at least 0 and less than the windows' "
                 f"{size_text(self.window)} pixels, got {overlap}."
             )
-        if tiles_at_once < 1:
-            raise InputError(f"tiles_at_once must be at least 1, got {tiles_at_once}.")
         self.size, self.overlap, self.tiles_at_once = size, overlap, tiles_at_once
+        check(self, tiles_at_once="[1, inf)")
         self.image_shape = (channels, None, None)
         self.size_multiple, self.trained_side = 1, None
 

@@ -7,12 +7,13 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cmi_lightning.checked import check
 from cmi_lightning.denoisers.base import Denoiser, Prediction, size_text
 from cmi_lightning.denoisers.conditions import Conditions, called
 from cmi_lightning.denoisers.weights import load_weights
@@ -76,11 +77,8 @@ class WrappedNetwork(Denoiser):
         self.schedule = self.own_schedule
         if self.gain != 1:
             self.schedule = self.schedule.scale_noise(1 / self.gain)
-        if prediction not in (names := get_args(Output)):
-            raise InputError(f"prediction must be one of {', '.join(names)}, got '{prediction}'.")
-        if time not in TIMES:
-            raise InputError(f"time must be one of {', '.join(TIMES)}, got '{time}'.")
         self.prediction, self.time = prediction, time
+        check(self, "prediction", "time")
         if prediction == "velocity":
             self.own_schedule.refuse_curved()
         self.image_shape = None if image_shape is None else tuple(image_shape)
