@@ -106,10 +106,6 @@ def plain(x, times):
 
 
 WRONG = {
-    "no class": (
-        lambda: NetworkDenoiser(Told(), None),
-        r"Told has num_classes=4, so that it must be told y: give it by condition, \{y: …\}",
-    ),
     "no such class": (
         lambda: NetworkDenoiser(Told(), None, condition={"y": 4}),
         "condition says y=4, and the classes of the network Told are 0 to 3",
@@ -125,10 +121,6 @@ WRONG = {
     "a condition of words": (
         lambda: NetworkDenoiser(Told(), None, condition={"y": 1, "text": "a cat"}),
         "condition.text: there is no file 'a cat'",
-    ),
-    "a velocity on a curve": (
-        lambda: NetworkDenoiser(plain, None, "linear", "velocity"),
-        "set schedule to rectified",
     ),
     "an unknown schedule": (
         lambda: NetworkDenoiser(plain, None, "flow"),

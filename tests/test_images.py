@@ -251,15 +251,21 @@ def test_senseless_options(tmp_path, options, words):
 # Formats --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["gif", "jfif", "avif", "jp2", "ppm", "pgm", "GIF"])
-def test_formats_that_are_read_too(tmp_path, suffix):
+FORMATS = ["jpg", "JPEG", "bmp", "tif", "webp", "gif", "GIF", "jfif", "avif", "jp2", "ppm", "pgm"]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_formats_that_are_read(tmp_path, suffix):
     Image.init()
     if suffix == "avif" and "AVIF" not in Image.SAVE:
         pytest.skip("this Pillow has no AVIF")
-    format_ = "JPEG" if suffix == "jfif" else None
-    Image.new("L", (8, 8), 200).save(tmp_path / f"x.{suffix}", format=format_)
-    x = set_up(tmp_path, channels=1).images[0]["x"]
-    assert torch.allclose(x, torch.full((1, 8, 8), 200 / 127.5 - 1), atol=0.02)
+    red, value = Image.new("RGB", (6, 5), (255, 0, 0)), 1
+    if suffix == "pgm":
+        red, value = red.convert("L"), 76 / 127.5 - 1
+    red.save(tmp_path / f"x.{suffix}", format="JPEG" if suffix == "jfif" else None)
+    x = set_up(tmp_path, channels=3).images[0]["x"]
+    assert x.shape == (3, 5, 6)
+    assert torch.allclose(x[0], torch.full((5, 6), float(value)), atol=0.05)
 
 
 @pytest.mark.parametrize("suffix", ["heic", "JXL", "psd"])
