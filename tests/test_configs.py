@@ -76,6 +76,8 @@ def parser():
 @pytest.mark.parametrize("prior", ["ffhq", "imagenet"])
 def test_every_combination_parses(parser, prior):
     for i, (task, guidance) in enumerate(itertools.product(TASKS, GUIDANCES)):
+        if prior == "imagenet" and i % 4 != i // 4 % 4:  # whose guidances are those of FFHQ
+            continue
         cmi = (i + i // len(GUIDANCES)) % 2 == 0  # with half of the guidances of every task
         config = parser.parse_args(arguments(prior, task, guidance, cmi))
         model, data = config.model, config.data.init_args

@@ -298,7 +298,7 @@ def test_dps_lands_where_it_was_found_before(bench):
     """MCGdiff's DPS at d = 8, m = 1, 20 steps: 4.9 to 5.2 in replications of ours."""
     cell, distances = bench.Cell(8, 1, 20), {"DPS": [], "MomentMatching": [], "exact": []}
     for index in range(20):
-        task = bench.instance(cell, "anchor", index, 2000)
+        task = bench.instance(cell, "anchor", index, 800)
         for name, draws in {
             "DPS": bench.draw(task, [DPS(0.2)], bench.ETA[20]),
             "MomentMatching": bench.draw(task, [MomentMatching(1)], bench.ETA[20]),
