@@ -179,6 +179,8 @@ def test_images_that_do_not_suit_the_physics():
     operator = from_deepinv(P.Inpainting((3, 8, 8), draw(3, 8, 8) > 0))
     with pytest.raises(InputError, match=r"deepinv's Inpainting does not take images \(3, 6, 6\)"):
         Problem.simulate(draw(2, 3, 6, 6), operator, 0.1, NOISE)
+    with pytest.raises(InputError, match="adjoint must be deepinv or autograd, got 'own'"):
+        from_deepinv(P.Denoising(), adjoint="own")
     wrong = P.LinearPhysics(A=lambda x: x.cumsum(-1), A_adjoint=lambda y: y)
     spectral = P.CompressiveSpectralImaging((3, 6, 6))  # deepinv 0.5.0 rolls one pixel too few
     for physics in (wrong, spectral):

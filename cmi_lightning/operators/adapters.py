@@ -251,6 +251,8 @@ def from_deepinv(
     """
     from deepinv.physics import LinearPhysics
 
+    if adjoint not in (ways := ("deepinv", "autograd")):
+        raise InputError(f"from_deepinv: adjoint must be {' or '.join(ways)}, got {adjoint!r}.")
     kind = LinearDeepinvOperator if isinstance(physics, LinearPhysics) else DeepinvOperator
     return kind(physics, adjoint)
 
