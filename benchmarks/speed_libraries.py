@@ -1,6 +1,6 @@
 """DPS and moment matching here, in deepinv and in azula: same network, levels, y and steps.
 
-    pip install 'cmi-lightning[reference]'
+    pip install -e '.[reference]'
     python benchmarks/speed_libraries.py                    the shipped photographs' prior, batch 4
     python benchmarks/speed_libraries.py --prior fashion-mnist --batch 8 --runs 5
 
