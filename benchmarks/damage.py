@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from cmi_lightning.api import example
 from cmi_lightning.cli import main
 from cmi_lightning.data.pictures import Picture, psnr
+from cmi_lightning.paths import example
 
 ESTIMATED = "--data.sigmas estimate"
 ROOT, DOCS = Path("runs/damage"), Path(__file__).parent.parent / "docs"

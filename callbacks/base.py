@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 
 from cmi_lightning.callbacks.drawing import apart, beside, save_png, tile
 from cmi_lightning.callbacks.loggers import log_image, log_options, log_values
-from cmi_lightning.files import claim, remove, write_json
+from cmi_lightning.files import claim, read_json, remove, write_json
 from cmi_lightning.paths import inside
 from cmi_lightning.predict.callback import SamplingCallback
 from cmi_lightning.predict.module import Restoration
@@ -97,7 +96,7 @@ class RecordingCallback(SamplingCallback):
             claim(self.folder / self.summary)
         first = next((c for c in trainer.callbacks if isinstance(c, RecordingCallback)), None)  # type: ignore[attr-defined]
         if self is first and (folder := self.module.run.folder) is not None:
-            log_options(trainer, json.loads((folder / "run.json").read_text(encoding="utf-8")))
+            log_options(trainer, read_json(folder / "run.json"))
 
     @torch.no_grad()
     def on_predict_batch_end(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import rich
 from rich.table import Table
 
+from cmi_lightning.files import read_json
 from cmi_lightning.paths import inside
 from cmi_lightning.statistics import mean_and_error
 
@@ -71,7 +71,7 @@ def timing(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     for record in records:
         with contextlib.suppress(FileNotFoundError):
             path = inside(folder / "timings", record["id"], ".json")
-            took.append(json.loads(path.read_text(encoding="utf-8")))
+            took.append(read_json(path))
             steps += record["steps"]
     if not took:
         return {}

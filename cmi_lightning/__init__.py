@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from cmi_lightning.errors import InputError
 
 if TYPE_CHECKING:
-    from cmi_lightning.api import Restorer, example, restore
+    from cmi_lightning.api import Restorer, restore
     from cmi_lightning.measurement_noise import (
         GaussianNoise,
         PoissonGaussianNoise,
         PoissonNoise,
     )
+    from cmi_lightning.paths import example
     from cmi_lightning.predict.module import PosteriorSampler
     from cmi_lightning.problem import Problem
     from cmi_lightning.sampler import Sampler
@@ -53,7 +54,7 @@ HOMES = {
     "Restorer": "api",
     "Sampler": "sampler",
     "Schedule": "schedule",
-    "example": "api",
+    "example": "paths",
     "restore": "api",
 }
 

@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -21,7 +20,6 @@ from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
 from cmi_lightning.methods import Method, step_sizes
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
-from cmi_lightning.paths import SHIPPED
 from cmi_lightning.predict.damaged import for_channels, given_channels, problem_of
 from cmi_lightning.predict.messages import nearest
 from cmi_lightning.predict.restoration import Restoration, restoring
@@ -277,33 +275,6 @@ def _progress(
                 kept.append(picture.back(record.x0))
             yield Progress(done, total, record, picture)
     yield Progress(done, total, last, picture, result)
-
-
-def example(name: str = "beach1") -> Path:
-    """Return the path of a photograph that ships with the package.
-
-    >>> example("beach1").name
-    'beach1.jpg'
-
-    Args:
-        name: of a file of "photos-test", without its suffix.
-
-    Raises:
-        InputError: for another name.
-    """
-    found = examples()
-    if name not in found:
-        raise InputError(f"There is no example '{name}': use {', '.join(found)}.")
-    return found[name]
-
-
-def examples() -> dict[str, Path]:
-    """Return the photographs that ship with the package, by name.
-
-    >>> "beach1" in examples()
-    True
-    """
-    return {path.stem: path for path in sorted(SHIPPED["photos-test"].glob("*.*"))}
 
 
 def _of_kind(argument: str, value: Any, kinds: Any, wanted: str) -> None:

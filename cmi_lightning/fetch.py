@@ -242,12 +242,9 @@ class _Arrays(pickle.Unpickler):
 
 
 def read_network(sdist: Path, net: str, layers: tuple[int, ...]) -> tuple[dict[str, Any], list]:
-    """Return the convolutions, in torchvision's names, and LPIPS's five linear heads.
+    """Return the convolutions of "alexnet" or "vgg16", and LPIPS's five linear heads.
 
-    Args:
-        sdist: the package's archive.
-        net: "alexnet" or "vgg16".
-        layers: the convolutions' numbers among torchvision's ``features``.
+    ``layers`` are the convolutions' numbers among torchvision's ``features``, which name them.
 
     Raises:
         pickle.UnpicklingError: for anything but arrays.

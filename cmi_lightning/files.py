@@ -189,6 +189,11 @@ def _syncfs() -> Callable[[int], bool]:
     return lambda handle: call(handle) == 0
 
 
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON; see :func:`write`."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from cmi_lightning.errors import InputError, printable
+from cmi_lightning.files import read_json
 
 
 def info(args: list[str]) -> int:
@@ -67,6 +67,6 @@ def _means(records: list[dict[str, Any]]) -> dict[str, str]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None

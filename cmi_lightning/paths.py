@@ -66,3 +66,30 @@ def safe_name(name: str, suffix: str = "") -> str:
 
 def _cut(part: str) -> str:
     return part.encode()[:LONGEST_PART].decode(errors="ignore")
+
+
+def example(name: str = "beach1") -> Path:
+    """Return the path of a photograph that ships with the package.
+
+    >>> example().name
+    'beach1.jpg'
+
+    Args:
+        name: of a file of "photos-test", without its suffix.
+
+    Raises:
+        InputError: for another name.
+    """
+    found = examples()
+    if name not in found:
+        raise InputError(f"There is no example '{name}': use {', '.join(found)}.")
+    return found[name]
+
+
+def examples() -> dict[str, Path]:
+    """Return the photographs that ship with the package, by name.
+
+    >>> "beach1" in examples()
+    True
+    """
+    return {path.stem: path for path in sorted(SHIPPED["photos-test"].glob("*.*"))}

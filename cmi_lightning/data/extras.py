@@ -25,11 +25,7 @@ FEW_LEVELS = 16  # gray values that a drawing may have and a photograph exceeds
 def companions(names: Iterable[str], folder: Path, source: Path, option: str) -> dict[str, Path]:
     """Return the mask or kernel of each measurement: one file for all, or one of the same id.
 
-    Args:
-        names: ids of the measurements.
-        folder: their folder. Where it is the companions' too, those are ``.npy`` files.
-        source: a file, or a folder.
-        option: the option that names it.
+    In the measurements' own folder, companions are ``.npy`` files.
 
     Raises:
         InputError: if there is not exactly one for each.

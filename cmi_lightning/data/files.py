@@ -46,12 +46,8 @@ def by_id(
     An id is the path relative to the folder, with slashes and without suffix, as
     :func:`printable` gives it. Hidden files and folders are passed over. A file may be a symbolic
     link to anywhere; folders that are links are not entered. A run's folder within holds results,
-    and is passed over.
-
-    Args:
-        folder: the folder.
-        suffixes: lower-case suffixes; a file's own may be in capitals.
-        apart: a file or folder within, which is left out.
+    and is passed over, as is ``apart``, a file or folder within. Suffixes are in lower case; those
+    of files may be in capitals.
     """
     paths = []
     for here, folders, names in os.walk(folder):
@@ -79,15 +75,11 @@ def find_images(
 ) -> tuple[dict[str, Path], list[str]]:
     """Return {id: file} in natural order ("2" before "10"), and what to say of other files.
 
-    Args:
-        folder: a folder, see :func:`by_id`.
-        option: the option that names it.
-        strict: refuse image files of kinds that are not read here.
-        apart: a file or folder within, which is left out.
-        arrays: suffixes of files that are measurements too.
+    Files of the suffixes ``arrays`` are measurements too. See :func:`by_id`.
 
     Raises:
-        InputError: if the folder is missing or holds no image, or two files share an id.
+        InputError: if the folder is missing or holds no image, two files share an id, or, with
+            ``strict``, an image is of a kind that is not read here.
     """
     if not folder.is_dir():
         raise InputError(
@@ -175,13 +167,7 @@ def read_all(
     strict: bool,
     option: str,
 ) -> Survey[T]:
-    """Read every file.
-
-    Args:
-        files: files by id.
-        read: called with id, file, and a function that takes notes: predicates of "the images …".
-        strict: refuse the first unreadable file instead of leaving it out.
-        option: the option that names the folder, for the message.
+    """Read every file: by ``read``, of its id, itself and what takes notes, "the images …".
 
     Raises:
         UnreadableError: with ``strict``, for the first unreadable file.
@@ -224,11 +210,7 @@ def report(skipped: dict[str, str], left: int, notes: Iterable[str]) -> None:
 
 
 def check_channels(shapes: dict[str, Shape], what: str) -> None:
-    """Refuse a folder whose images (C, H, W) differ in channels.
-
-    Args:
-        shapes: shape of each image, by name.
-        what: the option the images come from, for the message.
+    """Refuse a folder, the option ``what``, whose images (C, H, W) differ in channels.
 
     Raises:
         InputError: naming the first two that differ.

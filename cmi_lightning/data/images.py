@@ -172,14 +172,7 @@ def _profile(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
 
 
 def to_tensor(image: Image.Image, how: Decoding, path: Path | str, note: Note = bool) -> Tensor:
-    """Return an opened image, turned upright, as (C, H, W) float32 in [−1, 1]; see `read_image`.
-
-    Args:
-        image: the image.
-        how: the options.
-        path: its name, for messages.
-        note: called with what a person should know.
-    """
+    """Return an opened image, turned upright, as (C, H, W) float32 in [−1, 1]; see `read_image`."""
     mode, convert = image.mode, _profile(image)
     plain = PLAIN.get(mode, mode)
     if mode.startswith("I;16") or mode in ("I", "F"):

@@ -28,13 +28,10 @@ NUM_REPORTED = 5
 def read_sigmas(path: Path, known: Collection[str], unit: Range) -> dict[str, float]:
     """Return {id: standard deviation on [−1, 1]} of a CSV file with the columns id and sigma.
 
-    Args:
-        path: the file, UTF-8.
-        known: the ids that may occur.
-        unit: image range that the numbers refer to: "signed" [−1, 1], "unit" [0, 1].
+    Its numbers refer to images in [−1, 1] ("signed") or [0, 1] ("unit").
 
     Raises:
-        InputError: naming the file, the line and the remedy.
+        InputError: naming the file, the line and the remedy; for an id that is not known, too.
     """
     what = f"data.sigmas: '{printable(path)}'"
     if path.stat().st_size > MAX_BYTES:

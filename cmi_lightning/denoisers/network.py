@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from cmi_lightning.denoisers.conditions import called
 from cmi_lightning.denoisers.unet import UNet
-from cmi_lightning.denoisers.weights import hub_folder
+from cmi_lightning.denoisers.weights import hub_folder, save_weights
 from cmi_lightning.denoisers.wrapped import TIMES, WrappedNetwork
 from cmi_lightning.errors import InputError, first_line
-from cmi_lightning.files import write, write_json
+from cmi_lightning.files import read_json, write_json
 from cmi_lightning.schedule import Level, Schedule, ScheduleName
 
 
@@ -96,11 +94,7 @@ class NetworkDenoiser(WrappedNetwork):
             "time": self.time,
             "learns_variance": self.learns_variance,
         }
-        state = {
-            k: v.detach().cpu().to(dtype if v.is_floating_point() else None).contiguous()
-            for k, v in self.network.state_dict().items()
-        }
-        write(Path(folder) / "model.safetensors", save(state))
+        save_weights(self.network, Path(folder) / "model.safetensors", dtype)
         write_json(Path(folder) / "config.json", spec)
 
     @classmethod
@@ -127,7 +121,7 @@ class NetworkDenoiser(WrappedNetwork):
         """
         home = hub_folder(str(folder))
         try:
-            spec = json.loads((home / "config.json").read_text(encoding="utf-8"))
+            spec = read_json(home / "config.json")
             made = UNet(**spec.pop("network")) if network is None else network
             spec.pop("network", None)
             if isinstance(spec["schedule"], dict):

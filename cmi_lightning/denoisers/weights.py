@@ -12,12 +12,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import nn
 
 from cmi_lightning.denoisers.checkpoints import SUFFIXES, kind_of, read_checkpoint
 from cmi_lightning.denoisers.fitting import fitted, several
 from cmi_lightning.errors import InputError, first_line
 from cmi_lightning.files import sha256 as checksum
+from cmi_lightning.files import write
 from cmi_lightning.zoo.cards import CARDS, published, shipped
 
 
@@ -48,6 +50,16 @@ def load_weights(
     if path.parent.name == part:  # a folder beside another, as diffusers keeps averages
         part = None
     network.load_state_dict(fitted(network, read_checkpoint(path), path, part))
+
+
+def save_weights(network: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a network's weights as safetensors, floating-point ones in ``dtype``."""
+    whole = torch.contiguous_format
+    state = {
+        name: v.cpu().to(dtype if v.is_floating_point() else None).clone(memory_format=whole)
+        for name, v in network.state_dict().items()
+    }
+    write(path, save(state))
 
 
 def find_weights(

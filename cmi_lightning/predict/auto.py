@@ -6,12 +6,10 @@ too little memory alone; three steps tell as much, and a CPU's limit is its spee
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -25,6 +23,7 @@ from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.predict.batch import as_batch
+from cmi_lightning.predict.folder import RunFolder
 from cmi_lightning.predict.memory import keep_memory, out_of_memory, peak_memory
 from cmi_lightning.predict.processes import by_the_first
 from cmi_lightning.sampler import Sampler
@@ -69,11 +68,8 @@ def earlier(module: PosteriorSampler, trainer: Any, data: Any) -> Choice:
             f"model.precision=auto chooses the precision: leave out trainer.precision="
             f"{trainer.precision}."
         )
-    before: dict[str, str] = {}
-    if not module.overwrite:
-        path = Path(trainer.default_root_dir).expanduser() / "run.json"
-        with suppress(OSError, ValueError):
-            before = json.loads(path.read_text(encoding="utf-8"))
+    folder = RunFolder(Path(trainer.default_root_dir).expanduser())
+    before = {} if module.overwrite else folder.options
     size, precision = before.get("data.batch_size"), before.get("trainer.precision")
     return Choice(
         int(size) if size and _grows(data) else None,

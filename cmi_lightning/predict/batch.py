@@ -26,9 +26,7 @@ def as_batch(batch: Any, first: int) -> tuple[dict[str, Any], list[str]]:
     Images may come as a tensor or array, first in a tuple, as one image (C, H, W), or as uint8;
     ids as numbers, or not at all: they are then the places in the loader's order.
 
-    Args:
-        batch: what the loader gave.
-        first: the number of samples before this batch.
+    ``first`` is the number of samples before this batch.
 
     Raises:
         InputError: for another form, or values outside of the range.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cmi_lightning.errors import InputError, first_line
-from cmi_lightning.files import make_folder, write
+from cmi_lightning.files import make_folder
 from cmi_lightning.predict.options import lightning_cli, prediction_cli
 from cmi_lightning.predict.processes import end_at_sigterm
 
@@ -54,6 +54,7 @@ def fit(args: list[str]) -> int:
 
     Ctrl-C and SIGTERM end it with 130 and 143; the weights so far are written all the same.
     """
+    from cmi_lightning.denoisers.weights import save_weights
     from cmi_lightning.training import ScoreTraining
 
     cli = lightning_cli(ScoreTraining, args, resumable=True)
@@ -72,7 +73,7 @@ def fit(args: list[str]) -> int:
             raise
         code = 130 if stop.code == 1 else int(stop.code or 0)
     if cli.trainer.is_global_zero:
-        _save(cli.model.network, folder / "network.safetensors")
+        save_weights(cli.model.network, folder / "network.safetensors")
         print(f"weights: {folder / 'network.safetensors'}")
         if code:
             checkpoint = folder / "stopped.ckpt"
@@ -103,16 +104,6 @@ def _stopping() -> Any:
                         callback.on_train_end(trainer, pl_module)
 
     return Stopping()
-
-
-def _save(network: Any, path: Path) -> None:
-    """Write a network's weights: averaged ones, where an averaging callback is on."""
-    import torch
-    from safetensors.torch import save
-
-    whole = torch.contiguous_format
-    state = network.state_dict()
-    write(path, save({k: v.cpu().clone(memory_format=whole) for k, v in state.items()}))
 
 
 def _check_images(model: Any, shape: tuple[int, int, int] | None) -> None:

@@ -68,11 +68,6 @@ def options(name: str, value: Any, weights: bool = True) -> Iterator[tuple[str, 
 
     >>> dict(options("scale", 0.5))
     {'scale': '0.5'}
-
-    Args:
-        name: name of the whole.
-        value: any object.
-        weights: read the weights of a module (its parts' are among them).
     """
     if value is None or isinstance(value, (bool, int, float, complex, str, Path)):
         yield name, str(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from cmi_lightning import files
 from cmi_lightning.errors import InputError, printable, wording
-from cmi_lightning.files import make_folder
+from cmi_lightning.files import make_folder, read_json
 from cmi_lightning.predict.fingerprint import FREE, differences
 
 # The folders that callbacks make in a run's folder.
@@ -120,18 +119,21 @@ class RunFolder:
                 self.tidy()
         self._lock.release(force=True)
 
+    @property
+    def options(self) -> dict[str, str]:
+        """The run's options, as its run.json has them; none where there is no such file."""
+        with contextlib.suppress(OSError, ValueError):
+            return dict(read_json(self.path / "run.json"))
+        return {}
+
     def refuse_other(self, fingerprint: Mapping[str, str]) -> None:
         """Refuse results of other options.
 
         Raises:
             InputError: naming the options that differ.
         """
-        try:
-            before = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return
-        before = {name: value for name, value in before.items() if name not in FREE}
-        if differ := differences(before, fingerprint):
+        before = {name: value for name, value in self.options.items() if name not in FREE}
+        if before and (differ := differences(before, fingerprint)):
             raise InputError(
                 f"The folder '{self.path}' holds the results of other options: {differ}. Set "
                 f"another trainer.default_root_dir, or {afresh()}."

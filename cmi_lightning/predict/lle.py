@@ -72,11 +72,7 @@ def train(
 ) -> tuple[LLE, float, float]:
     """Return the coefficients, and the training images' mean squared error without and with them.
 
-    Args:
-        model: the method, its task and its prior.
-        shape: of an image, (C, H, W).
-        images: how many images of the prior to train on.
-        prior_steps: steps of DDPM that draw them.
+    Those images (C, H, W) are drawn from the prior by ``prior_steps`` of DDPM.
     """
     noise = SampleNoise(model.seed, [f"lle/{k}" for k in range(images)])
     like = torch.zeros(images, *shape, device=model.device)

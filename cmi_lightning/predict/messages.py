@@ -16,11 +16,7 @@ LONGEST = 300  # characters of another library's words
 
 
 def explain(message: str, options: Iterable[str]) -> str:
-    """Return a sentence for a parser's message.
-
-    Args:
-        message: the message.
-        options: the names of all options, "model.num_steps".
+    """Return a sentence for a parser's message, given the names of all options.
 
     >>> explain("unrecognized arguments: --model.num_step=5", ["model.num_steps"])
     'There is no option --model.num_step; did you mean --model.num_steps?'

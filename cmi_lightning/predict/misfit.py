@@ -33,11 +33,7 @@ class Fits:
 
 
 def misfit(fits: list[float], given: bool) -> str | None:
-    """Return a sentence if restorations are far from their measurements; None if they fit.
-
-    Args:
-        fits: ‖y − A x̂‖ of each image over σ√m, which noise alone leaves.
-        given: the measurements were given, not simulated.
+    """Return a sentence if ‖y − A x̂‖ / (σ√m) of each image is far above 1; None if they fit.
 
     >>> misfit([0.9, 1.1], given=True)
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.data.images import read_image
+from cmi_lightning.files import read_json
 from cmi_lightning.predict.restoration import Details, Restoration, judged
 from cmi_lightning.problem import Problem
 from cmi_lightning.step import Cost
@@ -18,17 +18,11 @@ from cmi_lightning.step import Cost
 def read_back(
     writer: Any, records: list[Path], problem: Problem, truth: Tensor | None
 ) -> Restoration | None:
-    """Return a batch's restoration from the files of the run that finished it.
+    """Return a batch's restoration from the files of the run that finished it, if it kept images.
 
     Images are as fine as their files, of 8 or 16 bits. ``seconds`` is 0, and there is no last step.
-
-    Args:
-        writer: the callback that wrote the images; None has none.
-        records: the samples' records.
-        problem: the batch's problem, made again.
-        truth: its images, where they are known.
     """
-    kept = [json.loads(path.read_text(encoding="utf-8")) for path in records]
+    kept = [read_json(path) for path in records]
     if writer is None or not all(record.get(writer.key) for record in kept):
         return None
     files = [[str(name) for name in record[writer.key]] for record in kept]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cmi_lightning import files
 from cmi_lightning.data.files import natural
 from cmi_lightning.errors import InputError
-from cmi_lightning.files import write_json
+from cmi_lightning.files import read_json, write_json
 from cmi_lightning.paths import inside
 from cmi_lightning.predict.fingerprint import digest
 from cmi_lightning.predict.folder import RunFolder, afresh
@@ -136,7 +135,7 @@ class Run:
         assert self.folder is not None
         for path in sorted((self.folder / "records").rglob("*.json")):
             with contextlib.suppress(ValueError):  # a crash of the machine may have cut it short
-                record = json.loads(path.read_text(encoding="utf-8"))
+                record = read_json(path)
                 if isinstance(record, dict) and {"id", "input"} <= set(record):
                     yield record
 
@@ -151,11 +150,7 @@ class Run:
         a resumed run equals an uninterrupted one. Files that are written from now on appear
         with the records, in :meth:`finish`.
 
-        Args:
-            ids: the batch's samples; every process must be shown every batch.
-            world_size: number of processes.
-            rank: this process.
-            batches: number of batches, or inf where a loader does not know.
+        Every process must be shown every batch; ``batches`` is their number, or inf.
 
         Raises:
             InputError: if an id occurs twice.
@@ -218,9 +213,7 @@ class Run:
         What an earlier run of the same options did beyond them, as with a higher ``data.limit``,
         follows.
 
-        Args:
-            trainer: the trainer.
-            wait: wait for the other processes; without, return what there is.
+        Without ``wait`` for the other processes, these are the records that there are.
 
         Raises:
             InputError: if samples are left without a record.
@@ -236,7 +229,7 @@ class Run:
             further = sorted(set(self.done) - set(self.ids), key=natural)
             for name in [*sorted(self.ids, key=self.position), *further]:
                 with contextlib.suppress(FileNotFoundError, ValueError):
-                    records.append(json.loads(self.record_path(name).read_text(encoding="utf-8")))
+                    records.append(read_json(self.record_path(name)))
             self.failures = {r["id"]: r["failed"] for r in records if r["failed"]}
             self._collected = records
         return self._collected

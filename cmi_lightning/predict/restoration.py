@@ -76,14 +76,8 @@ def restoring(
 ) -> Generator[Record | None, None, Restoration]:
     """Draw from the posterior of a batch; yield None before each draw, and a record of each step.
 
-    Args:
-        problem: the measurements, and how they were made.
-        like: a tensor of the images' shape (B, C, H, W).
-        truth: the images (B, C, H, W), where they are known.
-        ids: names of the samples.
-        sampler: makes the sampler of a draw.
-        seed: see :class:`cmi_lightning.PosteriorSampler`.
-        draws: K; the first is the one of K = 1.
+    ``like`` has the shape of the images (B, C, H, W), as their ``truth``, where it is known.
+    ``sampler`` makes the sampler of a draw; the first of K draws is the one of K = 1.
     """
     found: list[Tensor] = []
     cost = Cost()

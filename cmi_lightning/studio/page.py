@@ -17,9 +17,9 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from cmi_lightning.api import examples
 from cmi_lightning.data.pictures import Picture, psnr
 from cmi_lightning.errors import InputError, first_line, one_sentence
+from cmi_lightning.paths import examples
 from cmi_lightning.studio import work
 from cmi_lightning.studio.pictures import edited, is_example, large, layers, of_kernel, photograph
 from cmi_lightning.studio.work import Choice

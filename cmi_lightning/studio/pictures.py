@@ -8,9 +8,9 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from cmi_lightning.api import examples
 from cmi_lightning.data.pictures import as_images
 from cmi_lightning.errors import InputError
+from cmi_lightning.paths import examples
 from cmi_lightning.studio.work import MOST, Choice
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from cmi_lightning.denoisers.network import NetworkDenoiser
 from cmi_lightning.denoisers.presets import unet_prior
 from cmi_lightning.denoisers.weights import autoencoder_of, hub_folder
 from cmi_lightning.errors import InputError
+from cmi_lightning.files import read_json
 from cmi_lightning.zoo.cards import CARDS, Card
 
 LARGE = 50_000_000  # parameters from which memory is saved
@@ -87,7 +87,7 @@ def _folder(card: Card | None, name: str) -> Path:
 def _of_folder(folder: Path, told: dict[str, Any]) -> Denoiser:
     """Return the prior that our ``save_pretrained`` or diffusers' wrote."""
     config = folder / "config.json"
-    if config.is_file() and "network" in json.loads(config.read_text(encoding="utf-8")):
+    if config.is_file() and "network" in read_json(config):
         return NetworkDenoiser.from_pretrained(folder, **told)
     beside = autoencoder_of(f.name for f in folder.iterdir() if f.is_dir())
     if beside is None:
