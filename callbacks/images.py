@@ -13,9 +13,8 @@ from cmi_lightning.callbacks.drawing import encode_png, planes, to_tile
 from cmi_lightning.checked import check
 from cmi_lightning.files import write
 from cmi_lightning.paths import inside
-from cmi_lightning.predict.module import Restoration
-
-WHITE_STD = 0.5  # the standard deviation, on [−1, 1], that a map shows as white
+from cmi_lightning.predict.restoration import Restoration
+from cmi_lightning.predict.restored import WHITE_STD
 
 
 class ImageWriter(RecordingCallback):

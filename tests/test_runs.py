@@ -12,6 +12,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,39 @@ def test_a_batch_asks_the_disk_twice(tmp_path, exact, images, monkeypatch, whole
         assert many["file"] - few["file"] == many["written"] - few["written"]
         folders = {"restored/set", "records/set", "timings/set", ""}
         assert batches["file"] - many["file"] == 2 * (1 + len(folders))
+
+
+def test_a_batch_appears_in_order_once_all_is_on_the_disk(tmp_path, monkeypatch):
+    names, events, end = ["image", "other", "record"], [], itertools.count()
+    sync, replace = disk.sync, os.replace
+
+    def synced(paths: Collection[Path]) -> None:
+        events.append(f"sync {len(paths)}")
+        sync(paths)
+
+    def replaced(source: Path, to: Path) -> None:
+        if next(end) == broken:
+            raise KeyboardInterrupt
+        events.append(to.name)
+        replace(source, to)
+
+    monkeypatch.setattr(disk, "sync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    for broken in (0, 1, 2, None):
+        folder, end = tmp_path / f"{broken}", itertools.count()
+        events.clear()
+        disk.hold()
+        for name in names:
+            write(folder / name, b"whole")
+        assert not any((folder / name).exists() for name in names)
+        with pytest.raises(KeyboardInterrupt) if broken is not None else nullcontext():
+            disk.publish()
+        assert sorted(p.name for p in folder.iterdir()) == names[:broken]
+        assert events == ["sync 3", *names[:broken], *(["sync 1"] if broken is None else [])]
+    disk.hold()
+    write(tmp_path / "dropped", b"")
+    disk.drop()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2", "None"]
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, exact, images, monkeypatch):

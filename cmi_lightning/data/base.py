@@ -65,7 +65,8 @@ class RestorationData(L.LightningDataModule):
             std: the sampler's noise: a level on [−1, 1], or a model of it.
             noise: the random numbers of the batch's samples.
         """
-        return simulated(batch, operator, std, noise)
+        x: Tensor = batch["x"]
+        return Problem.simulate(x, operator, std, noise), x
 
 
 class LoaderData(RestorationData):
@@ -78,17 +79,9 @@ class LoaderData(RestorationData):
         if "y" in batch:
             return own(batch, operator, std, noise)
         if "x" in batch:
-            return simulated(batch, operator, std, noise)
+            return super().problem(batch, operator, std, noise)
         kind = next((kind for key, kind in KINDS.items() if key in batch), "denoise")
         return measured(batch, kind, std, noise)
-
-
-def simulated(
-    batch: dict[str, Any], operator: Operator, std: Noise, noise: SampleNoise
-) -> tuple[Problem, Tensor]:
-    """Return the problem of clean images ``"x"``, measured by ``operator``, and the images."""
-    x: Tensor = batch["x"]
-    return Problem.simulate(x, operator, std, noise), x
 
 
 def own(

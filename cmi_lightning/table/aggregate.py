@@ -103,7 +103,7 @@ def _cell(table: Table, key: Key, started: StartedCell, metrics: Sequence[Metric
 
 
 def _draws(table: Table, cell: Cell, summary: Mapping[str, Any]) -> Draws:
-    from cmi_lightning.callbacks.images import WHITE_STD
+    from cmi_lightning.predict.restored import WHITE_STD
 
     def estimate(entry: Mapping[str, Any]) -> Estimate:
         return Estimate(entry["value"], entry["standard_error"])
