@@ -207,6 +207,25 @@ def test_processes_give_what_one_gives(here, count, limit, batch):
         assert_same(one, many)
 
 
+def test_two_processes_share_sizes_and_choose_alike(here):
+    chance = np.random.default_rng(0)
+    (here / "images").mkdir()
+    for i, size in enumerate([(32, 32), (40, 32), (32, 32), (32, 48), (40, 32), (32, 32)]):
+        pixels = chance.integers(0, 255, size, dtype=np.uint8)
+        Image.fromarray(pixels).save(here / f"images/{i}.png")
+    options = ["--data.folder=images", "--model.num_steps=4", "-c", "guidance/dps"]
+    auto = [*options, "--data.batch_size=auto", "--model.precision=auto", *processes(2)]
+    assert "data.batch_size=auto: " in run(here, command("two", *auto))
+    chosen = json.loads((here / "two/run.json").read_text())
+    assert int(chosen["data.batch_size"]) in (1, 2)  # of three images alike, for two processes
+    same = [f"--data.batch_size={chosen['data.batch_size']}"]
+    same.append(f"--trainer.precision={chosen['trainer.precision']}")
+    run(here, command("one", *options, *same))
+    one, two = files(here / "one"), files(here / "two")
+    assert {name for name in one if one[name] != two[name]} <= {"run.json"}
+    assert set(one) == set(two)
+
+
 def test_draws_of_two_processes_are_judged_together(here):
     fast = ["--data.limit=5", "--data.batch_size=2", "--model.num_steps=3"]
     fast += ["--model.samples_per_image=3", "--trainer.callbacks+=PosteriorQuality"]
