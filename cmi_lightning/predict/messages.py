@@ -39,7 +39,7 @@ def explain(message: str, options: Iterable[str]) -> str:
         module, name = absent.groups()
         return f"{where}there is no '{name}' in {module}{nearest(name, _held(module))}"
     other = re.search(r"mport path ?[\w.]* does not correspond to a subclass of (\w+)", message)
-    if other and (given := re.search(r"(?:but|Import path) (\w+\.[\w.]+)", message)):
+    if other and (given := re.search(r"(?:but|Import path|Given value:) (\w+\.[\w.]+)", message)):
         name = given[1].rpartition(".")[2]
         return f"{where}{name} is no {other[1]}{nearest(name, _classes(base[1]) if base else ())}"
     if len(message) > LONGEST:
