@@ -22,7 +22,7 @@ from cmi_lightning.denoisers.blocks import (
     timestep_embedding,
 )
 from cmi_lightning.denoisers.recompute import Recomputed, run_leanly, run_plainly
-from cmi_lightning.errors import warn_once
+from cmi_lightning.errors import InputError, warn_once
 from cmi_lightning.guidance import CMI, DPS
 from cmi_lightning.information import Lanczos
 from cmi_lightning.noise import SampleNoise
@@ -64,6 +64,21 @@ def test_presets_have_the_published_tensors(name, tensors, parameters):
     assert {n: tuple(v.shape) for n, v in network.state_dict().items()} == published
     assert network.learn_variance
     assert network.size_multiple == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model_channels": 48}, "model_channels must be a multiple of 32, got 48"),
+        ({"channel_mult": ()}, "every channel_mult must be at least 1"),
+        ({"patch_size": 0}, "patch_size and every channel_mult must be at least 1"),
+        ({"num_head_channels": 0}, "num_head_channels, patch_size and every"),
+        ({"num_heads": 5}, "5 heads do not divide 64 channels; set num_heads"),
+    ],
+)
+def test_options_out_of_range(options, words):
+    with pytest.raises(InputError, match=words):
+        UNet(**{**SMALL, **options})
 
 
 def test_heads_have_64_channels():

@@ -86,8 +86,11 @@ class UNet(nn.Module):
         #: The constructor's arguments, as JSON can hold them.
         self.config = {k: list(v) if isinstance(v, Sequence) else v for k, v in options.items()}
         self.num_classes = num_classes
-        if model_channels % 32:
+        if model_channels < 1 or model_channels % 32:
             raise InputError(f"model_channels must be a multiple of 32, got {model_channels}.")
+        counts = ("in_channels", "num_res_blocks", "num_head_channels", "patch_size")
+        if not channel_mult or min(*channel_mult, *(options[name] for name in counts)) < 1:
+            raise InputError(f"{', '.join(counts)} and every channel_mult must be at least 1.")
         self.in_channels, self.model_channels = in_channels, model_channels
         self.learn_variance, self.checkpoint = learn_variance, checkpoint
         self.patch_size = patch_size
@@ -105,6 +108,8 @@ class UNet(nn.Module):
 
         def attention(width: int) -> AttentionBlock:
             heads = num_heads or max(1, width // num_head_channels)
+            if width % heads:
+                raise InputError(f"{heads} heads do not divide {width} channels; set num_heads.")
             return AttentionBlock(width, heads, fused_attention, new_attention_order)
 
         width = channel_mult[0] * model_channels
