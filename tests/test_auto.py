@@ -59,11 +59,15 @@ def test_a_batch_does_not_grow_beyond_what_the_machine_has_left(monkeypatch):
     assert (size, "4 might not fit" in why) == (2, True)
 
 
-def test_errors_that_are_none_of_memory_are_told():
+@pytest.mark.parametrize(
+    ("message", "kind", "words"),
+    [("crash", RuntimeError, "crash"), ("CUDA out of memory.", InputError, "with 1 image")],
+)
+def test_errors_at_the_first_image_are_told(message, kind, words):
     def broken(n: int) -> Trial:
-        raise RuntimeError("crash")
+        raise RuntimeError(message)
 
-    with pytest.raises(RuntimeError, match="crash"):
+    with pytest.raises(kind, match=words):
         batch_size(broken, 4, 1, CPU)
 
 

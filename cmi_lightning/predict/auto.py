@@ -7,9 +7,9 @@ too little memory alone; three steps tell as much, and a CPU's limit is its spee
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -24,7 +24,7 @@ from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.predict.batch import as_batch
 from cmi_lightning.predict.folder import RunFolder
-from cmi_lightning.predict.memory import keep_memory, out_of_memory, peak_memory
+from cmi_lightning.predict.memory import keep_memory, no_memory, out_of_memory, peak_memory
 from cmi_lightning.predict.processes import by_the_first
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.schedule import Level
@@ -185,11 +185,11 @@ def batch_size(
         try:
             found = trial(size)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or not rates:
+            if not out_of_memory(error):
                 raise
+            if not rates:
+                raise no_memory(size) from error
             why = f"{size} do not fit into memory"
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
             break
         rates[size] = found.images / found.seconds
         if size > least and rates[size] < GAIN * rates[best]:
@@ -202,16 +202,18 @@ def batch_size(
             why = f"{2 * size} might not fit into memory"
             break
         size = min(2 * size, most)
+    if device.type == "cuda":  # outside of the handler: the error holds on to the tensors
+        torch.cuda.empty_cache()
     measured = ", ".join(f"{n}: {rate:.3g}" for n, rate in rates.items())
     return best, f"{best} at a time; {why} (images a second and step: {measured})"
 
 
 def _free_memory() -> float:
-    """Return the bytes that the machine has left; inf where it does not say."""
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return math.inf
+    """Return the bytes that the machine can give; inf where it does not say (not Linux)."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024.0 * int(next(line for line in lines if "MemAvailable" in line).split()[1])
+    return math.inf
 
 
 def faster(full: Trial, half: Trial) -> tuple[str, str]:

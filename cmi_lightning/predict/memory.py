@@ -62,6 +62,14 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def no_memory(size: int) -> InputError:
+    """Return what is told where memory does not hold ``size`` images."""
+    return InputError(
+        f"Out of memory with {size} image(s) at a time: set a lower data.batch_size or "
+        "trainer.precision, or a guidance of fewer derivatives."
+    )
+
+
 class Parts:
     """Work on a batch in two halves, and so on all later ones, if memory does not hold the whole.
 
@@ -88,10 +96,7 @@ class Parts:
                 if not out_of_memory(error):
                     raise
                 if size == 1 or self.size is not None:
-                    raise InputError(
-                        f"Out of memory with {size} image(s) at a time: set a lower "
-                        "data.batch_size or trainer.precision, or a guidance of fewer derivatives."
-                    ) from error
+                    raise no_memory(size) from error
             # Outside of the handler: the error holds on to the tensors.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
