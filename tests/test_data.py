@@ -218,10 +218,18 @@ def test_a_run_searches_once_and_decodes_every_image_once(tmp_path, monkeypatch,
     assert set(reads.images.values()) == {2}
 
 
-def test_options_that_change_before_the_trainer_comes_count():
-    data = ready(ImageFolderData("fashion-mnist-test", limit=4))
+def test_options_that_change_before_the_trainer_comes_count(tmp_path):
+    class Own(ImageFolderData):
+        def __init__(self, count):  # which it does not keep by that name
+            super().__init__("fashion-mnist-test", limit=count)
+
+    data = ready(Own(4))
     data.limit = 2
     assert len(ready(data).images) == 2
+    data.folder = str(tmp_path)
+    for _ in range(2):  # what failed is not taken for done
+        with pytest.raises(InputError, match="holds no image"):
+            ready(data)
 
 
 def test_what_is_kept_has_a_limit(tmp_path, monkeypatch):

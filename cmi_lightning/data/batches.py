@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -79,16 +78,15 @@ class FolderData(RestorationData):
         """Find and check the images, and report on them: once, before or in the trainer."""
         check_least(1, batch_size=None if self.batch_size == "auto" else self.batch_size)
         check_least(0, num_workers=self.num_workers)
-        names = inspect.signature(type(self)).parameters
-        options = {name: getattr(self, name) for name in names}
-        before, self._options = self._options, None if self.trainer else options
-        if before == options:
-            return
-        images = self.found()
-        if images.survey[1:] != self.survey[1:]:
-            told = images.survey.skipped, len(images), images.survey.notes
-            rank_zero_only(report)(*told)
-        self.images, self.survey, self.skipped = images, images.survey, images.survey.skipped
+        plain = (str, int, float, bool, tuple)
+        options = {name: value for name, value in vars(self).items() if type(value) in plain}
+        if self._options != options:
+            images = self.found()
+            if images.survey[1:] != self.survey[1:]:
+                told = images.survey.skipped, len(images), images.survey.notes
+                rank_zero_only(report)(*told)
+            self.images, self.survey, self.skipped = images, images.survey, images.survey.skipped
+        self._options = None if self.trainer else options
 
     @property
     def ids(self) -> list[str]:
