@@ -33,7 +33,6 @@ from cmi_lightning.statistics import Estimate, mean_and_error
 from cmi_lightning.table.aggregate import aggregate
 from cmi_lightning.table.cells import SET_RESAMPLES, StartedCell, started_cells
 from cmi_lightning.table.command import check, parse, rounds
-from cmi_lightning.table.progress import ProgressPrinter
 from cmi_lightning.table.records import passes, records
 from cmi_lightning.table.resampling import (
     bootstrap_interval,
@@ -42,7 +41,7 @@ from cmi_lightning.table.resampling import (
     resamples_of,
     sign_flip_p,
 )
-from cmi_lightning.table.run import FinishedCell, Job, run, run_job
+from cmi_lightning.table.run import FinishedCell, Job, ProgressPrinter, run, run_job
 from cmi_lightning.table.spec import Method, Posterior, Table, Task
 from cmi_lightning.table.tune import best, count_trials, trial
 from cmi_lightning.table.tune import check as check_tuning
@@ -512,7 +511,7 @@ def test_distances_of_sets_are_resampled_by_clusters(tmp_path):
 def test_time_left_is_of_the_images_that_are_left(tmp_path, capsys, monkeypatch):
     """Two base cells are finished, CMI takes three times as long, the second round is larger."""
     clock = [0.0]
-    monkeypatch.setattr("cmi_lightning.table.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("cmi_lightning.table.run.time.monotonic", lambda: clock[0])
     table = small(output=str(tmp_path), images=12, round=2, equal_cost=False)
     cells = [table.cell("box", m, v) for m in ("none", "DPS") for v in ("base", "cmi")]
     write_records(cells[0], [20.0] * 12)

@@ -23,9 +23,8 @@ from cmi_lightning.report.page import write_report
 from cmi_lightning.report.results import ADDED, read_results, write_results
 from cmi_lightning.report.tables import write_tables
 from cmi_lightning.table.aggregate import aggregate
-from cmi_lightning.table.progress import ProgressPrinter, first_process
 from cmi_lightning.table.records import Cell
-from cmi_lightning.table.run import Job, run
+from cmi_lightning.table.run import Job, ProgressPrinter, first_process, run
 from cmi_lightning.table.spec import Table
 from cmi_lightning.table.tune import check as check_tuning
 from cmi_lightning.table.tune import count_trials, probes, read_study

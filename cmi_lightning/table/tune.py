@@ -13,9 +13,8 @@ from cmi_lightning.files import write, write_json
 from cmi_lightning.report.results import ADDED, CMI, Search, Trial, Variant, typed
 from cmi_lightning.statistics import mean_and_error
 from cmi_lightning.table.cells import METRICS
-from cmi_lightning.table.progress import ProgressPrinter
 from cmi_lightning.table.records import Cell, measured, read_json, records, safe
-from cmi_lightning.table.run import LOG, Job, run
+from cmi_lightning.table.run import LOG, Job, ProgressPrinter, run
 from cmi_lightning.table.spec import Table
 
 Study = dict[str, dict[str, Search]]  # by task, then "DPS" or "CMI+DPS"
