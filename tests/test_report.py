@@ -131,10 +131,17 @@ def ids(text: str) -> set[str | None]:
     return {attrs.get("id") for _, attrs in page.elements}
 
 
-def stored(text: str) -> dict[str, Any]:
-    """The page's store of images."""
-    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
-    return json.loads(data)
+def tiles(text: str) -> dict[tuple[Any, ...], dict[str, str | None]]:
+    """Figure 1's images, by the number of the task, slot, number of the image and the method."""
+    found, task, at = {}, -1, None
+    for tag, attrs in Page(text).elements:
+        task += attrs.get("class") == "line"
+        if attrs.get("class") == "tile" and "data-image" in attrs:
+            method = attrs.get("data-method")
+            at = task, attrs["data-slot"], int(attrs["data-image"] or 0), method and int(method)
+        elif tag == "img" and at:
+            found[at], at = attrs, None
+    return found
 
 
 # The page ------------------------------------------------------------------------------------
@@ -292,26 +299,22 @@ def test_what_comes_from_files_is_escaped(results, folder):
     text = render(results, folder)
     page = Page(text)
     assert not page.open
-    assert len(page.all("script")) == 2
+    assert len(page.all("script")) == 1
     assert not page.all("img", src="x")
     assert page.text("h1") == evil
-    store = stored(text)
-    assert store["tasks"]["inpaint_random"][0]["id"] == evil
+    assert page.all("figure", class_="tile", data_id=evil)
     assert "<script>" not in markdown(results)
 
 
-def test_images_are_embedded_once_in_the_store(results, folder):
-    text = render(results, folder)
-    store = stored(text)
-    example = results.examples["inpaint_box"][1]
-    place = store["tasks"]["inpaint_box"][1]
-    assert place["id"] == example
-    uri, width, height = store["images"][place["restored"]["DPS"]["cmi"]]
-    cell = results.cell("inpaint_box", "DPS", "cmi")
+def test_images_are_embedded_once_in_the_figure(results, folder):
+    found = tiles(render(results, folder))
+    assert len(found) == 2 * 2 * (2 + 3 * 3)
+    shown = found[1, "cmi", 1, 1]
+    cell, example = results.cell("inpaint_box", "DPS", "cmi"), results.examples["inpaint_box"][1]
     content = (folder / cell.folder / "restored" / f"{example}.png").read_bytes()
-    assert uri == f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    assert (width, height) == (32, 32)
-    assert len({image[0] for image in store["images"]}) == len(store["images"])
+    assert shown["src"] == f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    assert (shown["width"], shown["height"]) == ("32", "32")
+    assert len({(at[0], image["src"]) for at, image in found.items()}) == len(found)
 
 
 @pytest.mark.parametrize("path", ["missing", "../secret", "text", "notes.txt", "", "\0"])
@@ -330,10 +333,10 @@ def test_images_that_cannot_be_read_are_left_out(results, folder, path):
     cells = [replace(c, folder=path) if (c.method, c.variant) in lost else c for c in results.cells]
     results = replace(results, cells=tuple(cells))
     text = render(results, folder)
-    store = stored(text)
-    first = store["tasks"]["inpaint_random"][0]
-    assert first["truth"] is None
-    assert set(first["restored"]["DPS"]) == {"cmi", "equal"}
+    found = tiles(text)
+    assert "src" not in found[0, "truth", 0, None]
+    there = [v for v in ("base", "cmi", "equal") if "src" in found[0, v, 0, 1]]
+    assert there == ["cmi", "equal"]
     secret = base64.b64encode(picture + b"leak").decode()
     assert secret not in text
 

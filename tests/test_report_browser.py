@@ -1,6 +1,7 @@
 """The report in a real browser: headless Chromium, without network."""
 
 import shutil
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -34,7 +35,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     evil = replace(made.cells[0], label="</script><script>window.injected = 1</script>")
     made = replace(made, cells=(evil, *made.cells[1:]))
     write_report(made, folder)
-    return {"title": made.title, "page": (folder / "report.html").as_uri()}
+    page = (folder / "report.html").as_uri()
+    return {"title": made.title, "page": page, "folder": folder}
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +79,24 @@ def _show(driver: Any, element: Any) -> None:
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
 
 
-def _pick(driver: Any, **chosen: str) -> dict[str, Any]:
-    """Choose options by the names of their groups; return the page's store of images."""
+def _pick(driver: Any, **chosen: str) -> None:
+    """Choose options by the names of their groups."""
     for name, value in chosen.items():
         group = name.replace("_", "-")
         driver.execute_script(
             f"document.querySelector('[name={group}][value=\"{value}\"]').click()"
         )
-    return driver.execute_script("return JSON.parse(document.querySelector('#data').textContent)")
+
+
+def _sources(driver: Any, selector: str) -> list[str]:
+    images = driver.find_elements(By.CSS_SELECTOR, f"{selector} img")
+    return [image.get_attribute("src") for image in images]
+
+
+def _embedded(results: dict[str, Any], *paths: str) -> list[str]:
+    """The files of images as the page embeds them."""
+    files = [results["folder"] / "cells" / f"{path}/00001.png" for path in paths]
+    return [f"data:image/png;base64,{b64encode(f.read_bytes()).decode()}" for f in files]
 
 
 def _press(driver: Any, *keys: str) -> None:
@@ -186,23 +198,23 @@ def test_slider_moves_by_keys_and_shows_its_focus(browser):
     assert slider.get_attribute("aria-valuetext") == "99 % measurement, 1 % CMI+DPS"
 
 
-def test_slider_shows_what_is_chosen(browser):
-    stored = _pick(browser, compare_before="base", compare_method="2", compare_image="1")
-    wanted = stored["tasks"]["inpaint_random"][1]["restored"]["ΠGDM"]
-    for part, variant in (("before", "base"), ("after", "cmi")):
-        image = browser.find_element(By.CSS_SELECTOR, f".stage .{part}")
-        assert image.get_attribute("src") == stored["images"][wanted[variant]][0]
+def test_slider_shows_what_is_chosen(browser, results):
+    _pick(browser, compare_before="base", compare_method="2", compare_image="1")
+    paths = [f"inpaint_random/ΠGDM-{variant}/restored" for variant in ("cmi", "base")]
+    assert _sources(browser, ".stage")[:2] == _embedded(results, *paths)  # after, before
     tags = [e.get_attribute("textContent") for e in browser.find_elements(By.CLASS_NAME, "tag")]
     assert tags[:2] == ["ΠGDM", "CMI+ΠGDM"]
 
 
-def test_figure_shows_what_is_chosen(browser):
-    stored = _pick(browser, figure_method="2", figure_image="1")
-    wanted = stored["tasks"]["inpaint_box"][1]
-    for slot, index in wanted["restored"]["ΠGDM"].items() | {("truth", wanted["truth"])}:
-        tile = f".line[data-task=inpaint_box] .tile[data-slot={slot}] img"
-        image = browser.find_element(By.CSS_SELECTOR, tile)
-        assert image.get_attribute("src") == stored["images"][index][0]
+def test_figure_shows_what_is_chosen(browser, results):
+    _pick(browser, figure_method="2", figure_image="1")
+    paths = [f"inpaint_box/none-base/{kind}" for kind in ("truth", "measurement")]
+    paths += [f"inpaint_box/ΠGDM-{variant}/restored" for variant in ("base", "cmi", "equal")]
+    shown = _sources(browser, ".line[data-task='1'] .tile:not([hidden])")
+    assert shown == _embedded(results, *paths)
+    heads = browser.find_elements(By.CSS_SELECTOR, ".head [data-name]")
+    assert [head.text for head in heads] == ["ΠGDM", "CMI+ΠGDM", "ΠGDM, equal passes"]
+    assert browser.find_element(By.CSS_SELECTOR, ".line [data-id]").text == "00001"
 
 
 def _column(driver: Any, column: int) -> list[list[str]]:

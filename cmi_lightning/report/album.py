@@ -139,14 +139,12 @@ class Gallery:
         methods: those with images: their variants' labels, and which is shown first.
         variants: those of which any image is shown.
         sides: what the sliders compare CMI with: value, label, whether it is shown first.
-        data: for the script: the pictures, each once, and the examples as their numbers.
     """
 
     tasks: Mapping[Task, list[Example]]
     methods: list[dict[str, Any]]
     variants: list[Variant]
     sides: list[tuple[str, str, bool]]
-    data: dict[str, Any]
 
     @property
     def count(self) -> int:
@@ -165,32 +163,13 @@ def gallery(album: Album) -> Gallery | None:
     if not tasks:
         return None
     restorations = [example.restored for examples in tasks.values() for example in examples]
-    numbers: dict[Picture | None, int | None] = {None: None}
-
-    def number(picture: Picture | None) -> int | None:
-        return numbers.setdefault(picture, len(numbers) - 1)
-
-    def entry(example: Example) -> dict[str, Any]:
-        restored = {
-            method: {variant: number(picture) for variant, picture in pictures.items()}
-            for method, pictures in example.restored.items()
-        }
-        truth, measurement = number(example.truth), number(example.measurement)
-        return {"id": example.id, "truth": truth, "measurement": measurement, "restored": restored}
-
     methods = [m for m in results.methods if any(m in restored for restored in restorations)]
     both = [m for m in methods if any({"base", "cmi"} <= set(r.get(m, ())) for r in restorations)]
     first = ([m for m in both if m != "none"] or both or methods)[0]
     labelled = [{"key": m, "default": m == first} | results.variant_labels(m) for m in methods]
-    data = {
-        "tasks": {task.key: [entry(e) for e in examples] for task, examples in tasks.items()},
-        "images": [[p.uri, p.width, p.height] for p in numbers if p],
-        "methods": labelled,
-        "small": SMALL,
-    }
     there = {v for restored in restorations for pictures in restored.values() for v in pictures}
     variants = [variant for variant in VARIANTS if variant in there]
     before = {"base": "base", "descent": "base with descent", "equal": "base, equal passes"}
     others = [(v, name, False) for v, name in before.items() if v == "base" or v in variants]
     sides = [("measurement", "measurement", True), *others, ("truth", "truth", False)]
-    return Gallery(tasks, labelled, variants, sides, data)
+    return Gallery(tasks, labelled, variants, sides)
