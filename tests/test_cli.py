@@ -160,6 +160,12 @@ REFUSED = [  # a command, where TMP is a folder, and what is said
     ("predict --data.limit=0", "data.limit"),
     ("predict --trainer.devices=0", "devices"),
     ("predict --trainer.precision=bf16-true", "bf16-mixed"),
+    ("predict --trainer.precision=auto", "set model.precision to auto"),
+    (f"{DEMO} --model.compile=true", "compile=true has first derivatives alone"),
+    (
+        f"{DEMO} --trainer.precision=bf16-mixed --model.precision=auto",
+        "leave out trainer.precision",
+    ),
     ("predict --ckpt_path=x.ckpt", "ckpt_path"),
     (f"{DEMO} --model.noise.sigma=0", "CMI needs measurement noise"),
     # the nearest name

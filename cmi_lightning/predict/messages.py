@@ -27,6 +27,8 @@ def explain(message: str, options: Iterable[str]) -> str:
         return f"There is no option {name}{nearest(name, [f'--{o}' for o in options])}"
     key = re.search(r'[Kk]ey "([^"]+)"', message)
     where = f"{key[1]}: " if key else ""
+    if where == "trainer.precision: " and message.endswith("value: auto"):
+        return "trainer.precision has no auto: set model.precision to auto."
     known = re.findall(r"class_path '([\w.]+)'[^']*Option '([^']+)' is not accepted", message)
     if known:
         path, option = known[-1]
