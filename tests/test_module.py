@@ -11,7 +11,7 @@ from predicting import items, restore, trainer
 from torch.utils.data import DataLoader
 
 from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
-from cmi_lightning.denoisers import NetworkDenoiser, UNet
+from cmi_lightning.denoisers import NetworkDenoiser
 from cmi_lightning.exact import GaussianMixture, GaussianPrior
 from cmi_lightning.guidance import CMI, DPS
 from cmi_lightning.information import Lanczos, TraceLimit
@@ -227,9 +227,16 @@ def test_a_run_says_at_which_steps_cmi_acts(prior):
     assert module.describe()["CMI"].startswith("acts at 2 of 20 steps, for 0.30 of the 40 passes")
 
 
+class Waves(torch.nn.Conv2d):
+    """A network of one layer."""
+
+    def forward(self, x, times):
+        return torch.sin(super().forward(x) + times[:, None, None, None] / 1000)
+
+
 def test_a_compiled_network_restores_the_same(monkeypatch):
     def restored(**options) -> torch.Tensor:
-        prior = NetworkDenoiser(UNet(1, 32, (1,), attention_levels=()), None)
+        prior = NetworkDenoiser(Waves(1, 1, 3, padding=1), None)
         module = PosteriorSampler(prior, BoxMask(4, 1), None, [CMI(), DPS()], 4, **options)
         return module.predict_step({"x": torch.ones(2, 1, 8, 8), "id": ["a", "b"]})["restored"]
 
@@ -256,7 +263,7 @@ def test_a_compiled_network_restores_the_same(monkeypatch):
     ],
 )
 def test_what_cannot_be_compiled_is_refused(prior, guidance, words):
-    prior = prior or NetworkDenoiser(UNet(1, 32, (1,), attention_levels=()), None)
+    prior = prior or NetworkDenoiser(Waves(1, 1, 3, padding=1), None)
     batch = {"x": torch.ones(1, 1, 8, 8), "id": ["a"]}
     with pytest.raises(InputError, match=words):
         PosteriorSampler(prior, None, None, [guidance], 4, compile=True).predict_step(batch)
