@@ -14,7 +14,7 @@ from predicting import items, restore
 from torch import Tensor, nn
 
 from cmi_lightning import GaussianNoise, PosteriorSampler
-from cmi_lightning.callbacks import FeatureMetrics, SamplingCallback
+from cmi_lightning.callbacks import FeatureMetrics, Inception, SamplingCallback
 from cmi_lightning.callbacks.classifier import WEIGHTS, GarmentClassifier
 from cmi_lightning.callbacks.distances import (
     embedding_path,
@@ -382,13 +382,19 @@ def test_draws(tmp_path, garments):
     assert result["labels"]["frechet"] == "Fréchet distance (tiny features)"
 
 
-def test_no_truth(tmp_path, garments):
+def test_no_truth(tmp_path, garments, monkeypatch):
     _, result = run(tmp_path, garments[:2], given=True)
     assert result["metrics"] == {}
     assert any("no ground truth" in note for note in result["notes"])
     assert not (tmp_path / "embeddings").exists()
     outputs, _ = run(tmp_path, garments[:2], given=True)
     assert outputs == {}  # nothing is left to do
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nowhere"))
+    for given in (True, False):  # nobody is told to fetch a network that would be of no use
+        where = tmp_path / f"bare-{given}"
+        _, result = run(where, garments[:2], FeatureMetrics(Inception()), given=given)
+        told = [note for note in result["notes"] if "fetch fid" in note]
+        assert len(told) == 1 - given
 
 
 def test_images_of_another_kind(tmp_path):
