@@ -142,7 +142,7 @@ def test_moment_matching_on_the_shipped_prior_differs_by_rounding_only(prior, ga
 
 @pytest.mark.parametrize("index", [200, 500])
 def test_low_precision_keeps_the_direction_of_cmi(prior, shipped_images, index):
-    x0, noise = shipped_images[:4], SampleNoise(0, list("abcd"))
+    x0, noise = shipped_images[:4, :, 8:24, 8:24], SampleNoise(0, list("abcd"))
     t, s = prior.schedule[index], prior.schedule[index - 1]
     x = t.alpha * x0 + t.sigma * noise.normal("test", 0, x0)
     problem = Problem.simulate(x0, Downsample(4), 0.05, noise)
