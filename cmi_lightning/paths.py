@@ -38,7 +38,7 @@ def inside(folder: Path, name: str, suffix: str) -> Path:
     safe = safe_name(name, suffix)
     path, here = folder / f"{safe}{suffix}", folder
     below = [here := here / part for part in safe.split("/")[:-1]]
-    linked = any(map(os.path.islink, below))
+    linked = os.name == "nt" or any(map(os.path.islink, below))  # Windows has junctions, too
     if linked and not path.parent.resolve().is_relative_to(folder.resolve()):
         raise InputError(
             f"'{printable(path.parent)}' leads out of the folder '{printable(folder)}' by a link; "

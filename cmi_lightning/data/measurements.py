@@ -232,20 +232,18 @@ class MeasurementFolderData(FolderData):
         self.estimates: dict[str, float] = {}
         if kind not in get_args(Kind):
             raise InputError(f"data.kind must be one of {get_args(Kind)}, got '{kind}'.")
-        needed = NEEDS.get(kind)
-        for name, value in {"masks": masks, "kernels": kernels, "factor": factor}.items():
-            if name == needed and value is None:
-                raise InputError(f"data.kind={kind} needs data.{name}.")
-            if name != needed and value is not None:
-                raise InputError(
-                    f"data.{name} is not used by data.kind={kind}; remove it or change the kind."
-                )
         if kernel_convention not in get_args(Convention):
             raise InputError(f"data.kernel_convention must be one of {get_args(Convention)}.")
-        if kernel_convention != "correlation" and kind != "blur":
-            raise InputError(f"data.kernel_convention is not used by data.kind={kind}; remove it.")
-        if shape is not None and kind != "own":
-            raise InputError(f"data.shape is not used by data.kind={kind}; remove it.")
+        mirrored = None if kernel_convention == "correlation" else kernel_convention
+        options: dict[str, Any] = {"masks": masks, "kernels": kernels, "factor": factor}
+        options |= {"shape": shape, "kernel_convention": mirrored}
+        if (needed := NEEDS.get(kind)) and options[needed] is None:
+            raise InputError(f"data.kind={kind} needs data.{needed}.")
+        used = (needed, {"own": "shape", "blur": "kernel_convention"}.get(kind))
+        for name in [n for n, value in options.items() if value is not None and n not in used]:
+            raise InputError(
+                f"data.{name} is not used by data.kind={kind}; remove it or change the kind."
+            )
         if sigmas == ESTIMATE and kind == "own":
             raise InputError(
                 "data.sigmas=estimate is for images; give a CSV file, or set model.noise."
