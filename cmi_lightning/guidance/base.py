@@ -29,7 +29,7 @@ class Guidance(Checked, ABC):
 
     x_t → x̂₀ → :meth:`guide_denoised` → solver → :meth:`guide_transition` → x_s →
     :meth:`guide_sample`. Everything a hook returns must be per sample: row b may depend on row b of
-    its inputs only.
+    its inputs only. Options are checked, see :class:`~cmi_lightning.checked.Checked`.
 
     >>> class Nudge(Guidance):
     ...     differentiable = False

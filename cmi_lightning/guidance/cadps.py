@@ -42,9 +42,6 @@ class CADPS(Guidance):
         scale: ζ of "code". The published 0.3 is far too short here, as for DPS.
         iterations: the most conjugate gradients; they cost no network pass.
 
-    Raises:
-        InputError: if an option is out of range.
-
     Source: Hamidi & Yang (2024).
     """
 

@@ -36,7 +36,7 @@ class CDPS(Guidance):
         fresh: share of new noise in every y_s: 1 draws it anew, 0 keeps one z for the chain.
 
     Raises:
-        InputError: if ``fresh`` is outside [0, 1], or the solver's variance is not one number.
+        InputError: if the solver's variance is not one number.
 
     Source: Hamidi, Yang & Liang (2025).
     """

@@ -62,8 +62,8 @@ class CMI(Guidance):
             no interval is given.
 
     Raises:
-        InputError: if an option is out of range, interval and budget are given, or the measurement
-            has no noise (I is infinite).
+        InputError: if interval and budget are given, or the measurement has no noise (I is
+            infinite).
 
     Source: Hamidi & Yang (2025), Alg. 1, which gives no step sizes.
     """

@@ -34,9 +34,6 @@ class DiffPIR(Guidance):
         weight: λ, of the prior against the measurement.
         prior_variance: v.
 
-    Raises:
-        InputError: if an option is not positive.
-
     Source: Zhu et al. (2023), Alg. 1.
     """
 

@@ -31,9 +31,6 @@ class Discrepancy(Guidance):
         guidance: what pulls.
         factor: on the noise's norm, above 0.
 
-    Raises:
-        InputError: if ``factor`` is not positive.
-
     Source: Morozov's discrepancy principle (1966), as SITCOM and FLAIR use it.
     """
 

@@ -32,9 +32,6 @@ class DSG(Guidance):
         rate: guidance rate in [0, 1]: 0 only normalises the noise, 1 follows the gradient alone.
         interval: guide every ``interval``-th step of the respaced chain.
 
-    Raises:
-        InputError: if ``rate`` or ``interval`` is out of range.
-
     Source: Yang et al. (2024), Alg. 1.
     """
 

@@ -34,9 +34,6 @@ class LAMP(Guidance):
         gamma: γ.
         warmup: steps that are left alone, at least 1.
 
-    Raises:
-        InputError: if ``warmup`` is below 1.
-
     Source: LAMP (arXiv 2605.12573, 2026), as in the code for tomography.
     """
 

@@ -40,7 +40,7 @@ class MCG(Guidance):
             original repository's inpainting form, (1 − m)⊙(x_s − ζ∇) + m⊙y_t.
 
     Raises:
-        InputError: for an unknown ``level``, or an operator that is not linear.
+        InputError: for an operator that is not linear.
 
     Source: Chung et al. (2022), Alg. 1.
     """

@@ -42,7 +42,7 @@ class MomentMatching(Guidance):
         scale: factor on the change of x̂₀; 1 is the posterior mean, 0 switches the guidance off.
 
     Raises:
-        InputError: if ``krylov`` is below 1, or the measurement has no noise.
+        InputError: if the measurement has no noise.
 
     Source: Boys et al. (2023); Rozet et al. (2024), Alg. 3 (MMPS).
     """

@@ -37,9 +37,6 @@ class PiGDM(Guidance):
             moves x̂₀ to E[x₀ | x_t, y] = x̂₀ + (σ_t²/α_t) ∇ log p(y | x_t), before the solver.
         scale: factor on g.
 
-    Raises:
-        InputError: for an unknown ``weight`` or a ``prior_variance`` that is not positive.
-
     Source: Song et al. (2023), Alg. 1.
     """
 

@@ -40,9 +40,6 @@ class ReSample(Guidance):
         iterations: the most steps of Adam.
         rate: their size.
 
-    Raises:
-        InputError: if an option is out of range.
-
     Source: Song et al. (2024), Alg. 1 and Prop. 1; γ = 40, interval 10, share 2/3, rate 5·10⁻³ and
     500 iterations of latents as in its code.
     """

@@ -39,9 +39,6 @@ class SITCOM(Guidance):
         closeness: λ.
         optimiser: "adam", or "descent" by the plain gradient.
 
-    Raises:
-        InputError: if an option is out of range.
-
     Source: Alkhouri et al. (2025), Alg. 1.
     """
 

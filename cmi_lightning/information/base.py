@@ -61,7 +61,8 @@ class Estimator(Checked, ABC):
     space then take the change of A' into ∇I, and those in image space hold it fixed.
 
     This is the paper's ½ log det Σ − ½ log det (Σ⁻¹ + Aᵀ Σ_n⁻¹ A)⁻¹, and its gradient the paper's
-    ½ [tr(Σ⁻¹ ∇Σ) − tr(Σ_y⁻¹ ∇Σ_y)], by Woodbury's identity: Σ is never inverted.
+    ½ [tr(Σ⁻¹ ∇Σ) − tr(Σ_y⁻¹ ∇Σ_y)], by Woodbury's identity: Σ is never inverted. Options are
+    checked, see :class:`~cmi_lightning.checked.Checked`.
 
     >>> class Nothing(Estimator):
     ...     derivatives = 0
@@ -110,9 +111,6 @@ class ProbeEstimator(Estimator):
             difference of one from the product at x_t, which the estimate has anyway: the fewest
             passes. Networks without second derivatives (fused attention, ``torch.compile``) get the
             central difference in place of "autograd".
-
-    Raises:
-        InputError: if an option is out of range.
     """
 
     curved = False  # without annotation: no option; whether ∇I has what a nonlinear A' changes

@@ -51,9 +51,6 @@ class ImageProbes(ProbeEstimator):
         derivative: "autograd", "difference" or "forward".
         krylov: dimension of the Krylov space.
 
-    Raises:
-        InputError: if an option is out of range.
-
     Source: Hamidi & Yang (2025), Theorem 2 and Eq. 20 to 22, rearranged.
     """
 
@@ -107,9 +104,6 @@ class TwoTraces(ProbeEstimator):
         derivative: "autograd", "difference" or "forward".
         krylov: dimension of each Krylov space.
         floor: smallest eigenvalue of Σ that is inverted, in units of σ_t²/α_t², > 0.
-
-    Raises:
-        InputError: if an option is out of range.
 
     Source: Hamidi & Yang (2025), Theorem 2 and Eq. 20 to 22.
     """

@@ -58,9 +58,6 @@ class Lanczos(ProbeEstimator):
         derivative: "autograd", "difference" or "forward", see :class:`ProbeEstimator`.
         krylov: dimension of the Krylov space.
 
-    Raises:
-        InputError: if an option is out of range.
-
     Source: Hamidi & Yang (2025), Theorems 1 and 2, for I; the spectral form is ours. Ubaru, Chen &
     Saad (2017) for log det by Lanczos' method.
     """
@@ -117,9 +114,6 @@ class Ridge(Lanczos):
         derivative: "autograd", "difference" or "forward".
         krylov: dimension of the Krylov space.
         delta: δ_t in units of r_t, ≥ 0.
-
-    Raises:
-        InputError: if an option is out of range.
     """
 
     delta: float = number(1.0, "[0, inf)")
@@ -150,9 +144,6 @@ class TraceLimit(ProbeEstimator):
         probes: sign vectors per step.
         derivative: "autograd", "difference" or "forward".
         delta: δ_t in units of σ_t/√(α_t² + σ_t²), ≥ 0.
-
-    Raises:
-        InputError: if an option is out of range.
     """
 
     delta: float = number(1.0, "[0, inf)")

@@ -78,9 +78,6 @@ class DDIM(Solver):
     Args:
         eta: share of DDPM's noise, in [0, 1].
 
-    Raises:
-        InputError: if ``eta`` is outside [0, 1].
-
     Source: Song et al. (2021), Eq. 12 and 16.
     """
 

@@ -23,6 +23,8 @@ SIGNAL_LEFT = 0.1
 class Solver(Checked, ABC):
     """Turns x̂₀ into a transition; it alone decides how often the network is asked.
 
+    Options are checked, see :class:`~cmi_lightning.checked.Checked`.
+
     >>> class Direct(Solver):  # to x̂₀, in every step
     ...     stochastic = False
     ...     def transition(self, step, guided_x0):

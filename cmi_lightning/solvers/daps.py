@@ -51,7 +51,7 @@ class DAPS(Solver):
         langevin_size: h at the first level.
 
     Raises:
-        InputError: if an option is out of range, or y has no noise where A is nonlinear.
+        InputError: if y has no noise where A is nonlinear.
 
     Source: Zhang et al. (2024), Alg. 1.
     """

@@ -40,8 +40,8 @@ class DDRM(Solver):
         eta_b: η_b, the weight of y where it tells more than x_t.
 
     Raises:
-        InputError: for options outside [0, 1], an operator without singular values, or noise that
-            differs between the measurements of one image.
+        InputError: for an operator without singular values, or noise that differs between the
+            measurements of one image.
 
     Source: Kawar et al. (2022), Eq. 7 and 8.
     """

@@ -34,7 +34,7 @@ class Euler(Solver):
             from 0.1 to 0.4.
 
     Raises:
-        InputError: if ``start_signal`` is out of range.
+        InputError: if ``start_signal`` ≠ 0 and the operator is not linear.
 
     Source: Pokle et al. (2023), Alg. 1, which starts from Aᵀy.
     """

@@ -40,7 +40,7 @@ class FPS(Solver):
         fresh: c, the share of new noise in y_s, in [0, 1].
 
     Raises:
-        InputError: if an option is out of range, or y has no noise.
+        InputError: if y has no noise.
 
     Source: Dou & Song (2024), Alg. 1; the weights are derived here.
     """

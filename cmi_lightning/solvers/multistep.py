@@ -33,9 +33,6 @@ class DPMSolver(Solver):
         kind: which of the three.
         order: 1 or 2.
 
-    Raises:
-        InputError: for an unknown kind or order.
-
     Source: Lu et al. (2022), DPM-Solver++, Alg. 2.
     """
 

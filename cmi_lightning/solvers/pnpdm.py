@@ -41,9 +41,6 @@ class PnPDM(Solver):
         inner: levels of the chain from the prior's largest σ/α to its smallest, with 1/7-th powers
             evenly spaced; those below ρ are used.
 
-    Raises:
-        InputError: if an option is out of range.
-
     Source: Wu et al. (2024), Alg. 1.
     """
 

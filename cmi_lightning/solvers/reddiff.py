@@ -37,9 +37,6 @@ class REDDiff(Solver):
         weight: λ.
         rate: Adam's step, about the change of a pixel a step.
 
-    Raises:
-        InputError: if ``rate`` or ``weight`` is not positive.
-
     Source: Mardani et al. (2023), Alg. 1.
     """
 

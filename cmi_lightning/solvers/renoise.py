@@ -28,9 +28,6 @@ class Renoise(Solver):
         zeta: ζ in [0, 1].
         network: ε̂ = (x_t − α_t x̂₀)/σ_t is the network's; else that of x̂₀'.
 
-    Raises:
-        InputError: if ``zeta`` is outside [0, 1].
-
     Source: Wang et al. (2023), Eq. 12; Zhu et al. (2023), Alg. 1.
     """
 

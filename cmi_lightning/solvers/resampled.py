@@ -35,7 +35,7 @@ class Resampled(Solver):
         repeats: walks over every level, at least 1.
 
     Raises:
-        InputError: if an option is out of range, or the solver is resampled already.
+        InputError: if the solver is resampled already.
 
     Source: Lugmayr et al. (2022), Alg. 1; Wang et al. (2023), "time travel".
     """
