@@ -96,7 +96,7 @@ def given_up(failed: Mapping[str, str], count: int, skipped: Mapping[str, str]) 
             f"{len(failed)} of {count} images failed and are left out of the means ({told}{more})."
         )
     if skipped:
-        notes.append(f"{len(skipped)} files could not be read and were left out.")
+        notes.append(f"Files that could not be read and were left out: {len(skipped)}.")
     return notes
 
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from types import NoneType
 from typing import Any
 
@@ -17,7 +18,7 @@ from cmi_lightning.denoisers import Denoiser
 from cmi_lightning.denoisers.tiled import suited
 from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
-from cmi_lightning.methods import Method, step_sizes
+from cmi_lightning.methods import Method, sizes_of, step_sizes
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
 from cmi_lightning.predict.damaged import for_channels, given_channels, problem_of
@@ -104,11 +105,18 @@ class Restorer:
         for part in () if isinstance(method, str) else method:
             _of_kind("method", part, Guidance, "a name such as dps, or a list of guidances")
         _of_kind("solver", solver, (str, Solver, NoneType), "a name such as ddim, or a Solver")
-        self.device = torch.device(device or _best_device())
+        try:
+            self.device = torch.device(device or _best_device())
+        except RuntimeError as error:
+            raise InputError(f"device must be cpu, cuda or mps; got {device!r}.") from error
         self.prior = (load_prior(prior) if isinstance(prior, str) else prior).to(self.device)
         self.method, self.solver, self.num_steps = method, solver, steps
         self.step_sizes = None if step_sizes is None else dict(step_sizes)
         self._sampler(self.prior, Identity())  # refuses names and parts that do not fit
+        read = sizes_of(method) if isinstance(method, str) else set()
+        if unread := set(self.step_sizes or ()) - read:
+            names = f"it reads {', '.join(sorted(read))}" if read else "it reads none"
+            raise InputError(f"The method has no step size '{min(unread)}': {names}.")
 
     def __call__(
         self,
@@ -173,8 +181,10 @@ class Restorer:
                 cannot take, or options out of range.
         """
         for option, value, least in (("samples", samples, 1), ("trajectory", trajectory, 0)):
+            _of_kind(option, value, Integral, "a whole number")
             if value < least:
                 raise InputError(f"{option} must be at least {least}, got {value}.")
+        _of_kind("seed", seed, Integral, "a whole number")
         kinds = "an operator such as Inpaint(mask), GivenKernel(kernel) or Downsample(4)"
         _of_kind("operator", operator, (Operator, NoneType), kinds)
         picture = Picture.of(image, given_channels(self.prior))

@@ -43,7 +43,7 @@ def described(folder: Path) -> tuple[list[str], bool]:
     kinds = ("denoiser", "operator", "solver", "num_steps", "samples_per_image", "noise", "seed")
     shown = {kind: options.get(f"model.{kind}") for kind in kinds}
     shown |= {k.removeprefix("model."): v for k, v in options.items() if _is_guidance(k)}
-    lines += [f"  {kind:20}{printable(value)}" for kind, value in shown.items() if value]
+    lines += [f"  {kind:19} {printable(value)}" for kind, value in shown.items() if value]
     lines += [f"  {name:20}{value}" for name, value in _means(records).items()]
     files = Counter(p.relative_to(folder).parts[0] for p in folder.rglob("*") if p.is_file())
     held = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in sorted(files.items()))

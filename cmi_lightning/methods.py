@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,18 @@ class Method:
         return made
 
 
+def sizes_of(method: str) -> set[str]:
+    """Return the names of the step sizes that a packaged method reads.
+
+    >>> sizes_of("dps+cmi")
+    {'dps'}
+    """
+    from omegaconf import OmegaConf
+
+    texts = [OmegaConf.to_yaml(_configuration(name)) for name in method.split("+")]
+    return {name for text in texts for name in re.findall(r"step_sizes\.(\w+)", text)}
+
+
 def methods() -> list[str]:
     """Return the names of the methods that ship with the package.
 
@@ -85,6 +98,14 @@ def _packaged(name: str, sizes: Mapping[str, float]) -> dict[str, Any]:
     """Return the model's options in a packaged configuration, of a short name or a whole one."""
     from omegaconf import OmegaConf
 
+    whole: Any = OmegaConf.merge({"step_sizes": dict(sizes)}, _configuration(name))
+    model: dict[str, Any] = OmegaConf.to_container(whole, resolve=True)["model"]  # type: ignore[index, call-overload, assignment]
+    return model
+
+
+def _configuration(name: str) -> Any:
+    from omegaconf import OmegaConf
+
     places = {"cmi": ["add_cmi"]}.get(name, [name, f"guidance/{name}", f"solver/{name}"])
     text = next((found for place in places if "/" in place or place == "add_cmi"
                  if (found := configs.find(place))), None)  # fmt: skip
@@ -97,10 +118,7 @@ def _packaged(name: str, sizes: Mapping[str, float]) -> dict[str, Any]:
             f"There is no {kind or 'method'} '{short}': use {', '.join(known)}"
             f"{', each also with +cmi' if not kind else ''}."
         )
-    own = OmegaConf.create(text) if text.startswith("{") else OmegaConf.load(text)
-    whole: Any = OmegaConf.merge({"step_sizes": dict(sizes)}, own)
-    model: dict[str, Any] = OmegaConf.to_container(whole, resolve=True)["model"]  # type: ignore[index, call-overload, assignment]
-    return model
+    return OmegaConf.create(text) if text.startswith("{") else OmegaConf.load(text)
 
 
 def _made(spec: Any) -> Any:

@@ -16,7 +16,7 @@ from cmi_lightning.api import StoppedError
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.guidance import CMI, DPS
 from cmi_lightning.methods import Method, methods, step_sizes
-from cmi_lightning.operators import BoxMask, Downsample, GivenKernel, Identity, Inpaint
+from cmi_lightning.operators import BoxMask, Downsample, GivenKernel, Identity, Inpaint, Operator
 
 RNG = np.random.default_rng(0)
 BYTES = RNG.integers(0, 256, (8, 8, 3), np.uint8)
@@ -140,6 +140,16 @@ def test_an_inverted_mask_is_told(restorer):
     assert told == [False, True]
 
 
+def test_a_mask_of_an_operator_of_ones_own_is_its_own_affair():
+    class Faded(Operator):
+        mask = torch.ones(8, 8)
+
+        def forward(self, x):
+            return (self.mask * x).tanh()
+
+    assert Restorer(exact(), "dps", steps=2)(TENSOR, Faded()).image.shape == (3, 8, 8)
+
+
 def test_operators_that_change_the_size_and_that_do_not():
     restorer = Restorer(GaussianMixture(torch.zeros(1, 3, 16, 16), 0.2), steps=2)
     assert restorer(TENSOR, Downsample(2)).image.shape == (3, 16, 16)
@@ -259,6 +269,8 @@ def test_progress(restorer, capsys):
         (BYTES, {"sigma": "much"}, "sigma must be at least 0, or 'estimate'"),
         (np.zeros((8, 8), np.uint8), {"sigma": "estimate"}, "cannot be estimated"),
         (BYTES, {"samples": 0}, "samples must be at least 1"),
+        (BYTES, {"samples": 1.5}, "samples must be a whole number; got 1.5"),
+        (BYTES, {"seed": 0.5}, "seed must be a whole number; got 0.5"),
         (BYTES, {"name": ["a", "b"]}, "1 images and 2 names"),
         (np.zeros((9, 8, 3), np.uint8), {"operator": BoxMask(2, 1)}, None),
         (np.zeros((7, 8, 3), np.uint8), {}, "3×7×8"),
@@ -285,6 +297,9 @@ def test_wrong_input_is_one_sentence(restorer, image, options, words):
         ({"method": [DPS]}, "list of guidances; got the class DPS"),
         ({"solver": 3}, "solver must be a name such as ddim, or a Solver; got 3"),
         ({"method": "dsg", "solver": "heun"}, "DSG steers the solver's noise"),
+        ({"method": "dsg", "step_sizes": {"dps": 1}}, "no step size 'dps': it reads dsg, d"),
+        ({"method": [DPS()], "step_sizes": {"dps": 1}}, "no step size 'dps': it reads none"),
+        ({"device": "gpu"}, "device must be cpu, cuda or mps; got 'gpu'"),
     ],
 )
 def test_wrong_parts_are_refused_at_once(options, words):

@@ -12,7 +12,7 @@ from cmi_lightning.data.noise_levels import estimate_sigma
 from cmi_lightning.denoisers import AsGray, AsRGB, Denoiser
 from cmi_lightning.errors import InputError
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import Operator, PixelMask
+from cmi_lightning.operators import Inpaint, Operator, PixelMask
 from cmi_lightning.problem import Problem
 
 ESTIMATE = "estimate"  # the sigma that is found by wavelets
@@ -22,7 +22,7 @@ def problem_of(
     x: Tensor, operator: Operator, sigma: float | str, noise: SampleNoise, simulate: bool
 ) -> tuple[Problem, Tensor, list[str]]:
     """Return the problem of damaged images x (B, C, h, w), images like those sought, and notes."""
-    masked = hasattr(operator, "mask") or isinstance(operator, PixelMask)
+    masked = isinstance(operator, (Inpaint, PixelMask))
     known = known_pixels(x, operator, noise) if masked else None
     std = _std(x, sigma, known)
     if simulate:

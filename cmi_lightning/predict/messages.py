@@ -13,6 +13,13 @@ from typing import Any
 from cmi_lightning.errors import one_sentence, wording
 
 LONGEST = 300  # characters of another library's words
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "NoneType": "null",
+}
 
 
 def explain(message: str, options: Iterable[str]) -> str:
@@ -21,7 +28,7 @@ def explain(message: str, options: Iterable[str]) -> str:
     >>> explain("unrecognized arguments: --model.num_step=5", ["model.num_steps"])
     'There is no option --model.num_step; did you mean --model.num_steps?'
     """
-    message = one_sentence(message)
+    lines, message = message, one_sentence(message)
     if found := re.search(r"nrecognized arguments: (\S+)", message):
         name = found[1].partition("=")[0]
         return f"There is no option {name}{nearest(name, [f'--{o}' for o in options])}"
@@ -44,9 +51,40 @@ def explain(message: str, options: Iterable[str]) -> str:
     if other and (given := re.search(r"(?:but|Import path|Given value:) (\w+\.[\w.]+)", message)):
         name = given[1].rpartition(".")[2]
         return f"{where}{name} is no {other[1]}{nearest(name, _classes(base[1]) if base else ())}"
+    if wrong := _wrong_value(lines):
+        return wrong
     if len(message) > LONGEST:
         message = f"{message[: LONGEST - 100]} … {message[-97:]}"
     return message + _quotes(message)
+
+
+def _wrong_value(lines: str) -> str | None:
+    r"""Return what an option must be, and what it is, where numbers, texts and names are wanted.
+
+    >>> told = "Expected a <class 'float'>. Got value: x"
+    >>> _wrong_value(f'Parser key "model.solver":\n  Parser key "eta":\n    {told}')
+    "model.solver.eta must be a number, got 'x'."
+    """
+    within: dict[int, str] = {}  # the options that hold each other, by their indentation
+    end = 0
+    for key in re.finditer(r'^( *)Parser key "([^"]+)":', lines, re.MULTILINE):
+        depth, end = len(key[1]), key.end()
+        within = {i: name for i, name in within.items() if i < depth} | {depth: key[2]}
+    value = re.compile(r"(?:Got|Given) value: (.*)").search(lines, end)
+    if value is None or not within:
+        return None
+    told = lines[end : value.start()]
+    wanted = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*)\])", told)
+    plain = all(names or kind in KINDS for kind, names in wanted)
+    if not wanted or not plain or len(wanted) < len(re.findall(r"^ *- ", told, re.MULTILINE)):
+        return None
+    kinds = [
+        KINDS[kind] if kind else "one of " * ("," in names) + names.replace("'", "")
+        for kind, names in wanted
+    ]
+    return f"{'.'.join(within.values())} must be {' or '.join(kinds)}, got '{value[1]}'." + (
+        _quotes(told) if "a text" in kinds else ""
+    )
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
