@@ -158,6 +158,14 @@ REFUSED = [  # a command, where TMP is a folder, and what is said
     ("predict --data.batch_size=many", "batch_size must be a whole number or auto, got 'many'"),
     ("predict --model.noise.range=percent", "range must be one of signed, unit, got 'percent'"),
     ("predict -c guidance/dps --model.guidances.init_args.scale=nan", "scale must be a number"),
+    (
+        "predict -c guidance/dps --model.guidances.init_args.scale=.inf",
+        "configuration: DPS.scale must",
+    ),
+    (
+        "predict --data=MeasurementFolderData --data.measurements=x --data.kind=inpaint",
+        "configuration: data.kind=inpaint needs data.masks.",
+    ),
     ("predict --data.limit=0", "data.limit"),
     ("predict --trainer.devices=0", "devices"),
     ("predict --trainer.precision=bf16-true", "bf16-mixed"),

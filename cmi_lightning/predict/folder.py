@@ -64,11 +64,11 @@ class RunFolder:
     def tidy(self) -> None:
         """Merge the processes' manifests, and remove what killed processes left half-written."""
         self.read()
-        for path in self.path.glob(f"{MANIFEST}.*"):
-            path.unlink(missing_ok=True)
         if self.owned:
             text = "".join(f"{name}\n" for name in sorted(self.owned))
             files.write(self.path / MANIFEST, text.encode("utf-8", "surrogateescape"))
+        for path in self.path.glob(f"{MANIFEST}.*"):
+            path.unlink(missing_ok=True)
         files.remove_temporary([self.path / MANIFEST, *(self.path / name for name in self.owned)])
 
     def remove_all(self) -> None:

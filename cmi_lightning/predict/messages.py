@@ -51,8 +51,9 @@ def explain(message: str, options: Iterable[str]) -> str:
     if other and (given := re.search(r"(?:but|Import path|Given value:) (\w+\.[\w.]+)", message)):
         name = given[1].rpartition(".")[2]
         return f"{where}{name} is no {other[1]}{nearest(name, _classes(base[1]) if base else ())}"
-    if wrong := _wrong_value(lines):
-        return wrong
+    ours = re.search(r"^ *- (?!Expected|Not a|Problem|Does not)(\S.*\.)$", lines, re.MULTILINE)
+    if sentence := ours[1] if ours else _wrong_value(lines):
+        return sentence  # of a class that is made, which the parser lists among its own
     if len(message) > LONGEST:
         message = f"{message[: LONGEST - 100]} … {message[-97:]}"
     return message + _quotes(message)
