@@ -301,7 +301,7 @@ def test_bad_measurements(tmp_path):
     refused(r"there is no '.*none'", "inpaint", masks=str(tmp_path / "none"))
     refused(r"has nothing for the measurement '0'", "inpaint", masks=str(m))
     save(m / "0.png", 5, 6)
-    refused(r"0\.png' is 5×6 .* are 6×5", "inpaint", masks=str(m))
+    refused(r"0\.png' is 5×6 .* the measurement 6×5", "inpaint", masks=str(m))
     Image.new("L", (5, 6)).save(m / "0.png")
     refused("no white", "inpaint", masks=str(m))
 

@@ -523,8 +523,9 @@ def test_draws_of_one_image(tmp_path, exact, images):
     assert record["metrics"]["psnr"] == pytest.approx(psnr(four["restored"][1]), rel=1e-5)
     each = [psnr(draw) for draw in draws[1]]
     assert record["metrics"]["psnr_draws"] == pytest.approx(sum(each) / 4, rel=1e-5)
-    with pytest.raises(InputError, match="samples_per_image"):
-        sampler(exact, samples_per_image=0)
+    for option, wrong in (("samples_per_image", 0), ("precision", "half"), ("noise", 0.05)):
+        with pytest.raises(InputError, match=option):
+            sampler(exact, **{option: wrong})
 
 
 # Samples that fail, and memory

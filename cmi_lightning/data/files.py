@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -227,7 +228,11 @@ def check_channels(shapes: dict[str, Shape], what: str) -> None:
 def check_least(least: int, **options: int | None) -> None:
     """Raise InputError for the first option of ``data`` that is set below ``least``."""
     for name, value in options.items():
-        if value is not None and value < least:
+        if value is None:
+            continue
+        if not isinstance(value, Integral):
+            raise InputError(f"data.{name} must be a whole number, got {value!r}.")
+        if value < least:
             raise InputError(f"data.{name} must be at least {least}, got {value}.")
 
 

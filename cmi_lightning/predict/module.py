@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import check as check_options
 from cmi_lightning.data.base import LoaderData, RestorationData
 from cmi_lightning.denoisers.base import Autocast, Denoiser
 from cmi_lightning.denoisers.tiled import Tiled, suited
@@ -91,10 +92,13 @@ class PosteriorSampler(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        if samples_per_image < 1:
-            raise InputError(f"samples_per_image must be at least 1, got {samples_per_image}.")
-        self.samples_per_image = samples_per_image
+        if not isinstance(noise, MeasurementNoise):
+            raise InputError(
+                f"noise must be a measurement noise such as GaussianNoise(0.05), got {noise!r}."
+            )
+        self.samples_per_image, self.seed = samples_per_image, seed
         self.overwrite, self.precision, self.compiled = overwrite, precision, compile
+        check_options(self, "precision", "seed", samples_per_image="[1, inf)")
         self.chosen = Choice()
         self.run, self.fits = Run(), Fits()
         self.parts: dict[torch.Size, Parts] = {}  # by the shape of an image
@@ -105,7 +109,7 @@ class PosteriorSampler(L.LightningModule):
         self.operator = operator or Identity()
         self.solver = solver or DDPM()
         self.guidances = None if guidances is None else list(guidances)
-        self.num_steps, self.seed, self.clamp = num_steps, seed, clamp
+        self.num_steps, self.clamp = num_steps, clamp
         self.measurement_noise = noise
         self.sampler()  # refuses parts that do not fit
         parts: tuple[Any, ...] = (self.solver, *(g for g in self.guidances or () if g.active))
