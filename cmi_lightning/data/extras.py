@@ -81,8 +81,8 @@ def read_mask(path: Path, size: tuple[int, ...] | None = None) -> Tensor:
     if size is not None and values.shape != size:
         raise InputError(
             f"The mask '{printable(path)}' is {values.shape[0]}×{values.shape[1]} (height×width) "
-            f"and the measurement {size[0]}×{size[1]}; resize it without smoothing, or set "
-            "data.masks to a folder with a mask for each."
+            f"and the measurement {size[0]}×{size[1]}; resize it without smoothing, or "
+            "give each size a mask of its own."
         )
     try:
         return _known(values, alpha)
