@@ -166,6 +166,12 @@ REFUSED = [  # a command, where TMP is a folder, and what is said
         "predict --data=MeasurementFolderData --data.measurements=x --data.kind=inpaint",
         "configuration: data.kind=inpaint needs data.masks.",
     ),
+    ("predict --model.noise=0.05", "no class '0.05'; did you mean --model.noise.sigma?"),
+    ("predict --model.denoiser=prior", "model.denoiser: there is no class 'prior'; --help lists"),
+    (
+        "predict -c TMP/typo.yaml",
+        "There is no option model.num_step; did you mean model.num_steps?",
+    ),
     ("predict --data.limit=0", "data.limit"),
     ("predict --trainer.devices=0", "devices"),
     ("predict --trainer.precision=bf16-true", "bf16-mixed"),
@@ -212,6 +218,7 @@ def files(tmp_path_factory) -> str:
         (folder / name).mkdir()
     (folder / "broken/broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
     Image.new("RGB", (32, 32)).save(folder / "rgb/rgb.png")
+    (folder / "typo.yaml").write_text("model: {num_step: 5}")
     return str(folder)
 
 

@@ -32,18 +32,28 @@ def explain(message: str, options: Iterable[str]) -> str:
     if found := re.search(r"nrecognized arguments: (\S+)", message):
         name = found[1].partition("=")[0]
         return f"There is no option {name}{nearest(name, [f'--{o}' for o in options])}"
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        name = ".".join(found.groups())
+        return f"There is no option {name}{nearest(name, options)}"
     key = re.search(r'[Kk]ey "([^"]+)"', message)
     where = f"{key[1]}: " if key else ""
     if where == "trainer.precision: " and message.endswith("value: auto"):
         return "trainer.precision has no auto: set model.precision to auto."
+    if wrong := _wrong_value(lines):
+        return wrong
     known = re.findall(r"class_path '([\w.]+)'[^']*Option '([^']+)' is not accepted", message)
     if known:
         path, option = known[-1]
         return f"{where}{path} has no option '{option}'{nearest(option, _arguments(path))}"
     missing = re.search(r"Expected a dot import path string: ([^\s,;]+)", message)
     base = re.search(r"(?:<class '|list\[)((?:cmi_lightning|torch|lightning)\.[\w.]+)", message)
-    if missing and base and "." not in missing[1]:
-        return f"{where}there is no class '{missing[1]}'{nearest(missing[1], _classes(base[1]))}"
+    if missing and "." not in missing[1]:
+        classes = _classes(base[1]) if base else ()
+        return f"{where}there is no class '{missing[1]}'{nearest(missing[1], classes)}"
+    if found := re.search(r"Unexpected import path format: (\S+)", message):
+        own = [name for name in options if key and name.startswith(f"{key[1]}.")]
+        remedy = f"; did you mean --{own[0]}?" if own else "; --help lists them."
+        return f"{where}there is no class '{found[1]}'{remedy}"
     if absent := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         module, name = absent.groups()
         return f"{where}there is no '{name}' in {module}{nearest(name, _held(module))}"
@@ -52,8 +62,8 @@ def explain(message: str, options: Iterable[str]) -> str:
         name = given[1].rpartition(".")[2]
         return f"{where}{name} is no {other[1]}{nearest(name, _classes(base[1]) if base else ())}"
     ours = re.search(r"^ *- (?!Expected|Not a|Problem|Does not)(\S.*\.)$", lines, re.MULTILINE)
-    if sentence := ours[1] if ours else _wrong_value(lines):
-        return sentence  # of a class that is made, which the parser lists among its own
+    if ours:
+        return ours[1]  # of a class that is made, which the parser lists among its own
     if len(message) > LONGEST:
         message = f"{message[: LONGEST - 100]} … {message[-97:]}"
     return message + _quotes(message)
@@ -77,7 +87,11 @@ def _wrong_value(lines: str) -> str | None:
     told = lines[end : value.start()]
     wanted = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*)\])", told)
     plain = all(names or kind in KINDS for kind, names in wanted)
-    if not wanted or not plain or len(wanted) < len(re.findall(r"^ *- ", told, re.MULTILINE)):
+    if (
+        not plain
+        or {kind for kind, _ in wanted} <= {"NoneType"}
+        or len(wanted) < len(re.findall(r"^ *- ", told, re.MULTILINE))
+    ):
         return None
     kinds = [
         KINDS[kind] if kind else "one of " * ("," in names) + names.replace("'", "")
