@@ -166,6 +166,7 @@ REFUSED = [  # a command, where TMP is a folder, and what is said
         "predict --data=MeasurementFolderData --data.measurements=x --data.kind=inpaint",
         "configuration: data.kind=inpaint needs data.masks.",
     ),
+    ("predict -c task/super_resolution --data.folder=TMP/sizes", "'b': Downsample with factor 4"),
     ("predict --model.noise=0.05", "no class '0.05'; did you mean --model.noise.sigma?"),
     ("predict --model.denoiser=prior", "model.denoiser: there is no class 'prior'; --help lists"),
     (
@@ -214,10 +215,12 @@ REFUSED = [  # a command, where TMP is a folder, and what is said
 def files(tmp_path_factory) -> str:
     """A folder of folders with a file that is no image, and one in colour."""
     folder = tmp_path_factory.mktemp("files")
-    for name in ("broken", "rgb"):
+    for name in ("broken", "rgb", "sizes"):
         (folder / name).mkdir()
     (folder / "broken/broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
     Image.new("RGB", (32, 32)).save(folder / "rgb/rgb.png")
+    for name, height in (("a", 32), ("b", 33)):
+        Image.new("RGB", (32, height)).save(folder / f"sizes/{name}.png")
     (folder / "typo.yaml").write_text("model: {num_step: 5}")
     return str(folder)
 

@@ -114,6 +114,12 @@ class FolderData(RestorationData):
             )
         return shapes[0] if shapes else None
 
+    def first_of(self, shape: Shape) -> str:
+        """Return the name of the first image of one of the shapes (C, H, W)."""
+        read: dict[str, Shape] = self.survey.read
+        kind = list(dict.fromkeys(read.values()))[self.image_shapes.index(shape)]
+        return next(name for name, own in read.items() if own == kind)
+
     @property
     def per_batch(self) -> int:
         """Images per batch.

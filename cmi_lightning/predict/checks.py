@@ -51,12 +51,17 @@ def check(module: PosteriorSampler, trainer: Any, datamodule: Any) -> None:
     given = getattr(datamodule, "given", None)
     if given and not getattr(datamodule, "takes_operator", False):
         refuse_operator(module.operator, f"the data are {given}")
-    for shape in dict.fromkeys([*shapes[:1], *shapes[-1:]]):  # the smallest and the largest
-        suited(module.denoiser, shape).rehearse(shape)
     ids = [f"check/{row}" for row in range(module.operator.images or 1)]
-    for shape in shapes:
-        suited(module.denoiser, shape).check(shape)
-        module.operator.bind(shape, SampleNoise(module.seed, ids), torch.zeros(1))
+    try:
+        for shape in dict.fromkeys([*shapes[:1], *shapes[-1:]]):  # the smallest and the largest
+            suited(module.denoiser, shape).rehearse(shape)
+        for shape in shapes:
+            suited(module.denoiser, shape).check(shape)
+            module.operator.bind(shape, SampleNoise(module.seed, ids), torch.zeros(1))
+    except InputError as error:
+        if len(shapes) > 1 and hasattr(datamodule, "first_of"):
+            raise InputError(f"'{datamodule.first_of(shape)}': {error}") from error
+        raise
 
 
 def image_shapes(datamodule: Any) -> list[tuple[int, ...]]:
