@@ -374,6 +374,8 @@ def test_budget_chooses_steps_evenly_by_schedule_and_cost_alone(mixture):
     assert max(gaps) - min(gaps[1:-1]) <= 2
     curved = vars(sampler.guidances[0])["_steps"][False]
     assert len(curved) == 10  # the change of A' takes three more
+    least = Sampler(mixture, DDPM(), [CMI(budget=1e-6), DPS()], 400).guidances[0]
+    assert least.plan() == "at 1 of 400 steps, for 0.004 of the 800 passes without it"
     everywhere = Sampler(mixture, DDPM(), [CMI(budget=math.inf), DPS()], 100).guidances[0]
     assert sorted(vars(everywhere)["_steps"][True]) == sorted(allowed)
 

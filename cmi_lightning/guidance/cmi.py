@@ -123,7 +123,9 @@ class CMI(Guidance):
         count, (steps, base) = len(vars(self)["_steps"][linear]), vars(self)["_chain"]
         text = f"at {count} of {steps} steps"
         if each := self._each(linear):
-            text += f", for {count * each / base:.2f} of the {base:.0f} passes without it"
+            share = count * each / base
+            shown = f"{share:.1g}" if 0 < share < 0.01 else f"{share:.2f}"
+            text += f", for {shown} of the {base:.0f} passes without it"
         return text
 
     def _each(self, linear: bool) -> float | None:
