@@ -126,7 +126,10 @@ def at_once(processes: int, base: str, args: argparse.Namespace) -> float:
     ready.wait()
     started = time.perf_counter()
     ready.wait()
-    return processes * args.batch[0] / (time.perf_counter() - started)
+    spent = time.perf_counter() - started
+    for worker in workers:
+        worker.join()
+    return processes * args.batch[0] / spent
 
 
 def paper() -> None:

@@ -587,6 +587,8 @@ def test_configuration(options, expected):
         (lambda: RandomMask(1.0), "fraction"),
         (lambda: RandomMask(-0.1), "fraction"),
         (lambda: BoxMask(0), "size"),
+        (lambda: BoxMask("x"), "size"),
+        (lambda: BoxMask(True), "size"),
         (lambda: BoxMask(3, -1), "margin"),
         (lambda: GaussianBlur(0), "kernel_size"),
         (lambda: GaussianBlur(61, 0.0), "sd"),

@@ -177,7 +177,7 @@ class ImageFolderData(FolderData):
         return len(self.images) - self.val_count
 
     def _loader(self, images: Dataset, shuffle: bool = False) -> DataLoader:
-        assert self.image_shape is not None  # refuses several
+        _ = self.image_shape  # refuses images of several sizes
         return DataLoader(
             images, batch_size=self.per_batch, shuffle=shuffle, num_workers=self.num_workers
         )

@@ -276,7 +276,9 @@ class BoxMask(LinearOperator):
 
 def _is_length(value: int | float) -> bool:
     """Whether a length is whole pixels (an int ≥ 0) or a share (a float in [0, 1))."""
-    return value >= 0 if isinstance(value, int) else 0 <= value < 1
+    if type(value) is int:
+        return value >= 0
+    return isinstance(value, float) and 0 <= value < 1
 
 
 def _pixels(length: int | float, side: int) -> int:

@@ -24,7 +24,10 @@ def described(module: PosteriorSampler) -> dict[str, str]:
     size, sampler = size_text(shape) if shape else "any", module.sampler()
     seen = [suited(module.denoiser, shape) for shape in module.shapes] or [module.denoiser]
     if windows := dict.fromkeys(size_text(d.window) for d in seen if isinstance(d, Tiled)):
-        size += f", in windows of {' or '.join(windows)}"
+        some = "" if all(isinstance(d, Tiled) for d in seen) else "some "
+        size += f", {some}in windows of {' or '.join(windows)}"
+    if module.compiled:
+        size += "; the first batch of each size waits for the compiler"
     datamodule = getattr(module._trainer, "datamodule", None)
     given = getattr(datamodule, "given", None)
     parts, linear = [given] if given else [], not module.denoiser.latent

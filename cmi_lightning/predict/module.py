@@ -25,7 +25,7 @@ from cmi_lightning.predict.auto import Choice, choose
 from cmi_lightning.predict.batch import as_batch, checksums, images_of, take
 from cmi_lightning.predict.callback import recorders, tell
 from cmi_lightning.predict.checks import check, refuse_operator
-from cmi_lightning.predict.describe import DRAWS, described, short_name
+from cmi_lightning.predict.describe import DRAWS, described
 from cmi_lightning.predict.fingerprint import of_run
 from cmi_lightning.predict.memory import Parts
 from cmi_lightning.predict.misfit import Fits
@@ -116,9 +116,10 @@ class PosteriorSampler(L.LightningModule):
         refuse_nonlinear(parts, self.operator)
         for part in parts:
             if compile and getattr(part, "derivatives", 1) > 1:
+                name = type(part).__name__
                 raise InputError(
-                    f"model.compile=true has first derivatives alone, and {short_name(part)} takes "
-                    "second ones: leave compile out, or choose differences (CMI's default)."
+                    f"model.compile=true has first derivatives alone, and {name} takes second "
+                    "ones: leave compile out, or choose differences (CMI's default)."
                 )
             if part.needs_noise and not self.measurement_noise.present:
                 raise InputError(
