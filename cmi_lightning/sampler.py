@@ -85,7 +85,9 @@ class Sampler:
         self.schedule: Schedule = solver.levels(denoiser.schedule, num_steps)
         active = [g for g in guidances if g.active]
         asked, steps = solver.evaluations(self.schedule, denoiser.schedule), len(self.schedule)
-        passes = [g.passes(asked if "guide_denoised" in g.hooks else steps) for g in active]
+        passes = [
+            g.passes(asked if "guide_denoised" in g.hooks else steps, self.schedule) for g in active
+        ]
         self.guidances = tuple(
             g.for_chain(self.schedule, asked + sum(passes) - own)
             for g, own in zip(active, passes, strict=True)

@@ -880,9 +880,9 @@ def test_bad_options_are_refused(make, words):
     [
         *((s, [DPS()]) for s in (DDPM(), Heun(), DAPS(), DAPS(0), DAPS(3, 0.5), DPMSolver())),
         *((s, []) for s in (PnPDM(inner=7), FPS(3), REDDiff(), DDRM())),
-        (Resampled(Heun(), 2, 2), [MomentMatching()]),
+        (Resampled(Heun(), 2, 2), [MomentMatching(2)]),
         (Heun(), [MomentMatching(1), PiGDM(), TMPD()]),
-        (DDPM(), [DSG(), DSG(interval=3), MCG(0.0), PiGDM(weight="posterior")]),
+        (DDPM(), [MomentMatching(), DSG(), DSG(interval=3), MCG(0.0), PiGDM(weight="posterior")]),
         (DDIM(), [AnnealedDPS(), CADPS(probes=2), CADPS("code"), Discrepancy(MCG(), 1e-6)]),
         (Renoise(), [SITCOM(3, 1e-9)]),
         (Renoise(), [DDNM(), LAMP(), DMPS(), CDPS(), DiffPIR()]),

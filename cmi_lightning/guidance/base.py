@@ -77,11 +77,12 @@ class Guidance(Checked, ABC):
         """False if the guidance leaves every step as it is; it is then skipped, at no cost."""
         return True
 
-    def passes(self, calls: int) -> float:
+    def passes(self, calls: int, chain: Schedule) -> float:
         """Return the network passes of a chain, beyond the x̂₀ that the solver asks for.
 
         Args:
             calls: how often the hook is called: once a step, or once an x̂₀ if it edits that.
+            chain: the levels.
         """
         return calls * self.differentiable
 

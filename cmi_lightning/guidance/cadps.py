@@ -11,7 +11,7 @@ from torch import Tensor
 from cmi_lightning.checked import number
 from cmi_lightning.guidance.base import Guidance, residual_gradient
 from cmi_lightning.linalg import conjugate_gradient, per_sample
-from cmi_lightning.schedule import Level
+from cmi_lightning.schedule import Level, Schedule
 from cmi_lightning.step import Step, Transition
 
 
@@ -56,7 +56,7 @@ class CADPS(Guidance):
         """The one of the reading."""
         return {"guide_denoised" if self.reading == "paper" else "guide_transition"}
 
-    def passes(self, calls: int) -> float:
+    def passes(self, calls: int, chain: Schedule) -> float:
         """Return those that the docstring names; at the first level "code" lacks one."""
         return calls * (self.probes + 1) if self.reading == "paper" else 2 * calls - 1
 

@@ -105,7 +105,7 @@ class CMI(Guidance):
         signal = t.alpha**2 / (t.alpha**2 + t.sigma**2)
         return self.min_signal <= signal <= self.max_signal and s.sigma != 0
 
-    def passes(self, calls: int) -> float:
+    def passes(self, calls: int, chain: Schedule) -> float:
         """Return 0: CMI is no base of another one."""
         return 0.0
 

@@ -58,8 +58,8 @@ class Discrepancy(Guidance):
         """Whether the guidance is."""
         return self.guidance.active
 
-    def passes(self, calls: int) -> float:
-        return self.guidance.passes(calls)
+    def passes(self, calls: int, chain: Schedule) -> float:
+        return self.guidance.passes(calls, chain)
 
     def for_chain(self, schedule: Schedule, passes: float) -> Discrepancy:
         return replace(self, guidance=self.guidance.for_chain(schedule, passes))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from cmi_lightning.checked import number
 from cmi_lightning.guidance.base import Guidance, residual_gradient
 from cmi_lightning.linalg import unit
+from cmi_lightning.schedule import Schedule
 from cmi_lightning.step import Step, Transition
 
 
@@ -39,7 +40,7 @@ class DSG(Guidance):
     interval: int = number(1, "[1, inf)")
     stochastic = True
 
-    def passes(self, calls: int) -> float:
+    def passes(self, calls: int, chain: Schedule) -> float:
         """Return one product at every ``interval``-th step but the last, which is index 0."""
         return (calls - 1) // self.interval
 

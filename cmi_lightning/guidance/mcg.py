@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from cmi_lightning.guidance.base import Guidance, residual_gradient
+from cmi_lightning.schedule import Schedule
 from cmi_lightning.step import Step, Transition
 
 
@@ -49,7 +50,7 @@ class MCG(Guidance):
     level: Literal["then", "now"] = "then"
     needs_linear = True
 
-    def passes(self, calls: int) -> float:
+    def passes(self, calls: int, chain: Schedule) -> float:
         """Return the gradients; the projection costs none."""
         return calls * (self.scale != 0)
 

@@ -11,7 +11,10 @@ from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.information.base import Whitened, clipped_inverse
 from cmi_lightning.linalg import krylov
+from cmi_lightning.schedule import Level, Schedule
 from cmi_lightning.step import Step
+
+NOISY = 6.0  # σ/α above which one Krylov vector does as well as three, see docs/speed.md
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,10 @@ class MomentMatching(Guidance):
     A nonlinear A enters by its derivative at x̂₀ (a Gauss–Newton step).
 
     Cost of a step: ``krylov`` vector-Jacobian products, no second derivative: the last product,
-    with the solution, is a combination of those that built the space.
+    with the solution, is a combination of those that built the space. By itself the space has one
+    vector while σ_t/α_t > 6 and three from there on: 2.2 products a step of the linear schedule.
+    At high noise a learned network's J is least like a covariance, and a better solve brings
+    nothing (docs/speed.md).
 
     Differs from the reference codes: they solve A J Aᵀ u = r by conjugate gradients or GMRES
     without a guard (azula, one iteration by default), or with diagonal approximations of Σ (TMPD).
@@ -38,7 +44,8 @@ class MomentMatching(Guidance):
     >>> sampler = Sampler(shipped_prior(), DDPM(), [MomentMatching(krylov=2)], num_steps=100)
 
     Args:
-        krylov: dimension of the Krylov space, conjugate gradients' number of iterations.
+        krylov: dimension of the Krylov space, conjugate gradients' number of iterations, at all
+            levels; by itself 1, then 3.
         scale: factor on the change of x̂₀; 1 is the posterior mean, 0 switches the guidance off.
 
     Raises:
@@ -47,12 +54,18 @@ class MomentMatching(Guidance):
     Source: Boys et al. (2023); Rozet et al. (2024), Alg. 3 (MMPS).
     """
 
-    krylov: int = number(3, "[1, inf)")
+    krylov: int | None = number(None, "[1, inf)")
     scale: float = 1.0
     needs_noise = True
 
-    def passes(self, calls: int) -> float:
-        return calls * self.krylov
+    def passes(self, calls: int, chain: Schedule) -> float:
+        """Return the products of the Krylov spaces."""
+        dimensions = [self.dimension(t) for _, t, _ in chain.pairs()]
+        return calls * sum(dimensions) / len(dimensions)
+
+    def dimension(self, t: Level) -> int:
+        """Return that of the Krylov space at a level."""
+        return self.krylov or (1 if t.sigma > NOISY * t.alpha else 3)
 
     @property
     def active(self) -> bool:
@@ -64,7 +77,7 @@ class MomentMatching(Guidance):
             raise InputError("MomentMatching needs measurement noise: noise.sigma must be above 0.")
         std = step.problem.std
         S = Whitened(step, std)
-        space = krylov(S, step.residual.detach() / std, self.krylov)
+        space = krylov(S, step.residual.detach() / std, self.dimension(step.t))
         _, step.log["moments/residual"] = space.apply(clipped_inverse)
         pulled = space.combine(clipped_inverse, S.pulled)  # Jᵀ Aᵀ Σ_n^{-1/2} w
         return x0 + self.scale * step.covariance_factor * pulled

@@ -11,6 +11,7 @@ from torch import Tensor
 from cmi_lightning.checked import number
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.linalg import norm, per_sample
+from cmi_lightning.schedule import Schedule
 from cmi_lightning.step import Step
 
 FIRST, SECOND, TINY = 0.9, 0.999, 1e-8  # of Adam
@@ -47,7 +48,7 @@ class SITCOM(Guidance):
     closeness: float = number(0.0, "[0, inf)")
     optimiser: Literal["adam", "descent"] = "adam"
 
-    def passes(self, calls: int) -> float:
+    def passes(self, calls: int, chain: Schedule) -> float:
         """Return K evaluations and products a call, as if no sample came to rest."""
         return calls * 2 * self.iterations
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.guidance.base import Guidance
+from cmi_lightning.schedule import Schedule
 from cmi_lightning.step import Step
 
 
@@ -30,7 +31,7 @@ class TMPD(Guidance):
 
     needs_noise = True
 
-    def passes(self, calls: int) -> float:
+    def passes(self, calls: int, chain: Schedule) -> float:
         return 2 * calls
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
