@@ -32,8 +32,8 @@ class MomentMatching(Guidance):
     Cost of a step: ``krylov`` vector-Jacobian products, no second derivative: the last product,
     with the solution, is a combination of those that built the space. By itself the space has one
     vector while σ_t/α_t > 6 and three from there on: 2.2 products a step of the linear schedule.
-    At high noise a learned network's J is least like a covariance, and a better solve brings
-    nothing (docs/speed.md).
+    At high noise more vectors bring nothing on learned networks (docs/speed.md); on exact priors
+    set ``krylov``.
 
     Differs from the reference codes: they solve A J Aᵀ u = r by conjugate gradients or GMRES
     without a guard (azula, one iteration by default), or with diagonal approximations of Σ (TMPD).
