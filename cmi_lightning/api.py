@@ -263,12 +263,7 @@ def restore(
 
 
 def _progress(
-    drawing: Drawing,
-    picture: Picture,
-    total: int,
-    wanted: set[int],
-    seed: int,
-    notes: list[str],
+    drawing: Drawing, picture: Picture, total: int, wanted: set[int], seed: int, notes: list[str]
 ) -> Iterator[Progress]:
     """Yield the steps of a restoration, keep some x̂₀, and yield the result."""
     done = 0

@@ -199,15 +199,15 @@ class PosteriorSampler(L.LightningModule):
                 for name, checksum in zip(ids, checks, strict=True):
                     self.run.check_input(name, checksum)
             whole, batch = batch, take(batch, rows)
-            result = nothing(batch)
+            result, steps = nothing(batch), 0
             self._done = None if rows else whole
             if rows:
                 work = lambda part: self._restore(take(batch, part), dtype)  # noqa: E731
                 parts = self.parts.setdefault(images_of(batch).shape[1:], Parts())
                 result = joined(parts.of(len(rows), work))
+                steps = self.samples_per_image * len(self.sampler().schedule)
         for i, name, record in zip(rows, result["id"], result["records"], strict=True):
             cost, failed = result["details"].cost, result["failed"].get(name)
-            steps = self.samples_per_image * len(self.sampler().schedule)
             record.update(id=name, input=checks[i], failed=failed, steps=steps, **vars(cost))
         if rows and any(guidance.active for guidance in self.guidances or ()):
             self.fits.note(result)

@@ -111,9 +111,10 @@ def table(args: Sequence[str]) -> int:
     command = shlex.join(["cmi-lightning", "table", *args])
     first = first_process()
     work = rounds(spec)
+    cells, judged = [cell for job in work[0] for cell in job.cells], list(spec.posterior_cells())
     if spec.posterior is not None:
-        work.append([Job((cell,), spec.posterior.images) for cell in spec.posterior_cells()])
-    check(spec, [cell for part in (work[0], work[-1]) for job in part for cell in job.cells])
+        work.append([Job((cell,), spec.posterior.images) for cell in judged])
+    check(spec, [*cells, *judged])
     if first and _other_sizes_were_chosen(spec):
         print(f"The step sizes that were found are not used: add -c {spec.folder}/step_sizes.yaml")
     work = [[]] if spec.report_only else work
