@@ -207,6 +207,16 @@ def test_uploads_are_bounded(address):
     assert code == 413
 
 
+def test_an_example_is_sound_whichever_is_chosen():
+    """The editor may tell of the last example after the next one is chosen."""
+    from cmi_lightning.studio.pictures import edited, is_example, photograph
+
+    assert all(is_example(edited(photograph(name))) for name in ("beach1", "water8"))
+    assert not is_example(edited(PHOTOGRAPH))
+    assert not is_example(edited(photograph("beach1").rotate(180)))
+    assert not is_example({"background": None, "layers": [], "composite": None})
+
+
 # In a browser ----------------------------------------------------------------------------------
 
 needs_browser = pytest.mark.skipif(

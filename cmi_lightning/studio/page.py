@@ -154,7 +154,7 @@ def build() -> gr.Blocks:
         stop.click(stopped, None, outputs, cancels=[running], queue=False, **hidden)
         own: list[Any] = [editor, sound]
         example.input(lambda name: (edited(photograph(name)), True), example, own, **hidden)
-        editor.upload(is_example, [editor, example], sound, **hidden)
+        editor.upload(is_example, editor, sound, **hidden)
         parts = {"missing": missing, "blurry": blur, "small": factor}
         damage.change(
             lambda what: [gr.update(visible=what == part) for part in parts],
