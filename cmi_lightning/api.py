@@ -7,12 +7,12 @@ import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from types import NoneType
 from typing import Any
 
 import torch
 
+from cmi_lightning.checked import check_value
 from cmi_lightning.data.pictures import Picture
 from cmi_lightning.denoisers import Denoiser
 from cmi_lightning.denoisers.tiled import suited
@@ -180,11 +180,9 @@ class Restorer:
             InputError: for an image of another kind or range, one that the prior or the operator
                 cannot take, or options out of range.
         """
-        for option, value, least in (("samples", samples, 1), ("trajectory", trajectory, 0)):
-            _of_kind(option, value, Integral, "a whole number")
-            if value < least:
-                raise InputError(f"{option} must be at least {least}, got {value}.")
-        _of_kind("seed", seed, Integral, "a whole number")
+        check_value("samples", samples, int, "[1, inf)")
+        check_value("trajectory", trajectory, int, "[0, inf)")
+        check_value("seed", seed, int)
         kinds = "an operator such as Inpaint(mask), GivenKernel(kernel) or Downsample(4)"
         _of_kind("operator", operator, (Operator, NoneType), kinds)
         picture = Picture.of(image, given_channels(self.prior))

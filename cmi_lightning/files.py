@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -215,6 +216,44 @@ def make_folder(folder: Path, option: str) -> None:
         raise InputError(
             f"{option}: cannot write in '{folder}' ({reason}); choose another folder."
         ) from error
+
+
+def download(url: str, path: Path, start: str = "", timeout: float = 60.0) -> Path:
+    """Download a file, from where an earlier try ended if the server can do so; return ``path``.
+
+    Args:
+        url: its address.
+        path: the file, which is whole or absent.
+        start: the first digits of its SHA-256.
+        timeout: seconds without a byte after which the download is given up.
+
+    Raises:
+        OSError: if it cannot be had, ends early, or has another checksum.
+    """
+    import urllib.request
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, own = (path.with_name(f".{path.name}.{end}") for end in ("part", uuid.uuid4().hex))
+    with contextlib.suppress(FileNotFoundError):
+        part.rename(own)  # a second process begins anew
+    try:
+        done = own.stat().st_size if own.is_file() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+        with urllib.request.urlopen(request, timeout=timeout) as source:
+            going_on = source.status == 206
+            with own.open("ab" if going_on else "wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+                length = source.headers.get("Content-Length")
+                if length is not None and file.tell() < done * going_on + int(length):
+                    raise OSError(f"the connection ended after {file.tell():,} bytes")
+        if sha256(own).startswith(start.lower()):
+            own.replace(path)
+            return path
+        own.unlink()
+        raise OSError("the file that came is not the published one (SHA-256 differs)")
+    finally:
+        if own.is_file():
+            own.replace(part)
 
 
 def sha256(path: Path) -> str:

@@ -53,7 +53,7 @@ def test_a_batch_grows_while_it_is_worth_it(seconds, most, wanted, why):
 
 def test_a_batch_does_not_grow_beyond_what_the_machine_has_left(monkeypatch):
     monkeypatch.setattr(auto, "peak_memory", lambda device: next(peaks))
-    monkeypatch.setattr(auto, "_free_memory", lambda: 15)
+    monkeypatch.setattr(auto, "free_memory", lambda: 15)
     peaks = iter([100, 104, 104, 112])
     size, why = batch_size(lambda n: trial(n, 1.0), 64, 1, CPU)
     assert (size, "4 might not fit" in why) == (2, True)

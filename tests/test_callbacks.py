@@ -6,6 +6,7 @@ import socket
 import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.response import addinfourl
 
 import lightning as L
 import numpy as np
@@ -211,7 +212,8 @@ def test_a_failed_download_is_a_note(tmp_path, monkeypatch):
     predict(tmp_path, RestorationMetrics(fid=False, fetch=True), x=garments(1))
     (note, _) = strict_json(tmp_path / "summary.json")["notes"]
     assert "download failed: OSError: no route" in note
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"other"))
+    other = addinfourl(io.BytesIO(b"other"), {}, ALEX.url, 200)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: other)
     found = ALEX.locate(None, fetch=True)
     assert isinstance(found, str)
     assert "SHA-256 differs" in found

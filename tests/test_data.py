@@ -149,7 +149,9 @@ def test_bad_folders_and_options(tmp_path):
     with pytest.raises(InputError, match="holds no image"):
         ready(ImageFolderData(str(tmp_path)))
     for option in ("size", "limit", "batch_size"):
-        with pytest.raises(InputError, match=rf"data\.{option} must be at least 1, got 0"):
+        with pytest.raises(
+            InputError, match=rf"data\.{option} must be a whole number, at least 1.*, got 0"
+        ):
             ready(ImageFolderData("fashion-mnist-test", **{option: 0}))
 
 
@@ -297,7 +299,7 @@ def test_bad_measurements(tmp_path):
     refused(r"data\.kind=inpaint needs data\.masks", "inpaint")
     refused(r"data\.masks is not used by data\.kind=blur", "blur", kernels="k", masks="m")
     refused(r"data\.kind must be one of", "haze")
-    refused(r"data\.factor must be at least 2", "downsample", factor=1)
+    refused(r"data\.factor must be a whole number, at least 2, got 1", "downsample", factor=1)
     refused(r"there is no '.*none'", "inpaint", masks=str(tmp_path / "none"))
     refused(r"has nothing for the measurement '0'", "inpaint", masks=str(m))
     save(m / "0.png", 5, 6)

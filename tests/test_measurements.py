@@ -311,7 +311,9 @@ def test_sizes_that_would_not_fit_into_memory_are_refused(tmp_path):
     Image.new("L", (20000, 1)).save(tmp_path / "line.png")
     with pytest.raises(InputError, match=r"line\.png' would make .* crop that image"):
         set_up(ImageFolderData(str(tmp_path), size=1000))
-    with pytest.raises(InputError, match=r"data\.num_workers must be at least 0, got -1"):
+    with pytest.raises(
+        InputError, match=r"data\.num_workers must be a whole number, at least 0, got -1"
+    ):
         set_up(ImageFolderData(str(tmp_path), num_workers=-1))
 
 

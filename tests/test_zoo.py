@@ -1,5 +1,6 @@
 """The zoo: its cards, the networks that they describe, where weights come from."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from cmi_lightning.cli import main
-from cmi_lightning.denoisers import NetworkDenoiser, UNet, weights
+from cmi_lightning.denoisers import NetworkDenoiser, UNet
 from cmi_lightning.errors import InputError
+from cmi_lightning.files import download
 from cmi_lightning.zoo import CARDS, card, load_prior
 from cmi_lightning.zoo.command import on_disk
 
@@ -96,7 +98,7 @@ def test_offline_the_file_its_size_and_its_address_are_named(tmp_path, monkeypat
     def refuse(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(weights, "_download", refuse)
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(InputError, match=r"no route.*256x256_diffusion_uncond.pt \(2,211,383"):
         load_prior("imagenet-256")
@@ -130,13 +132,21 @@ def test_a_download_goes_on_and_is_checked(tmp_path, monkeypatch):
         asked.append(start)
         return Answer(start, 5000 if len(asked) == 1 else len(content))
 
-    monkeypatch.setattr(weights.urllib.request, "urlopen", open_)
-    path = tmp_path / "net.pt.part"
+    monkeypatch.setattr("urllib.request.urlopen", open_)
+    path, start = tmp_path / "net.pt", hashlib.sha256(content).hexdigest()[:8]
     with pytest.raises(OSError, match="ended after 5,000 bytes"):
-        weights._download("https://example.org/net.pt", path)
-    weights._download("https://example.org/net.pt", path)
+        download("https://example.org/net.pt", path)
+    assert not path.exists()
+    with pytest.raises(OSError, match="SHA-256 differs"):
+        download("https://example.org/net.pt", path, "0")
     assert asked == [0, 5000]
-    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == []
+    asked.clear()
+    with pytest.raises(OSError, match="ended after 5,000 bytes"):
+        download("https://example.org/net.pt", path, start)
+    assert download("https://example.org/net.pt", path, start) == path
+    assert asked == [0, 5000]
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [content]
 
 
 def test_hub_files_are_checked_against_the_hubs_checksum(tmp_path, monkeypatch):

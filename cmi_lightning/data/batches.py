@@ -11,8 +11,9 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import BatchSampler, DataLoader, default_collate
 
+from cmi_lightning.checked import check
 from cmi_lightning.data.base import RestorationData
-from cmi_lightning.data.files import Shape, Survey, check_least, report
+from cmi_lightning.data.files import Shape, Survey, report
 from cmi_lightning.denoisers.base import size_text
 from cmi_lightning.errors import InputError
 
@@ -76,8 +77,7 @@ class FolderData(RestorationData):
 
     def setup(self, stage: str) -> None:
         """Find and check the images, and report on them: once, before or in the trainer."""
-        check_least(1, batch_size=None if self.batch_size == "auto" else self.batch_size)
-        check_least(0, num_workers=self.num_workers)
+        check(self, label="data", batch_size="[1, inf)", num_workers="[0, inf)")
         plain = (str, int, float, bool, tuple)
         options = {name: value for name, value in vars(self).items() if type(value) in plain}
         if self._options != options:

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cmi_lightning.data.files import check_least, local_path
+from cmi_lightning.checked import check
+from cmi_lightning.data.files import local_path
 from cmi_lightning.errors import InputError, printable
 from cmi_lightning.paths import ASSETS
 
@@ -161,14 +162,8 @@ class PhotoCropsData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Find the photographs."""
-        check_least(
-            1,
-            batch_size=self.batch_size,
-            size=self.size,
-            smallest=self.smallest,
-            crops_per_epoch=self.crops_per_epoch,
-        )
-        check_least(0, num_workers=self.num_workers)
+        positive = dict.fromkeys(("batch_size", "size", "smallest", "crops_per_epoch"), "[1, inf)")
+        check(self, "largest", "seed", label="data", num_workers="[0, inf)", **positive)
         if self.largest < self.smallest:
             raise InputError("data.largest must be at least data.smallest.")
         self.path = local_path(self.folder, "data.folder")

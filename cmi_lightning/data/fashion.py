@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from cmi_lightning.checked import check
 from cmi_lightning.data.base import RestorationData
-from cmi_lightning.data.files import check_least, local_path
+from cmi_lightning.data.files import local_path
 from cmi_lightning.errors import InputError, printable
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
@@ -124,8 +125,7 @@ class FashionMNISTData(RestorationData):
 
     def setup(self, stage: str) -> None:
         """Read the files once per stage."""
-        check_least(1, batch_size=self.batch_size, limit=self.limit)
-        check_least(0, num_workers=self.num_workers)
+        check(self, label="data", batch_size="[1, inf)", limit="[1, inf)", num_workers="[0, inf)")
         if stage in ("fit", "validate") or self.predict_split == "val":
             train = FashionMNIST(True, self.root)
             cut = len(train) - NUM_HELD_OUT

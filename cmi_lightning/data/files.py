@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -223,17 +222,6 @@ def check_channels(shapes: dict[str, Shape], what: str) -> None:
                 f"{what}: '{first}' has {channels} channels and '{name}' {other}; set "
                 "data.channels to 1, 3 or 4."
             )
-
-
-def check_least(least: int, **options: int | None) -> None:
-    """Raise InputError for the first option of ``data`` that is set below ``least``."""
-    for name, value in options.items():
-        if value is None:
-            continue
-        if not isinstance(value, Integral):
-            raise InputError(f"data.{name} must be a whole number, got {value!r}.")
-        if value < least:
-            raise InputError(f"data.{name} must be at least {least}, got {value}.")
 
 
 def check_pixels(height: int, width: int, what: str, remedy: str) -> None:

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from cmi_lightning.checked import check
 from cmi_lightning.data.batches import FolderData
 from cmi_lightning.data.files import (
     Kept,
     Shape,
     check_channels,
-    check_least,
     check_pixels,
     find_images,
     local_path,
@@ -43,7 +43,7 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, data: ImageFolderData) -> None:
-        check_least(1, size=data.size, limit=data.limit)
+        check(data, label="data", size="[1, inf)", limit="[1, inf)")
         if data.size is not None:
             check_pixels(data.size, data.size, "data.size", "choose a smaller one")
         self.size = data.size

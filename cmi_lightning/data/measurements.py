@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cmi_lightning.checked import check
 from cmi_lightning.data.base import measured, own
 from cmi_lightning.data.batches import FolderData
 from cmi_lightning.data.extras import (
@@ -24,7 +25,6 @@ from cmi_lightning.data.files import (
     Kept,
     Shape,
     check_channels,
-    check_least,
     check_pixels,
     find_images,
     local_path,
@@ -230,10 +230,7 @@ class MeasurementFolderData(FolderData):
         self.kernel_convention, self.shape = kernel_convention, shape
         self.takes_operator = kind == "own"
         self.estimates: dict[str, float] = {}
-        if kind not in get_args(Kind):
-            raise InputError(f"data.kind must be one of {get_args(Kind)}, got '{kind}'.")
-        if kernel_convention not in get_args(Convention):
-            raise InputError(f"data.kernel_convention must be one of {get_args(Convention)}.")
+        check(self, "kind", "kernel_convention", label="data", factor="[2, inf)")
         mirrored = None if kernel_convention == "correlation" else kernel_convention
         options: dict[str, Any] = {"masks": masks, "kernels": kernels, "factor": factor}
         options |= {"shape": shape, "kernel_convention": mirrored}
@@ -248,12 +245,10 @@ class MeasurementFolderData(FolderData):
             raise InputError(
                 "data.sigmas=estimate is for images; give a CSV file, or set model.noise."
             )
-        if factor is not None and factor < 2:
-            raise InputError(f"data.factor must be at least 2, got {factor}.")
 
     def found(self) -> OwnMeasurements | MeasurementFolder:
         """Search and read the folder."""
-        check_least(1, limit=self.limit)
+        check(self, label="data", limit="[1, inf)")
         return OwnMeasurements(self) if self.kind == "own" else MeasurementFolder(self)
 
     def setup(self, stage: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable
@@ -18,8 +16,8 @@ from torch import nn
 from cmi_lightning.denoisers.checkpoints import SUFFIXES, kind_of, read_checkpoint
 from cmi_lightning.denoisers.fitting import fitted, several
 from cmi_lightning.errors import InputError, first_line
+from cmi_lightning.files import download, write
 from cmi_lightning.files import sha256 as checksum
-from cmi_lightning.files import write
 from cmi_lightning.zoo.cards import CARDS, published, shipped
 
 
@@ -206,34 +204,17 @@ def _downloaded(url: str) -> Path:
     path = cached(url)
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     known = published(path.name)
     try:
-        _download(url, path.with_name(f"{path.name}.part"))
-    except (urllib.error.URLError, OSError) as error:
+        download(url, path, (known and known.sha256) or "")
+    except OSError as error:
         raise InputError(
             f"Cannot download '{url}' ({error}): correct the address, or download "
             f"{known or 'the file'} yourself and give its path."
         ) from error
-    path.with_name(f"{path.name}.part").replace(path)
     try:
         kind_of(path)
-        if known and known.sha256 and checksum(path) != known.sha256:
-            raise InputError(f"'{url}' is not the published file (SHA-256 differs): try again.")
     except InputError:
         path.unlink()
         raise
     return path
-
-
-def _download(url: str, path: Path) -> None:
-    """Download to a file, from where an earlier try ended if the server can do so."""
-    start = path.stat().st_size if path.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    with urllib.request.urlopen(request, timeout=60) as source:
-        mode = "ab" if source.status == 206 else "wb"
-        with path.open(mode) as file:
-            shutil.copyfileobj(source, file, 1 << 20)
-            whole = source.headers.get("Content-Length")
-            if whole is not None and file.tell() < (start if mode == "ab" else 0) + int(whole):
-                raise OSError(f"the connection ended after {file.tell():,} bytes")

@@ -91,7 +91,7 @@ class Guidance(Checked, ABC):
 
         Args:
             schedule: the chain's levels.
-            passes: network passes of the chain without this guidance.
+            passes: network passes of a walk down the chain without this guidance.
 
         Raises:
             InputError: to refuse the chain.

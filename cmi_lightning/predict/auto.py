@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -24,7 +23,13 @@ from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.predict.batch import as_batch
 from cmi_lightning.predict.folder import RunFolder
-from cmi_lightning.predict.memory import keep_memory, no_memory, out_of_memory, peak_memory
+from cmi_lightning.predict.memory import (
+    free_memory,
+    keep_memory,
+    no_memory,
+    out_of_memory,
+    peak_memory,
+)
 from cmi_lightning.predict.processes import by_the_first
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.schedule import Level
@@ -198,7 +203,7 @@ def batch_size(
         best = size
         if size == most:
             break
-        if device.type == "cpu" and 2 * (peak_memory(device) - before) > _free_memory():
+        if device.type == "cpu" and 2 * (peak_memory(device) - before) > free_memory():
             why = f"{2 * size} might not fit into memory"
             break
         size = min(2 * size, most)
@@ -206,14 +211,6 @@ def batch_size(
         torch.cuda.empty_cache()
     measured = ", ".join(f"{n}: {rate:.3g}" for n, rate in rates.items())
     return best, f"{best} at a time; {why} (images a second and step: {measured})"
-
-
-def _free_memory() -> float:
-    """Return the bytes that the machine can give; inf where it does not say (not Linux)."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024.0 * int(next(line for line in lines if "MemAvailable" in line).split()[1])
-    return math.inf
 
 
 def faster(full: Trial, half: Trial) -> tuple[str, str]:

@@ -34,6 +34,7 @@ def described(module: PosteriorSampler) -> dict[str, str]:
     if not given or getattr(datamodule, "takes_operator", False):
         parts.append(short_name(module.operator))
         linear = linear and isinstance(module.operator, LinearOperator)
+    walks = f", in each of {k} walks" if (k := module.solver.repeats) > 1 else ""
     return {
         "prior": f"{short_name(module.denoiser)}, images {size}",
         "operator": ", ".join(parts),
@@ -41,7 +42,11 @@ def described(module: PosteriorSampler) -> dict[str, str]:
         "solver": short_name(module.solver),
         "guidances": ", ".join(map(short_name, module.guidances or ()))
         or ("none" if module.solver.conditional else DRAWS),
-        **{type(g).__name__: f"acts {plan}" for g in sampler.guidances if (plan := g.plan(linear))},
+        **{
+            type(g).__name__: f"acts {plan}{walks}"
+            for g in sampler.guidances
+            if (plan := g.plan(linear))
+        },
         "steps": str(len(sampler.schedule)),
         "seed": str(module.seed),
         **({"samples per image": str(k)} if (k := module.samples_per_image) > 1 else {}),

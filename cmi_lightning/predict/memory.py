@@ -6,8 +6,10 @@ import contextlib
 import ctypes
 import functools
 import logging
+import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -60,6 +62,14 @@ def peak_memory(device: torch.device) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory() -> float:
+    """Return the bytes that the machine can give; inf where it does not say (not Linux)."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024.0 * int(next(line for line in lines if "MemAvailable" in line).split()[1])
+    return math.inf
 
 
 def no_memory(size: int) -> InputError:
