@@ -12,11 +12,8 @@ import cmi_lightning
 from cmi_lightning.report.results import (
     ADDED,
     Cell,
-    Change,
-    Comparison,
     Difference,
     Draws,
-    Extremes,
     Metric,
     Results,
     Search,
@@ -35,6 +32,7 @@ TASKS = {
     "super_resolution": "super-resolution ×4",
     "denoise": "denoising, σ = 0.4",
 }
+DRAWN = (("inpaint_random", "DPS"), ("super_resolution", "DPS"))
 METHODS = ("none", "DPS", "ΠGDM", "MCG", "DSG")
 METRICS = (
     Metric("psnr", "PSNR", "dB", "higher", 2, True),
@@ -68,22 +66,17 @@ def synthetic_results(
     keys, names = list(TASKS)[:tasks], METHODS[:methods]
     study = {task: _study(rng, names) for task in keys}
     cells: list[Cell] = []
-    comparisons: list[Comparison] = []
     shown: dict[str, tuple[str, ...]] = {}
-    extremes: list[Extremes] = []
-    draws: list[Draws] = []
     for t, task in enumerate(keys):
         for m, method in enumerate(names):
             for variant in variants:
                 made = _cell(rng, task, method, variant, t, m, images)
-                cells.append(made[0])
-                comparisons += made[1]
+                if (task, method) in DRAWN and variant in variants[:2]:
+                    made = replace(made, draws=_draws(folder, made, examples))
+                cells.append(made)
         shown[task] = tuple(
             _example(folder, rng, task, names, variants, i) for i in range(examples)
         )
-        extremes += [_extremes(task, method, shown[task]) for method in names[1:3]]
-        if task in ("inpaint_random", "super_resolution"):
-            draws += [_draws(folder, task, variant, examples) for variant in variants[:2]]
     return Results(
         title="CMI on Fashion-MNIST",
         command="cmi-lightning table -c table/fashion",
@@ -105,16 +98,13 @@ def synthetic_results(
             task: {"psnr": Estimate(12.1 + t, 0.21), "ssim": Estimate(0.31, 0.01)}
             for t, task in enumerate(keys)
         },
-        comparisons=tuple(comparisons),
-        posterior=tuple(draws),
         examples=shown,
-        extremes=tuple(extremes),
     )
 
 
 def _cell(
     rng: np.random.Generator, task: str, method: str, variant: Variant, t: int, m: int, images: int
-) -> tuple[Cell, list[Comparison]]:
+) -> Cell:
     word = {"base": "{}", "cmi": "CMI+{}", "descent": "descent+{}", "equal": "{}, equal passes"}
     metrics: dict[str, Estimate] = {}
     paired: dict[str, Difference] = {}
@@ -129,7 +119,7 @@ def _cell(
         paired[metric.key] = _difference(values, metric)
         against[metric.key] = _difference(values - 1.4 * spread, metric)
     steps = 100 if variant != "equal" else 310
-    cell = Cell(
+    return Cell(
         task=task,
         method=method,
         variant=variant,
@@ -143,11 +133,9 @@ def _cell(
         seconds={"base": 0.61, "equal": 1.94}.get(variant, 2.13),
         folder=_folder(task, method, variant),
         curves=_curves(rng, method, variant, steps),
+        differences=({"base": paired} if variant != "base" else {})
+        | ({"equal": against} if variant in ADDED else {}),
     )
-    comparisons = [Comparison(task, method, variant, "base", paired)] if variant != "base" else []
-    if variant in ADDED:
-        comparisons.append(Comparison(task, method, variant, "equal", against))
-    return cell, comparisons
 
 
 def _difference(values: np.ndarray, metric: Metric) -> Difference:
@@ -161,8 +149,16 @@ def _difference(values: np.ndarray, metric: Metric) -> Difference:
         pairs=len(values),
         significant=p < 0.05 / 60,
         improved=float((metric.sign * values > 0).mean()) if metric.per_image else None,
-        values=tuple(values.tolist()) if metric.per_image else (),
+        values=_by_id(metric.sign * values, values) if metric.per_image else {},
     )
+
+
+def _by_id(gains: np.ndarray, values: np.ndarray) -> dict[str, float]:
+    """Name the best image 00000, the worst 00001, the next best 00002, …: the first have files."""
+    order = np.argsort(-gains)
+    ranked = np.stack([order, order[::-1]], axis=1).ravel()[: len(order)]
+    names = dict(zip(ranked.tolist(), (f"{i:05d}" for i in range(len(order))), strict=True))
+    return {names[k]: value for k, value in enumerate(values.tolist())}
 
 
 def _study(rng: np.random.Generator, methods: Sequence[str]) -> dict[str, Search]:
@@ -242,23 +238,13 @@ def _folder(task: str, method: str, variant: str) -> str:
     return f"cells/{task}/{method}-{variant}"
 
 
-def _extremes(task: str, method: str, examples: Sequence[str]) -> Extremes:
-    best = tuple(Change(name, 1.2 - 0.3 * i) for i, name in enumerate(examples))
-    worst = tuple(replace(change, difference=-change.difference) for change in best)
-    return Extremes(task, method, "psnr", best, worst)
-
-
-def _draws(folder: Path, task: str, variant: Variant, count: int) -> Draws:
-    root = f"posterior/{task}/DPS/{variant}"
+def _draws(folder: Path, cell: Cell, count: int) -> Draws:
+    root = f"posterior/{cell.task}/DPS/{cell.variant}"
     for i in range(count):
         truth = _garment(i)
         _save(folder, f"{root}/restored/{i:05d}.png", truth * 0.95)
         _save(folder, f"{root}/std/{i:05d}.png", 40 + 60 * np.abs(np.gradient(truth)[0]) / 128)
     return Draws(
-        task=task,
-        method="DPS",
-        variant=variant,
-        label="DPS" if variant == "base" else "CMI+DPS",
         images=16,
         draws=16,
         coverage={"50": Estimate(0.41, 0.013), "90": Estimate(0.80, 0.0214)},

@@ -35,10 +35,7 @@ from cmi_lightning.report.plots import (
 )
 from cmi_lightning.report.results import (
     VARIANTS,
-    Change,
-    Comparison,
     Difference,
-    Extremes,
     Results,
     Search,
     Trial,
@@ -107,10 +104,11 @@ def results(made: Results) -> Results:
     return copy.deepcopy(made)
 
 
-def compared(results: Results, method: str, against: str = "base") -> Comparison:
-    """CMI's first comparison with a method."""
-    every = (c for c in results.comparisons if (c.method, c.variant) == (method, "cmi"))
-    return next(c for c in every if c.against == against)
+def compared(results: Results, method: str) -> dict[str, Difference]:
+    """CMI's first differences from a method, by metric."""
+    cell = results.cell(results.tasks[0].key, method, "cmi")
+    assert cell
+    return cell.differences["base"]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -223,7 +221,7 @@ def test_colour_and_symbol_follow_the_sign_and_significance(
 ):
     first, *others = results.metrics
     results = replace(results, metrics=(replace(first, better=better), *others))
-    metrics = compared(results, "none").metrics
+    metrics = compared(results, "none")
     found = {"difference": difference, "low": -1.0, "high": 1.0, "significant": significant}
     metrics["psnr"] = replace(metrics["psnr"], **found)
     good = (gain > 0) == (better == "higher")
@@ -245,11 +243,9 @@ def test_colour_and_symbol_follow_the_sign_and_significance(
 def test_summary_counts_the_verdicts(results, folder):
     counts = {"better": 0, "worse": 0, "undecided": 0}
     every = dict(counts)
-    for comparison in results.comparisons:
-        if (comparison.variant, comparison.against) != ("cmi", "base"):
-            continue
+    for cell in (cell for cell in results.cells if cell.variant == "cmi"):
         for metric in METRICS:
-            entry = comparison.metrics[metric.key]
+            entry = cell.differences["base"][metric.key]
             up = (entry.difference > 0) == (metric.better == "higher")
             outcome = ("better" if up else "worse") if entry.significant else "undecided"
             every[outcome] += 1
@@ -275,6 +271,8 @@ def test_what_comes_from_files_is_escaped(results, folder):
         picture = folder / cell.folder / "restored" / f"{safe_name(evil, '.png')}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         picture.write_bytes((folder / results.cells[0].folder / "truth/00000.png").read_bytes())
+        for differences in cell.differences.values():
+            differences["psnr"].values[evil] = 99.0  # the best image of all
     results = replace(
         results,
         **dict.fromkeys(("title", "config", "command", "created"), evil),
@@ -288,12 +286,7 @@ def test_what_comes_from_files_is_escaped(results, folder):
             replace(c, label=evil, options={evil: 1.0}, curves=c.curves | {evil: {1: 1.0, 2: 2.0}})
             for c in results.cells
         ),
-        extremes=tuple(
-            replace(e, best=tuple(replace(change, id=evil) for change in e.best))
-            for e in results.extremes
-        ),
         examples=examples,
-        posterior=tuple(replace(draws, label=evil) for draws in results.posterior),
         study={"inpaint_box": {evil: Search({"1": Trial(1.0, None, 2)}, 1.0, 1.0, False)}},
     )
     text = render(results, folder)
@@ -301,6 +294,9 @@ def test_what_comes_from_files_is_escaped(results, folder):
     assert not page.open
     assert len(page.all("script")) == 1
     assert not page.all("img", src="x")
+    extremes = re.search(r'<section id="extremes">.*?</section>', text, re.S)
+    assert extremes
+    assert Page(extremes[0]).all("img", alt=f"truth, {evil}")
     assert page.text("h1") == evil
     assert page.all("figure", class_="tile", data_id=evil)
     assert "<script>" not in markdown(results)
@@ -341,17 +337,25 @@ def test_images_that_cannot_be_read_are_left_out(results, folder, path):
     assert secret not in text
 
 
-PARTS = ("posterior", "examples", "extremes", "comparisons", "measured", "notes", "cells")
+def altered(results: Results, **changes: Any) -> Results:
+    """The results with something of all their cells changed."""
+    return replace(results, cells=tuple(replace(cell, **changes) for cell in results.cells))
+
+
+OF_CELLS = {"posterior": {"draws": None}, "comparisons": {"differences": {}}}
+PARTS = ("posterior", "examples", "comparisons", "measured", "notes", "cells")
 PARTS += ("protocol", "study", "config", "command", "commit", "created", "title", "images")
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_may_be_empty(results, folder, part):
-    value = getattr(results, part)
-    empty = None if part == "commit" else type(value)()
-    results = replace(results, **{part: empty})
-    lacking = {part: {part}, "cells": {"extremes", "figure", "histograms", "curves"}}
-    lacking |= {"examples": {"figure"}, "comparisons": {"histograms"}}
+    if part in OF_CELLS:
+        results = altered(results, **OF_CELLS[part])
+    else:
+        empty = None if part == "commit" else type(getattr(results, part))()
+        results = replace(results, **{part: empty})
+    lacking = {part: {part}, "examples": {"figure"}, "comparisons": {"histograms", "extremes"}}
+    lacking |= {"cells": {"extremes", "figure", "histograms", "curves", "posterior"}}
     sections = {"posterior", "extremes", "figure", "histograms", "curves", "study"}
     assert ids(render(results, folder)) & sections == sections - lacking[part]
     for table in (markdown, csv, latex):
@@ -368,17 +372,19 @@ def test_nothing_at_all(results):
     assert latex(nothing).count(r"\begin{tabular}") == 1
 
 
+def with_draws(results: Results, **changes: Any) -> Results:
+    """The results with something of all their draws changed."""
+    cells = [replace(c, draws=c.draws and replace(c.draws, **changes)) for c in results.cells]
+    return replace(results, cells=tuple(cells))
+
+
 def test_absent_numbers(results, folder):
     for cell in results.cells:
         cell.metrics.update(psnr=Estimate(None), ssim=Estimate(None))
         del cell.metrics["kernel"]
     draws = {"coverage": dict.fromkeys(("50", "90"), Estimate(None))}
     draws |= {"spread_skill": Estimate(None), "residual": Estimate(None), "folder": "nowhere"}
-    results = replace(
-        results,
-        cells=tuple(replace(c, curves={}, passes=None, seconds=None) for c in results.cells),
-        posterior=tuple(replace(row, **draws) for row in results.posterior),
-    )
+    results = with_draws(altered(results, curves={}, passes=None, seconds=None), **draws)
     text = render(results, folder)
     assert "curves" not in ids(text)
     assert "nan" not in re.sub(r"data:image.*?\"", "", text)
@@ -420,7 +426,6 @@ def test_cells_that_were_not_run_are_absent(results, folder):
     results = replace(
         results,
         cells=tuple(c for c in results.cells if (c.method, c.variant) != ("DPS", "cmi")),
-        comparisons=tuple(c for c in results.comparisons if c.method != "DPS"),
     )
     found = [label for label, *_ in rows(render(results, folder))]
     assert "CMI+DPS" not in found
@@ -449,13 +454,12 @@ def test_csv_holds_every_number_in_full(results):
             assert float(row["mean"]) == entry.mean
             assert row["se"] == ("" if entry.se is None else repr(entry.se))
             assert float(row["passes"]) == cell.passes
-    for comparison in results.comparisons:
-        for key, entry in comparison.metrics.items():
-            row = cells[comparison.task, comparison.method, comparison.variant, key]
-            against = comparison.against
-            for name in ("difference", "low", "high", "p"):
-                assert float(row[f"{name}_{against}"]) == getattr(entry, name)
-            assert row[f"significant_{against}"] == str(entry.significant).lower()
+        for against, differences in cell.differences.items():
+            for key, entry in differences.items():
+                row = cells[cell.task, cell.method, cell.variant, key]
+                for name in ("difference", "low", "high", "p"):
+                    assert float(row[f"{name}_{against}"]) == getattr(entry, name)
+                assert row[f"significant_{against}"] == str(entry.significant).lower()
 
 
 def test_csv_starts_no_formula(results):
@@ -518,7 +522,7 @@ def test_tables_are_written(results, tmp_path):
     ],
 )
 def test_verdicts(results, difference, better, significant, outcome, symbol):
-    paired = Difference(difference, -1.0, 2.0, 0.1, 3, significant, None, ())
+    paired = Difference(difference, -1.0, 2.0, 0.1, 3, significant, None, {})
     verdict = Verdict(replace(METRICS[0], better=better), results.cells[1], paired)
     assert (verdict.outcome, verdict.symbol) == (outcome, symbol)
     assert verdict.change == fixed(difference, 3, sign=True)
@@ -698,7 +702,7 @@ def test_posterior_has_standard_errors(results, folder):
     assert plain(body[1]).startswith(line)
     coverage = {"50": Estimate(0.41), "90": Estimate(0.8)}
     bare = {"coverage": coverage, "spread_skill": Estimate(0.8), "residual": Estimate(1.02)}
-    results = replace(results, posterior=tuple(replace(d, **bare) for d in results.posterior))
+    results = with_draws(results, **bare)
     body = re.search(r'id="posterior".*?<tbody>(.*?)</tbody>', render(results, folder), re.S)
     assert body
     assert plain(body[1]).count("random inpainting, 90 % 41 % 80 % 0.80 1.02 16 × 16") == 2
@@ -722,8 +726,9 @@ def test_number_of_pairs_is_told_where_images_are_missing(results, folder):
     assert "n = " not in plain(render(results, folder))
     assert "n is given" not in plain(render(results, folder))
     assert ", n = " not in markdown(results)
-    metrics = compared(results, "DPS").metrics
-    entry = replace(metrics["ssim"], values=metrics["ssim"].values[:37], pairs=37)
+    metrics = compared(results, "DPS")
+    values = dict(list(metrics["ssim"].values.items())[:37])
+    entry = replace(metrics["ssim"], values=values, pairs=37)
     metrics |= {"ssim": entry, "frechet": replace(metrics["frechet"], pairs=37)}
     text = render(results, folder)
     at = next(row for row in rows(text) if row[0] == "CMI+DPS")
@@ -752,10 +757,10 @@ def test_of_large_images_one_best_and_one_worst_are_embedded(results, tmp_path, 
         for i, name in enumerate(("a", "b", "broken")):
             Image.new("L", (size, size // 2), 40 * i).save(kept / f"{name}.png")
         (kept / "broken.png").write_bytes(b"")
-    images = tuple(Change(name, 1.0) for name in ("broken", "a", "b"))
-    extremes = Extremes("inpaint_box", "DPS", "psnr", images, images[::-1])
-    results = replace(results, extremes=(extremes,), examples={})
-    text = render(results, tmp_path)
+    values = results.cell("inpaint_box", "DPS", "cmi").differences["base"]["psnr"].values
+    values.clear()
+    values.update(broken=3.0, a=2.0, b=1.0)
+    text = render(replace(results, examples={}), tmp_path)
     for name, there in (("best", ["a", "b"][:shown]), ("worst", ["b", "a"][:shown])):
         side = re.search(rf'data-side="{name}">(.*?)</div>\n      </div>', text, re.S)
         assert side
@@ -764,15 +769,15 @@ def test_of_large_images_one_best_and_one_worst_are_embedded(results, tmp_path, 
 
 def test_maps_beyond_the_examples_have_a_truth_of_their_own(results, folder, tmp_path):
     folder = shutil.copytree(folder, tmp_path / "copy")
-    draws = results.posterior[0]
-    results.examples[draws.task] = results.examples[draws.task][:1]
-    shown = Album(results, folder).maps(draws)
+    cell = next(cell for cell in results.cells if cell.draws)
+    results.examples[cell.task] = results.examples[cell.task][:1]
+    shown = Album(results, folder).maps(cell)
     assert [m["truth"] is not None for m in shown] == [True, False, False][: len(shown)]
     stem = shown[1]["id"]
-    truth = folder / draws.folder / "truth" / f"{stem}.png"
+    truth = folder / cell.draws.folder / "truth" / f"{stem}.png"
     truth.parent.mkdir(parents=True)
-    truth.write_bytes((folder / draws.folder / "restored" / f"{stem}.png").read_bytes())
-    shown = Album(results, folder).maps(draws)
+    truth.write_bytes((folder / cell.draws.folder / "restored" / f"{stem}.png").read_bytes())
+    shown = Album(results, folder).maps(cell)
     assert shown[1]["truth"] == shown[1]["mean"]
 
 
@@ -784,9 +789,7 @@ def test_rows_of_descent_have_verdicts_of_their_own(tmp_path):
     labels = [label for label, *_ in rows(text)]
     assert labels[1:5] == ["none", "CMI alone", "descent+none", "none, equal passes"]
     cell = made.cells[6]
-    verdict = Verdict(
-        METRICS[0], cell, made.comparison(cell.task, "DPS", "descent", "base")["psnr"]
-    )
+    verdict = Verdict(METRICS[0], cell, cell.differences["base"]["psnr"])
     row = rows(text)[labels.index("descent+DPS")]
     assert f"{verdict.symbol}{verdict.words}: {verdict.change} {verdict.interval}" in row[1]
     said = plain(text)

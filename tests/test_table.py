@@ -375,6 +375,11 @@ def write_features(cell, seed, count, dimension):
     return torch.from_numpy(features).double()
 
 
+def compared(results):
+    """The differences by metric, by variant and what it is compared with."""
+    return {(c.variant, against): d for c in results.cells for against, d in c.differences.items()}
+
+
 def test_images_are_taken_in_the_order_of_the_loader(tmp_path):
     cell = small(output=str(tmp_path)).cell("box", "DPS")
     write_records(cell, range(12))
@@ -390,8 +395,8 @@ def test_an_image_that_failed_is_in_no_mean_and_not_improved(tmp_path):
     cells = {c.variant: c for c in results.cells}
     assert cells["cmi"].failed == 1
     assert cells["cmi"].metrics["psnr"].mean == pytest.approx((210 + 19) / 11)
-    (comparison,) = results.comparisons
-    entry = comparison.metrics["psnr"]
+    (differences,) = compared(results).values()
+    entry = differences["psnr"]
     assert entry.difference == pytest.approx(9 / 11)
     assert len(entry.values) == 11
     assert entry.improved == pytest.approx(10 / 12)
@@ -446,7 +451,7 @@ def test_cells_that_lack_different_images_are_compared_over_those_they_share(tmp
     results = aggregate(table)
     assert [c.images for c in results.cells] == [5, 5]
     assert {c.metrics["psnr"].mean for c in results.cells} == {22.6}
-    assert len(results.comparisons[0].metrics["psnr"].values) == 5
+    assert len(compared(results)["cmi", "base"]["psnr"].values) == 5
 
 
 def test_differences_of_fewer_images_say_so(tmp_path):
@@ -458,12 +463,12 @@ def test_differences_of_fewer_images_say_so(tmp_path):
         write_records(cell, np.linspace(20, 21, count) + 0.1 * len(variant))
         features[variant] = write_features(cell, len(variant), count, 8)[:5]
     results = aggregate(table)
-    against = {c.variant: c.metrics for c in results.comparisons if c.against != "base"}
-    pairs = {metric: entry.pairs for metric, entry in against["cmi"].items()}
+    against = compared(results)["cmi", "equal"]
+    pairs = {metric: entry.pairs for metric, entry in against.items()}
     assert pairs == {"psnr": 5, "frechet": 5, "kernel": 5}
     cmi, equal = features["cmi"], features["equal"]
     apart = frechet(cmi[:, 0], cmi[:, 1]) - frechet(equal[:, 0], equal[:, 1])
-    assert against["cmi"]["frechet"].difference == pytest.approx(apart)
+    assert against["frechet"].difference == pytest.approx(apart)
     assert "| DPS, 100 steps, 5 images |" in markdown(results)
     assert "DPS, 100 steps, 5 images &" in latex(results)
     rows = {(r["variant"], r["metric"]): r for r in csv.DictReader(io.StringIO(to_csv(results)))}
@@ -486,7 +491,7 @@ def test_a_table_takes_clusters_as_the_independent_units(tmp_path):
         write_records(table.cell("box", "DPS", variant), psnr.tolist())
     results = aggregate(table)
     assert results.cells[0].metrics["psnr"] == mean_and_error(base.tolist(), clusters)
-    found, differences = results.comparisons[0].metrics["psnr"], (cmi - base).tolist()
+    found, differences = compared(results)["cmi", "base"]["psnr"], (cmi - base).tolist()
     assert (found.low, found.high) == bootstrap_interval(differences, clusters)
     assert found.p == sign_flip_p(differences, clusters)
     assert any("The images are of 9 clusters" in note for note in results.notes)
@@ -550,7 +555,7 @@ def test_descent_has_rows_of_its_own_beside_those_of_cmi(tmp_path):
         write_records(cell, [psnr[variant]] * (6 if variant == "descent" else 8))
     results = aggregate(table)
     assert [(c.variant, c.images) for c in results.cells] == [(v, 6) for v in VARIANTS]
-    gains = {(c.variant, c.against): c.metrics["psnr"].difference for c in results.comparisons}
+    gains = {kind: metrics["psnr"].difference for kind, metrics in compared(results).items()}
     assert gains == {
         ("cmi", "base"): -0.5, ("descent", "base"): 0.25, ("equal", "base"): 1.0,
         ("cmi", "equal"): -1.5, ("descent", "equal"): -0.75,
@@ -749,18 +754,19 @@ def test_results_are_the_means_of_the_records(smoke):
 
 def test_differences_are_paired(smoke):
     folder, results = smoke
-    assert len(results.comparisons) == 2 * 2 * 3
-    for comparison in results.comparisons:
+    pairs = [(cell, against) for cell in results.cells for against in cell.differences]
+    assert len(pairs) == 2 * 2 * 3
+    for cell, against in pairs:
         one, other = (
-            {r["id"]: r["metrics"]["psnr"] for r in records(folder / cell.folder)}
-            for variant in (comparison.variant, comparison.against)
-            if (cell := results.cell(comparison.task, comparison.method, variant))
+            {r["id"]: r["metrics"]["psnr"] for r in records(folder / side.folder)}
+            for side in (cell, results.cell(cell.task, cell.method, against))
         )
-        entry = comparison.metrics["psnr"]
-        assert entry.values == pytest.approx([one[n] - other[n] for n in one], abs=1e-4)
-        assert entry.difference == pytest.approx(np.mean(entry.values), abs=1e-4)
+        entry = cell.differences[against]["psnr"]
+        values = list(entry.values.values())
+        assert entry.values == pytest.approx({n: one[n] - other[n] for n in one}, abs=1e-4)
+        assert entry.difference == pytest.approx(np.mean(values), abs=1e-4)
         assert entry.low <= entry.difference <= entry.high
-        assert entry.improved == pytest.approx(np.mean([v > 0 for v in entry.values]))
+        assert entry.improved == pytest.approx(np.mean([v > 0 for v in values]))
 
 
 def test_equal_cost_is_equal(smoke):
@@ -772,9 +778,10 @@ def test_equal_cost_is_equal(smoke):
 
 def test_draws_are_judged_without_and_with_cmi(grown):
     folder, _ = grown
-    rows = results_of(folder).posterior
-    assert [(r.label, r.images, r.draws) for r in rows] == [("DPS", 2, 2), ("CMI+DPS", 2, 2)]
-    for row in rows:
+    rows = {c.label: c.draws for c in results_of(folder).cells if c.draws}
+    shown = [(label, r.images, r.draws) for label, r in rows.items()]
+    assert shown == [("DPS", 2, 2), ("CMI+DPS", 2, 2)]
+    for row in rows.values():
         assert 0 <= row.coverage["50"].mean <= row.coverage["90"].mean <= 1
         assert row.residual.mean > 0
         assert (folder / row.folder / "std").is_dir()
@@ -785,12 +792,10 @@ def test_a_table_goes_on_where_it_was_stopped(smoke, grown):
     assert [cell.images for cell in results_of(folder).cells] == [6, 6, 6]
     _, before = smoke
     after = aggregate(parse(arguments, "table")[0])  # of the first four images
-    assert [c for c in before.comparisons if (c.task, c.method) == ("super_resolution", "DPS")] == [
-        *after.comparisons
-    ]
     for cell in after.cells:
         other = before.cell(cell.task, cell.method, cell.variant)
-        assert replace(cell, seconds=0) == replace(other, seconds=0)
+        assert other.differences == cell.differences
+        assert replace(cell, seconds=0, draws=None) == replace(other, seconds=0)
 
 
 def test_a_cell_of_other_options_is_refused(grown, capsys):
@@ -857,4 +862,4 @@ def test_a_killed_table_loses_one_batch_at_most(tmp_path):
     whole, cut = results_of(tmp_path / "whole"), results_of(tmp_path / "cut")
     for one, other in zip(whole.cells, cut.cells, strict=True):
         assert one.metrics == other.metrics
-    assert whole.comparisons == cut.comparisons
+        assert one.differences == other.differences

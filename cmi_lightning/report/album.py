@@ -5,19 +5,20 @@ from __future__ import annotations
 import base64
 import struct
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cmi_lightning.paths import safe_name
-from cmi_lightning.report.results import VARIANTS, Change, Draws, Extremes, Results, Task, Variant
+from cmi_lightning.report.results import VARIANTS, Cell, Metric, Results, Task, Variant
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = 128  # pixels: images up to this size are enlarged without smoothing
 LARGE = 96  # pixels: of images above this size only one best and one worst are embedded
 MAPS = 4  # images of an uncertainty map per row
+EXTREMES = 3  # best and worst images of a cell
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class Example:
     id: str
     truth: Picture | None
     measurement: Picture | None
-    restored: Mapping[str, Mapping[Variant, Picture]]
+    restored: Mapping[str, Mapping[str, Picture]]
 
 
-Sides = dict[str, list[tuple[Change, Example]]]  # "best" and "worst"
+# A cell, the metric that tells, and its "best" and "worst" images.
+Extremes = tuple[Cell, Metric, dict[str, list[Example]]]
 
 
 class Album:
@@ -80,7 +82,7 @@ class Album:
         """Return an image's pictures by a task's cells; truth and measurement are the first's."""
         cells = self.results.cells_of(task)
         path = f"{safe_name(name, '.png')}.png"
-        restored: dict[str, dict[Variant, Picture]] = defaultdict(dict)
+        restored: dict[str, dict[str, Picture]] = defaultdict(dict)
         for cell in (cell for cell in cells if cell.method in methods):
             if (picture := self.picture(f"{cell.folder}/restored/{path}")) is not None:
                 restored[cell.method][cell.variant] = picture
@@ -90,41 +92,49 @@ class Album:
         )
         return Example(name, truth, measurement, restored)
 
-    def extremes(self) -> dict[Task, list[tuple[Extremes, Sides]]]:
-        """Return the best and the worst images that there are, by task, row and side."""
-        shown = defaultdict(list)
-        for task in self.results.tasks:
-            for entry in (entry for entry in self.results.extremes if entry.task == task.key):
-                sides = {"best": self._side(entry, entry.best)}
-                sides["worst"] = self._side(entry, entry.worst)
-                if there := {side: images for side, images in sides.items() if images}:
-                    shown[task].append((entry, there))
-        return shown
+    def extremes(self) -> dict[Task, list[Extremes]]:
+        """Return the images that CMI changed most, by task, where there are any."""
+        every = {
+            task: map(self._changed, self.results.cells_of(task.key)) for task in self.results.tasks
+        }
+        return {task: there for task, found in every.items() if (there := [f for f in found if f])}
 
-    def _side(self, entry: Extremes, changes: tuple[Change, ...]) -> list[tuple[Change, Example]]:
-        """Return the images of one side that are there: of large ones, the first alone."""
+    def _changed(self, cell: Cell) -> Extremes | None:
+        """Return the images that a cell with CMI changed most, by the first metric it has."""
+        paired = cell.differences.get("base", {}) if cell.variant == "cmi" else {}
+        metric = next((m for m in self.results.metrics if m.per_image and m.key in paired), None)
+        if metric is None:
+            return None
+        changes = paired[metric.key].values
+        order = sorted(changes, key=lambda name: -metric.sign * changes[name])
+        sides = {"best": self._side(cell, order), "worst": self._side(cell, order[::-1])}
+        return (cell, metric, sides) if any(sides.values()) else None
+
+    def _side(self, cell: Cell, ids: Sequence[str]) -> list[Example]:
+        """Return those of the first images that are there: of large ones, one alone."""
         shown = []
-        for change in changes:
-            image = self.example(entry.task, change.id, [entry.method])
-            both = image.restored.get(entry.method, {})
+        for image in (self.example(cell.task, name, [cell.method]) for name in ids[:EXTREMES]):
+            both = image.restored.get(cell.method, {})
             if "base" in both and "cmi" in both:
-                shown.append((change, image))
+                shown.append(image)
                 if any(picture.side > LARGE for picture in both.values()):
                     break
         return shown
 
-    def maps(self, draws: Draws) -> list[dict[str, Any]]:
+    def maps(self, cell: Cell) -> list[dict[str, Any]]:
         """Return truth, mean and deviation of a few images: the examples', else the first."""
+        if (draws := cell.draws) is None:
+            return []
         root = self.folder / draws.folder / "std"
         paths = [p.relative_to(root).as_posix() for p in sorted(root.rglob("*.png"))]
-        ids = {f"{safe_name(i, '.png')}.png": i for i in self.results.examples.get(draws.task, ())}
+        ids = {f"{safe_name(i, '.png')}.png": i for i in self.results.examples.get(cell.task, ())}
         ordered = [path for path in ids if path in paths] + [p for p in paths if p not in ids]
         maps = []
         for path in ordered[:MAPS]:
             kinds = {"truth": "truth", "mean": "restored", "std": "std"}
             shown = {k: self.picture(f"{draws.folder}/{v}/{path}") for k, v in kinds.items()}
             name = ids.get(path, path.removesuffix(".png"))
-            truth = self.example(draws.task, name, ()).truth if path in ids else None
+            truth = self.example(cell.task, name, ()).truth if path in ids else None
             if shown["std"]:
                 maps.append({"id": name} | shown | ({"truth": truth} if truth else {}))
         return maps

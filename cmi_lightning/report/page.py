@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 from functools import cache
 from pathlib import Path
 
@@ -15,8 +16,7 @@ from cmi_lightning.report import panels, sentences
 from cmi_lightning.report.album import Album, gallery
 from cmi_lightning.report.plots import labels
 from cmi_lightning.report.results import Results
-from cmi_lightning.report.tables import rows
-from cmi_lightning.report.verdicts import fixed, mean_text, short
+from cmi_lightning.report.verdicts import fixed, mean_text, short, verdicts_of
 from cmi_lightning.statistics import Estimate
 
 
@@ -32,17 +32,16 @@ def write_report(results: Results, folder: Path) -> None:
 
 def render(results: Results, folder: Path) -> str:
     """Return the report's HTML."""
-    environment, album, groups = _environment(), Album(results, folder), rows(results)
+    environment, album = _environment(), Album(results, folder)
     style, script = (
         Markup(f"\n{environment.get_template(name).render()}\n")
         for name in ("report.css.j2", "report.js.j2")
     )
-    outcomes, every = sentences.outcomes(results), (row for rs in groups.values() for row in rs)
-    verdicts = [v for row in every for entry in row.entries for v in entry.verdicts.values()]
+    outcomes, pairs = sentences.outcomes(results), itertools.product(results.cells, results.metrics)
+    verdicts = [v for cell, metric in pairs for v in verdicts_of(cell, metric).values()]
     return environment.get_template("report.html.j2").render(
         results=results,
         album=album,
-        groups=groups,
         outcomes=outcomes,
         lead=list(sentences.sentences(results, outcomes)),
         cost=sentences.cost(results),
@@ -50,6 +49,7 @@ def render(results: Results, folder: Path) -> str:
         against_equal=any(("cmi", "equal") in outcome.counts for outcome in outcomes),
         descends=any(cell.variant == "descent" for cell in results.cells),
         gallery=gallery(album),
+        drawn=[cell for cell in results.cells if cell.draws],
         histograms=panels.histograms(results),
         curves_by_task=panels.curves(results),
         extremes=album.extremes(),
@@ -71,6 +71,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals |= {"fixed": fixed, "labels": labels, "value": _value}
+    environment.globals |= {"mean_text": mean_text, "verdicts_of": verdicts_of}
     environment.globals["sentences"] = sentences
     environment.filters |= {"short": short, "percent": _percent, "estimate": _estimate}
     return environment

@@ -88,10 +88,11 @@ def histograms(results: Results) -> list[Histograms]:
         every_variant = [v for added in ADDED for v in verdicts(results, metric, "base", added)]
         if not (shown := [verdict for verdict in every_variant if verdict.paired.values]):
             continue
-        halves, shared = _axes([verdict.paired.values for verdict in shown])
+        values = [list(verdict.paired.values.values()) for verdict in shown]
+        halves, shared = _axes(values)
         tasks = defaultdict(list)
-        for verdict, half in zip(shown, halves, strict=True):
-            plot = plots.histogram(verdict.paired.values, half, metric.sign)
+        for verdict, changes, half in zip(shown, values, halves, strict=True):
+            plot = plots.histogram(changes, half, metric.sign)
             tasks[results.task_labels[verdict.cell.task]].append((verdict, plot))
         every.append(Histograms(metric, shared, tasks))
     return every

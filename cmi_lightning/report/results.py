@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -13,12 +13,13 @@ from cmi_lightning.errors import InputError
 from cmi_lightning.files import write_json
 from cmi_lightning.statistics import Estimate
 
-SCHEMA = 2
+SCHEMA = 3
 Variant = Literal["base", "cmi", "descent", "equal"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 CMI = "CMI"  # the added guidance, in labels and in `step_sizes`: "CMI+DPS"
 ADDED: dict[Variant, str] = {"cmi": CMI, "descent": "descent"}  # what variants add to their base
 AGAINST = ("base", "equal")  # what the added guidance is compared with
+MEASURED = "measurement A⁺y"
 
 
 @dataclass(frozen=True)
@@ -57,34 +58,11 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A method on a task: the base alone, with CMI, or alone with as many passes as with CMI.
-
-    ``passes`` and ``seconds`` are per image, ``folder`` is relative to the table's, and ``curves``
-    are means over the images of every quantity, by the number of the step.
-    """
-
-    task: str
-    method: str
-    variant: Variant
-    label: str
-    steps: int
-    images: int
-    failed: int
-    options: dict[str, float]
-    metrics: dict[str, Estimate]
-    passes: float | None
-    seconds: float | None
-    folder: str
-    curves: dict[str, dict[int, float]]
-
-
-@dataclass(frozen=True)
 class Difference:
     """Paired differences of one metric: mean, 95 % interval, p, and Holm's word on it.
 
     ``pairs`` counts the images. ``improved`` is the share of them that got better, and ``values``
-    are the differences per image; a distance of sets has neither.
+    are the differences by the images' ids; a distance of sets has neither.
     """
 
     difference: float
@@ -94,18 +72,7 @@ class Difference:
     pairs: int
     significant: bool
     improved: float | None
-    values: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two variants of a method on a task: ``variant`` minus ``against``, by metric."""
-
-    task: str
-    method: str
-    variant: Variant
-    against: Variant
-    metrics: dict[str, Difference]
+    values: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -115,10 +82,6 @@ class Draws:
     ``white`` is the standard deviation on [−1, 1] that the maps of the draws show as white.
     """
 
-    task: str
-    method: str
-    variant: Variant
-    label: str
     images: int
     draws: int
     coverage: dict[str, Estimate]
@@ -127,6 +90,37 @@ class Draws:
     residual: Estimate
     white: float
     folder: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of the table: a method on a task, or the measurements that all of them restore.
+
+    ``passes`` and ``seconds`` are per image, and ``folder`` is relative to the table's.
+    ``curves`` are means over the images of every quantity, by the number of the step.
+    ``differences`` are the cell's minus another variant's, by that variant and by metric.
+    """
+
+    task: str
+    method: str
+    variant: Variant | Literal["measured"]
+    label: str
+    steps: int
+    images: int
+    metrics: dict[str, Estimate]
+    passes: float | None
+    seconds: float | None = None
+    failed: int = 0
+    options: dict[str, float] = field(default_factory=dict)
+    folder: str = ""
+    curves: dict[str, dict[int, float]] = field(default_factory=dict)
+    differences: dict[str, dict[str, Difference]] = field(default_factory=dict)
+    draws: Draws | None = None
+
+    @property
+    def added(self) -> bool:
+        """Whether the cell has CMI, so that its differences are verdicts on it."""
+        return self.variant in ADDED
 
 
 @dataclass(frozen=True)
@@ -149,28 +143,10 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Change:
-    """An image that CMI changed by ``difference``."""
-
-    id: str
-    difference: float
-
-
-@dataclass(frozen=True)
-class Extremes:
-    """The images that gained and lost most by CMI, the first the most."""
-
-    task: str
-    method: str
-    metric: str
-    best: tuple[Change, ...]
-    worst: tuple[Change, ...]
-
-
-@dataclass(frozen=True)
 class Results:
-    """Everything that the report and the tables show; ``examples`` are images' ids by task.
+    """Everything that the report and the tables show.
 
+    By task, ``measured`` are the metrics of its measurements, and ``examples`` are images' ids.
     The images themselves are in the cells' folders: ``truth``, ``measurement`` and ``restored``.
     """
 
@@ -191,18 +167,11 @@ class Results:
     methods: tuple[str, ...]
     cells: tuple[Cell, ...]
     measured: dict[str, dict[str, Estimate]]
-    comparisons: tuple[Comparison, ...]
-    posterior: tuple[Draws, ...]
     examples: dict[str, tuple[str, ...]]
-    extremes: tuple[Extremes, ...]
 
     @cached_property
     def _cells(self) -> Mapping[tuple[str, str, str], Cell]:
         return {(c.task, c.method, c.variant): c for c in self.cells}
-
-    @cached_property
-    def _comparisons(self) -> Mapping[tuple[str, str, str, str], Comparison]:
-        return {(c.task, c.method, c.variant, c.against): c for c in self.comparisons}
 
     @cached_property
     def task_labels(self) -> Mapping[str, str]:
@@ -223,12 +192,14 @@ class Results:
         keys = ((task, method, variant) for method in self.methods for variant in VARIANTS)
         return [self._cells[key] for key in keys if key in self._cells]
 
-    def comparison(
-        self, task: str, method: str, variant: str, against: str
-    ) -> Mapping[str, Difference]:
-        """Return a cell's differences by metric; empty where it was not compared."""
-        comparison = self._comparisons.get((task, method, variant, against))
-        return comparison.metrics if comparison else {}
+    def rows(self) -> dict[Task, list[Cell]]:
+        """Return the table's rows by task: its measurements first, which need no passes."""
+        every = {task: self.cells_of(task.key) for task in self.tasks}
+        for task, rows in every.items():
+            if metrics := self.measured.get(task.key):
+                row = Cell(task.key, "", "measured", MEASURED, 0, self.images, metrics, passes=0.0)
+                rows.insert(0, row)
+        return {task: rows for task, rows in every.items() if rows}
 
     def variant_labels(self, method: str) -> dict[str, str]:
         """Return how a method's variants are called: as in the first task that has them."""

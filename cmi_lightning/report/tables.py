@@ -1,28 +1,24 @@
-"""The table's rows, and the table as Markdown, long CSV and LaTeX."""
+"""The table as Markdown, long CSV and LaTeX."""
 
 from __future__ import annotations
 
 import csv as csv_module
 import io
 import re
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cmi_lightning.files import write
-from cmi_lightning.report.results import ADDED, AGAINST, Cell, Metric, Results, Task
-from cmi_lightning.report.verdicts import Verdict, mean_text, short, verdict
-from cmi_lightning.statistics import Estimate
+from cmi_lightning.report.results import AGAINST, Results
+from cmi_lightning.report.verdicts import mean_text, short, verdicts_of
 
-MEASURED = "measurement A⁺y"
 DIFFERENCE = ("difference", "low", "high", "p", "significant", "improved", "pairs")
+OF_ROW = ("task", "method", "variant", "label")
 OF_CELL = ("images", "failed", "steps", "passes", "seconds")
 COLUMNS = (
-    *("task", "method", "variant", "label", "metric", "unit", "better", "mean", "se"),
+    *(*OF_ROW, "metric", "unit", "better", "mean", "se"),
     *(*OF_CELL, *(f"{name}_{against}" for against in AGAINST for name in DIFFERENCE)),
 )
 COLOURS = {
@@ -60,73 +56,6 @@ SYMBOLS = {
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~&!$])")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A row's mean of a metric, with the verdicts on it by what it is compared with."""
-
-    metric: Metric
-    estimate: Estimate | None
-    verdicts: Mapping[str, Verdict]
-
-    @property
-    def text(self) -> str:
-        """The mean and its error."""
-        return mean_text(self.estimate, self.metric.digits)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A cell, or a task's measurements; ``images`` is told where other cells have more."""
-
-    task: Task
-    label: str
-    variant: str
-    cell: Cell | None
-    images: int | None
-    entries: list[Entry]
-
-    @property
-    def name(self) -> str:
-        """The label, with the number of images where that is its own."""
-        return self.label if self.images is None else f"{self.label}, {self.images} images"
-
-    @property
-    def added(self) -> bool:
-        """Whether the cell has CMI, so that its differences are verdicts on it."""
-        return self.variant in ADDED
-
-    @property
-    def passes(self) -> float | None:
-        """Network passes per image; a measurement needs none."""
-        return self.cell.passes if self.cell else 0.0
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds per image."""
-        return self.cell.seconds if self.cell else None
-
-
-def rows(results: Results) -> dict[Task, list[Row]]:
-    """Return the table's rows, by task."""
-    every: dict[Task, list[Row]] = defaultdict(list)
-    for task in results.tasks:
-        if measured := results.measured.get(task.key):
-            entries = [Entry(metric, measured.get(metric.key), {}) for metric in results.metrics]
-            every[task].append(Row(task, MEASURED, "measured", None, None, entries))
-        for cell in results.cells_of(task.key):
-            images = None if cell.images == results.images else cell.images
-            entries = [
-                Entry(
-                    metric,
-                    cell.metrics.get(metric.key),
-                    {a: v for a in AGAINST if (v := verdict(results, metric, cell, a))},
-                )
-                for metric in results.metrics
-            ]
-            every[task].append(Row(task, cell.label, cell.variant, cell, images, entries))
-    return every
-
-
 def write_tables(results: Results, folder: Path) -> None:
     """Write ``table.md``, ``table.csv`` and ``table.tex``."""
     for name, text in (("md", markdown), ("csv", csv), ("tex", latex)):
@@ -148,7 +77,7 @@ def latex(results: Results) -> str:
 
 def _render(name: str, results: Results) -> str:
     template = _environment().get_template(name)
-    return template.render(results=results, groups=rows(results), colours=COLOURS, short=short)
+    return template.render(results=results, colours=COLOURS)
 
 
 @cache
@@ -161,6 +90,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.globals |= {"mean_text": mean_text, "short": short, "verdicts_of": verdicts_of}
     environment.filters["line"] = lambda text: " ".join(text.split())
     environment.filters["md"] = lambda text: MARKDOWN.sub(r"\\\1", " ".join(text.split()))
     environment.filters["tex"] = lambda text: "".join(
@@ -181,15 +111,13 @@ def csv(results: Results) -> str:
     file = io.StringIO()
     writer = csv_module.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    for row in (row for of_task in rows(results).values() for row in of_task):
-        for entry in (entry for entry in row.entries if entry.estimate is not None):
-            cell = row.cell
-            line = {"task": row.task.key, "variant": row.variant, "label": row.label}
-            line |= {"metric": entry.metric.key, "method": cell.method if cell else ""}
-            line |= {name: getattr(entry.metric, name) for name in ("unit", "better")}
-            line |= {name: getattr(entry.estimate, name) for name in ("mean", "se")}
-            line |= {name: getattr(cell, name) for name in OF_CELL if cell}
-            for against, found in entry.verdicts.items():
+    for cell in (cell for rows in results.rows().values() for cell in rows):
+        for metric in (metric for metric in results.metrics if metric.key in cell.metrics):
+            names = OF_ROW if cell.variant == "measured" else OF_ROW + OF_CELL
+            line = {name: getattr(cell, name) for name in names} | {"metric": metric.key}
+            line |= {name: getattr(metric, name) for name in ("unit", "better")}
+            line |= {name: getattr(cell.metrics[metric.key], name) for name in ("mean", "se")}
+            for against, found in verdicts_of(cell, metric).items():
                 line |= {f"{name}_{against}": getattr(found.paired, name) for name in DIFFERENCE}
                 line[f"significant_{against}"] = str(found.paired.significant).lower()
             writer.writerow({name: _harmless(value) for name, value in line.items()})

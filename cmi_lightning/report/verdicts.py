@@ -101,14 +101,13 @@ class Verdict:
         return self.paired.pairs if self.paired.pairs < self.cell.images else None
 
 
-def verdict(results: Results, metric: Metric, cell: Cell, against: str) -> Verdict | None:
-    """Return the verdict on a cell, or None where it was not compared."""
-    paired = results.comparison(cell.task, cell.method, cell.variant, against).get(metric.key)
-    return None if paired is None else Verdict(metric, cell, paired)
+def verdicts_of(cell: Cell, metric: Metric) -> dict[str, Verdict]:
+    """Return the verdicts on a cell, by the variant that it was compared with."""
+    paired = {against: found.get(metric.key) for against, found in cell.differences.items()}
+    return {against: Verdict(metric, cell, p) for against, p in paired.items() if p}
 
 
 def verdicts(results: Results, metric: Metric, against: str, variant: str = "cmi") -> list[Verdict]:
     """Return the verdicts on all cells of CMI, or of another variant, that were compared."""
     cells = [c for t in results.tasks for c in results.cells_of(t.key) if c.variant == variant]
-    every = (verdict(results, metric, cell, against) for cell in cells)
-    return [one for one in every if one is not None]
+    return [v for cell in cells if (v := verdicts_of(cell, metric).get(against))]

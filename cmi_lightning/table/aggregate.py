@@ -16,17 +16,16 @@ from typing import Any
 import torch
 
 from cmi_lightning.report import results as reported
-from cmi_lightning.report.results import ADDED, Change, Comparison, Draws, Extremes, Metric, Results
+from cmi_lightning.report.results import ADDED, Draws, Metric, Results
 from cmi_lightning.statistics import Estimate
 from cmi_lightning.table.cells import MEASURED, METRICS, Key, StartedCell, started_cells
-from cmi_lightning.table.comparisons import compare
+from cmi_lightning.table.comparisons import Differences, compare
 from cmi_lightning.table.records import Cell, passes, read_json
 from cmi_lightning.table.resampling import LEVEL
 from cmi_lightning.table.spec import Table
 from cmi_lightning.table.tune import Study, read_study
 
 Cells = Mapping[Key, StartedCell]
-EXTREMES = 3  # best and worst images shown of a cell
 
 
 def aggregate(table: Table, config: str = "", command: str = "") -> Results:
@@ -42,11 +41,12 @@ def aggregate(table: Table, config: str = "", command: str = "") -> Results:
     by_task: dict[str, list[StartedCell]] = defaultdict(list)
     for (task, *_), started in cells.items():
         by_task[task].append(started)
-    comparisons = compare(table, cells, metrics)
+    differences = compare(cells, metrics)
     read = [(cell, read_json(cell.folder / "posterior.json")) for cell in table.posterior_cells()]
     posterior = [(cell, summary) for cell, summary in read if summary]
     study = _study(table)
-    notes = [*_notes(table, cells, comparisons, study), *_notes_on_draws(posterior)]
+    notes = [*_notes(table, cells, differences, study), *_notes_on_draws(posterior)]
+    draws = {(c.task, c.method, c.variant): _draws(table, c, summary) for c, summary in posterior}
     first = next(iter(cells.values())).cell.folder if cells else table.folder
     protocols = [read_json(first / name) for name in ("summary.json", "features.json")]
     return Results(
@@ -65,12 +65,12 @@ def aggregate(table: Table, config: str = "", command: str = "") -> Results:
         metrics=metrics,
         tasks=tuple(reported.Task(key, task.label) for key, task in table.tasks.items()),
         methods=tuple(table.methods),
-        cells=tuple(_cell(table, key, started, metrics) for key, started in cells.items()),
+        cells=tuple(
+            _cell(table, started, metrics, differences.get(key, {}), draws.get(key))
+            for key, started in cells.items()
+        ),
         measured={t: started[0].estimates(metrics, MEASURED) for t, started in by_task.items()},
-        comparisons=comparisons,
-        posterior=tuple(_draws(table, cell, summary) for cell, summary in posterior),
         examples={t: _common(started)[: table.examples] for t, started in by_task.items()},
-        extremes=tuple(_extremes(cells, comparisons, metrics)),
     )
 
 
@@ -86,19 +86,27 @@ def _metrics(cells: Cells) -> tuple[Metric, ...]:
     return tuple(replace(m, label=labels.get(m.key, m.label)) for m in METRICS if m.key in there)
 
 
-def _cell(table: Table, key: Key, started: StartedCell, metrics: Sequence[Metric]) -> reported.Cell:
+def _cell(
+    table: Table,
+    started: StartedCell,
+    metrics: Sequence[Metric],
+    differences: Differences,
+    draws: Draws | None,
+) -> reported.Cell:
+    cell = started.cell
     return reported.Cell(
-        *key,
-        label=started.cell.label,
-        steps=started.cell.steps,
+        *(cell.task, cell.method, cell.variant, cell.label),
+        steps=cell.steps,
         images=len(started.all),
-        failed=started.failed,
-        options={f"step_sizes.{k}": float(v) for k, v in started.cell.step_sizes.items()},
         metrics=started.estimates(metrics),
         passes=passes(started.all),
         seconds=started.seconds(),
-        folder=started.cell.folder.relative_to(table.folder).as_posix(),
+        failed=started.failed,
+        options={f"step_sizes.{k}": float(v) for k, v in cell.step_sizes.items()},
+        folder=cell.folder.relative_to(table.folder).as_posix(),
         curves=started.curves,
+        differences=differences,
+        draws=draws,
     )
 
 
@@ -110,7 +118,6 @@ def _draws(table: Table, cell: Cell, summary: Mapping[str, Any]) -> Draws:
 
     coverage = summary["coverage"]
     return Draws(
-        *(cell.task, cell.method, cell.variant, cell.label),
         images=summary["images"],
         draws=summary["draws"],
         coverage={percent: estimate(entry) for percent, entry in coverage.items()},
@@ -128,24 +135,6 @@ def _common(cells: Sequence[StartedCell]) -> tuple[str, ...]:
     return tuple(name for name in first if all(name in records for records in others))
 
 
-def _extremes(
-    cells: Cells, comparisons: Sequence[Comparison], metrics: Sequence[Metric]
-) -> Iterator[Extremes]:
-    """Yield the images that CMI changed most, for better and worse, in every row."""
-    for c in comparisons:
-        metric = next((m for m in metrics if m.per_image and m.key in c.metrics), None)
-        if (c.variant, c.against) != ("cmi", "base") or metric is None:
-            continue
-        mine, theirs = (cells[c.task, c.method, v].values(metric.key) for v in ("cmi", "base"))
-        changes = {name: mine[name] - theirs[name] for name in mine if name in theirs}
-        order = sorted(changes, key=lambda name: -metric.sign * changes[name])
-        best, worst = (
-            tuple(Change(name, changes[name]) for name in names[:EXTREMES])
-            for names in (order, order[::-1])
-        )
-        yield Extremes(c.task, c.method, metric.key, best, worst)
-
-
 def _notes_on_draws(posterior: Sequence[tuple[Cell, Mapping[str, Any]]]) -> Iterator[str]:
     for cell, summary in posterior:
         for note in summary["notes"]:
@@ -154,7 +143,7 @@ def _notes_on_draws(posterior: Sequence[tuple[Cell, Mapping[str, Any]]]) -> Iter
 
 
 def _notes(
-    table: Table, cells: Cells, comparisons: Sequence[Comparison], study: Study
+    table: Table, cells: Cells, differences: Mapping[Key, Differences], study: Study
 ) -> Iterator[str]:
     if not cells:
         yield "No cell has finished an image yet."
@@ -182,7 +171,7 @@ def _notes(
             f"The images are of {count} clusters. Standard errors, intervals and tests take "
             "clusters as the independent units, not images."
         )
-    if family := sum((c.variant, c.against) == ("cmi", "base") for c in comparisons):
+    if family := sum(key[2] == "cmi" and "base" in found for key, found in differences.items()):
         yield (
             f"{family} comparisons with the base are made of each metric. A difference is "
             f"significant after Holm's correction over all of its kind (family-wise "

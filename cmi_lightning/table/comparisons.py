@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from cmi_lightning.report.results import Comparison, Difference, Metric, Variant
+from cmi_lightning.report.results import Difference, Metric, Variant
 from cmi_lightning.table.cells import Key, StartedCell
 from cmi_lightning.table.resampling import bootstrap_interval, holm, interval_and_p, sign_flip_p
-from cmi_lightning.table.spec import Table
 
 COMPARED: tuple[tuple[Variant, Variant], ...] = (
     ("cmi", "base"),
@@ -21,29 +20,31 @@ COMPARED: tuple[tuple[Variant, Variant], ...] = (
     ("cmi", "equal"),
     ("descent", "equal"),
 )
+Differences = dict[str, dict[str, Difference]]  # by what a cell is compared with, then by metric
 
 
 def compare(
-    table: Table, cells: Mapping[Key, StartedCell], metrics: Sequence[Metric]
-) -> tuple[Comparison, ...]:
-    """Return the comparisons that a table's cells allow, each over the images that both have.
+    cells: Mapping[Key, StartedCell], metrics: Sequence[Metric]
+) -> Mapping[Key, Differences]:
+    """Return the differences that a table's cells allow, each over the images that both have.
 
     Significant is what Holm's correction leaves among the cells of one metric and one kind of
     comparison.
     """
-    comparisons = []
-    for (task, method), (variant, against) in itertools.product(table.rows(), COMPARED):
-        one, other = cells.get((task, method, variant)), cells.get((task, method, against))
-        if one is not None and other is not None:
-            differences = {m.key: d for m in metrics if (d := _difference(one, other, m))}
-            comparisons.append(Comparison(task, method, variant, against, differences))
-    for kind, metric in itertools.product(COMPARED, (m.key for m in metrics)):
-        of_kind = [c.metrics for c in comparisons if (c.variant, c.against) == kind]
-        family = [differences for differences in of_kind if metric in differences]
-        rejected = holm([differences[metric].p for differences in family])
-        for differences, significant in zip(family, rejected, strict=True):
-            differences[metric] = replace(differences[metric], significant=significant)
-    return tuple(comparisons)
+    every: dict[Key, Differences] = defaultdict(dict)
+    for variant, against in COMPARED:
+        pairs = {key: (*key[:2], against) for key in cells if key[2] == variant}
+        for key, other in ((key, cells[other]) for key, other in pairs.items() if other in cells):
+            paired = {metric.key: _difference(cells[key], other, metric) for metric in metrics}
+            every[key][against] = {name: found for name, found in paired.items() if found}
+        for metric in metrics:
+            of_kind = [every[key][against] for key in pairs if against in every[key]]
+            family = [differences for differences in of_kind if metric.key in differences]
+            rejected = holm([differences[metric.key].p for differences in family])
+            for differences, significant in zip(family, rejected, strict=True):
+                found = differences[metric.key]
+                differences[metric.key] = replace(found, significant=significant)
+    return every
 
 
 def _difference(one: StartedCell, other: StartedCell, metric: Metric) -> Difference | None:
@@ -68,7 +69,7 @@ def _difference(one: StartedCell, other: StartedCell, metric: Metric) -> Differe
         pairs=len(values),
         significant=False,
         improved=sum(metric.sign * v > 0 for v in values) / (len(values) + lost),
-        values=tuple(float(f"{v:.6g}") for v in values),
+        values={name: float(f"{v:.6g}") for name, v in zip(ids, values, strict=True)},
     )
 
 
@@ -81,4 +82,4 @@ def _difference_of_sets(one: StartedCell, other: StartedCell, metric: str) -> Di
         return None
     whole, *draws = (mine - theirs).tolist()
     low, high, p = interval_and_p(whole, np.asarray(draws))
-    return Difference(whole, low, high, p, len(ids), significant=False, improved=None, values=())
+    return Difference(whole, low, high, p, len(ids), significant=False, improved=None, values={})
