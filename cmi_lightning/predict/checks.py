@@ -16,19 +16,21 @@ from cmi_lightning.predict.auto import earlier
 from cmi_lightning.predict.callback import recorders
 from cmi_lightning.predict.fingerprint import inputs
 from cmi_lightning.predict.folder import RunFolder
+from cmi_lightning.predict.processes import refuse_strategy
 
 if TYPE_CHECKING:
     from cmi_lightning.predict.module import PosteriorSampler
 
 
 def check(module: PosteriorSampler, trainer: Any, datamodule: Any) -> None:
-    """Check the trainer's precision and folder, and the images of a datamodule that was set up.
+    """Check the trainer's options and folder, and the images of a datamodule that was set up.
 
     Raises:
-        InputError: for a precision that would round the measurement, if the trainer's folder
-            belongs to other options, or if an image shape of the datamodule does not suit the
-            network or the operator.
+        InputError: for a strategy that does not work, a precision that would round the measurement,
+            a folder that belongs to other options, or an image shape that does not suit the network
+            or the operator.
     """
+    refuse_strategy(trainer)
     precision = str(trainer.precision)
     if precision.endswith("-true") and precision not in ("32-true", "64-true"):
         raise InputError(

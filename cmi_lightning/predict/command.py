@@ -9,7 +9,7 @@ from typing import Any
 from cmi_lightning.errors import InputError, first_line
 from cmi_lightning.files import make_folder
 from cmi_lightning.predict.options import lightning_cli, prediction_cli
-from cmi_lightning.predict.processes import end_at_sigterm
+from cmi_lightning.predict.processes import end_at_sigterm, refuse_strategy
 
 
 def predict(args: list[str]) -> int:
@@ -58,6 +58,7 @@ def fit(args: list[str]) -> int:
     from cmi_lightning.training import ScoreTraining
 
     cli = lightning_cli(ScoreTraining, args, resumable=True)
+    refuse_strategy(cli.trainer, forked=True)
     folder = Path(cli.trainer.default_root_dir).expanduser()
     make_folder(folder, "trainer.default_root_dir")
     if resume := cli.config.ckpt_path:

@@ -105,17 +105,23 @@ def _wrong_value(lines: str) -> str | None:
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return the end of a sentence about a wrong name: the nearest of the right ones.
 
-    >>> nearest("DSP", ["DSG", "DPS"])
+    >>> nearest("SPD", ["DSG", "DPS"])
     '; did you mean DPS?'
+    """
+    if found := closest(name, names):
+        return f"; did you mean {found}?"
+    return wording("; --help lists them.", "; help() lists them.")
+
+
+def closest(name: str, names: Iterable[str]) -> str | None:
+    """Return the nearest of the right names, or None if none is near.
+
+    >>> closest("DSP", ["DSG", "DPS"])
+    'DPS'
     """
     names = list(names)
     swapped = [right for right in names if sorted(right) == sorted(name)]
-    found = swapped or difflib.get_close_matches(name, names, 1, 0.5)
-    return (
-        f"; did you mean {found[0]}?"
-        if found
-        else wording("; --help lists them.", "; help() lists them.")
-    )
+    return next(iter(swapped or difflib.get_close_matches(name, names, 1, 0.5)), None)
 
 
 def _quotes(message: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from cmi_lightning import configs
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import write
-from cmi_lightning.predict.messages import explain
+from cmi_lightning.predict.messages import closest, explain
 
 SETS, APPENDS = (re.compile(rf"\bguidances{end}\"?\s*:") for end in ("", r"\+"))
 
@@ -27,8 +27,12 @@ def _resolve(value: str) -> str:
             raise InputError(f"'{value}' is no UTF-8 text file: {error}.") from error
         return value
     if (found := configs.find(value)) is None:
-        names = ", ".join(configs.summaries())
-        raise InputError(f"No configuration '{value}': give a YAML file, or one of {names}.")
+        names = {end: n for n in configs.summaries() for end in (n.rpartition("/")[2], n)}
+        near = closest(value, names)
+        raise InputError(
+            f"No configuration '{value}': give a YAML file, or one that `cmi-lightning configs` "
+            f"lists{f'; did you mean {names[near]}?' if near else '.'}"
+        )
     return found
 
 

@@ -8,8 +8,30 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from cmi_lightning.errors import InputError
+
 T = TypeVar("T")
 _parent = os.getppid()
+
+
+def refuse_strategy(trainer: Any, forked: bool = False) -> None:
+    """Refuse a strategy whose processes lack a whole network, or cannot hand back what they make.
+
+    ``forked`` ones hand back a network, and not which images failed.
+    """
+    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+    launcher = trainer.strategy.launcher
+    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        why = f"{type(trainer.strategy).__name__} gives each process a part of the network alone"
+    elif isinstance(launcher, _MultiProcessingLauncher) and not (
+        forked and launcher._start_method == "fork"
+    ):
+        why = f"{launcher._start_method}ed processes cannot hand back what they make"
+    else:
+        return
+    raise InputError(f"trainer.strategy: {why}; use trainer.strategy=ddp.")
 
 
 def end_at_sigterm(trainer: Any) -> None:
