@@ -37,31 +37,25 @@ def _resolve(value: str) -> str:
 
 
 def resolved(args: Sequence[str]) -> list[str]:
-    """Resolve the values of ``-c`` and ``--config``, in either spelling."""
-    out: list[str] = []
+    """Resolve the values of ``-c`` and ``--config``, in either spelling.
+
+    Configurations that append (add_cmi) come behind those that set what they append to.
+    """
+    parts: list[list[str]] = []  # a configuration with its -c, and any other argument alone
     for arg in args:
-        if out and out[-1] in ("-c", "--config"):
-            out.append(_resolve(arg))
+        if parts and parts[-1] in (["-c"], ["--config"]):
+            parts[-1] = ["-c", _resolve(arg)]
         elif arg.startswith("--config="):
-            out.append(f"--config={_resolve(arg.removeprefix('--config='))}")
+            parts.append(["-c", _resolve(arg.removeprefix("--config="))])
         else:
-            out.append(arg)
-    return _appending_last(out)
-
-
-def _appending_last(args: list[str]) -> list[str]:
-    """Move configurations that append (add_cmi) behind those that set what they append to."""
-    places = [i for i, arg in enumerate(args) if i and args[i - 1] in ("-c", "--config")]
-    places += [i for i, arg in enumerate(args) if arg.startswith("--config=")]
-    texts = {i: _text(args[i].removeprefix("--config=")) for i in sorted(places)}
+            parts.append([arg])
+    texts = {i: _text(part[1]) for i, part in enumerate(parts) if len(part) == 2}
     last = max((i for i, text in texts.items() if SETS.search(text)), default=-1)
     moved = [i for i, text in texts.items() if i < last and APPENDS.search(text)]
-    if any(SETS.search(texts[i]) for i in moved):
-        return args
-    pairs = [part for i in moved for part in (["-c", args[i].removeprefix("--config=")])]
-    gone = {i for i in moved} | {i - 1 for i in moved if not args[i].startswith("--config=")}
-    kept = [arg for i, arg in enumerate(args[: last + 1]) if i not in gone]
-    return [*kept, *pairs, *args[last + 1 :]]
+    if not any(SETS.search(texts[i]) for i in moved):
+        stay = [i for i in range(last + 1) if i not in moved]
+        parts = [parts[i] for i in (*stay, *moved, *range(last + 1, len(parts)))]
+    return [arg for part in parts for arg in part]
 
 
 def _text(config: str) -> str:
