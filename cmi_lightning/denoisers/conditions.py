@@ -58,7 +58,8 @@ class Conditions:
         self.untold = {k: _tensor(k, v) for k, v in (unconditional or {}).items()}
         self.scale = float(guidance_scale)
         self._refuse_untold(network)
-        if (self.scale != 1 or self.untold) and _shapes(self.told) != _shapes(self.untold):
+        with_, without = (_each(_shape, c) for c in (self.told, self.untold))
+        if (self.scale != 1 or self.untold) and with_ != without:
             raise InputError(
                 f"guidance_scale={self.scale:g} compares the network with and without its "
                 "condition: give condition and unconditional, of the same names and shapes."
@@ -69,7 +70,9 @@ class Conditions:
         parameters = _parameters(network)
         if parameters is not None:
             required = [
-                n for n, p in parameters.items() if p.default is p.empty and n not in self.told
+                n
+                for n, p in parameters.items()
+                if p.default is p.empty and p.kind is not p.VAR_KEYWORD and n not in self.told
             ]
             if required:
                 raise InputError(
@@ -94,19 +97,14 @@ class Conditions:
                     f"condition says {argument}={told}, and the classes of the network {name} are "
                     f"0 to {value - 1}."
                 )
-        surplus = [n for n in self.told if parameters is not None and n not in parameters]
-        if surplus and not self._takes_all(network):
-            takes = ", ".join(parameters or ()) or "none"
+        if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return
+        if surplus := [n for n in self.told if n not in parameters]:
+            takes = ", ".join(parameters) or "none"
             raise InputError(
                 f"condition has {', '.join(surplus)}, and the network {name} takes {takes} besides "
                 "x_t and its time."
             )
-
-    @staticmethod
-    def _takes_all(network: nn.Module | Callable) -> bool:
-        call = network.forward if isinstance(network, nn.Module) else network
-        kinds = [p.kind for p in inspect.signature(call).parameters.values()]
-        return inspect.Parameter.VAR_KEYWORD in kinds
 
     def __call__(
         self, call: Callable[[Tensor, dict[str, Any]], Tensor], u: Tensor, channels: int
@@ -119,21 +117,15 @@ class Conditions:
         told = rows(self.told, u)
         if self.scale == 1:
             return call(u, told)
-        with_, without = call(torch.cat([u, u]), _joined(told, rows(self.untold, u))).chunk(2)
+        both = _each(lambda a, b: torch.cat([a, b.to(a.dtype)]), told, rows(self.untold, u))
+        with_, without = call(torch.cat([u, u]), both).chunk(2)
         guided = without + self.scale * (with_ - without)
         return torch.cat([guided[:, :channels], with_[:, channels:]], dim=1)
 
 
 def on(condition: Mapping[str, Any], u: Tensor) -> dict[str, Any]:
     """Return a condition with its tensors on the device of u: there from the first call on."""
-    return {
-        name: on(value, u)
-        if isinstance(value, Mapping)
-        else value.to(u.device)
-        if isinstance(value, Tensor)
-        else value
-        for name, value in condition.items()
-    }
+    return _each(lambda v: v.to(u.device) if isinstance(v, Tensor) else v, condition)
 
 
 def rows(condition: Mapping[str, Any], u: Tensor) -> dict[str, Any]:
@@ -142,15 +134,23 @@ def rows(condition: Mapping[str, Any], u: Tensor) -> dict[str, Any]:
     >>> rows({"y": 3}, torch.zeros(2, 1))
     {'y': tensor([3, 3])}
     """
+
+    def row(value: Any) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.expand(len(u), *value.shape)
+        dtype = torch.long if isinstance(value, int) else torch.float32
+        return torch.full((len(u),), value, device=u.device, dtype=dtype)
+
+    return _each(row, condition)
+
+
+def _each(function: Callable[..., Any], *conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a function makes of each value of conditions of the same names, nested alike."""
     found: dict[str, Any] = {}
-    for name, value in condition.items():
-        if isinstance(value, Mapping):
-            found[name] = rows(value, u)
-        elif isinstance(value, Tensor):
-            found[name] = value.expand(len(u), *value.shape)
-        else:
-            dtype = torch.long if isinstance(value, int) else torch.float32
-            found[name] = torch.full((len(u),), value, device=u.device, dtype=dtype)
+    for name in conditions[0]:
+        values = [condition[name] for condition in conditions]
+        nested = isinstance(values[0], Mapping)
+        found[name] = _each(function, *values) if nested else function(*values)
     return found
 
 
@@ -159,20 +159,8 @@ def called(network: Any) -> str:
     return getattr(network, "__name__", type(network).__name__)
 
 
-def _joined(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: _joined(value, b[name])
-        if isinstance(value, dict)
-        else torch.cat([value, b[name].to(value.dtype)])
-        for name, value in a.items()
-    }
-
-
-def _shapes(condition: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: _shapes(value) if isinstance(value, Mapping) else tuple(getattr(value, "shape", ()))
-        for name, value in condition.items()
-    }
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(getattr(value, "shape", ()))
 
 
 def _tensor(name: str, value: Any) -> Any:
@@ -198,7 +186,7 @@ def _tensor(name: str, value: Any) -> Any:
 
 
 def _parameters(network: nn.Module | Callable) -> dict[str, inspect.Parameter] | None:
-    """Return the arguments besides x_t and its time, or None where there is no signature."""
+    """Return the arguments besides x_t and its time, ``**`` too; None without a signature."""
     try:
         call = network.forward if isinstance(network, nn.Module) else network
         parameters = list(inspect.signature(call).parameters.values())
@@ -208,7 +196,7 @@ def _parameters(network: nn.Module | Callable) -> dict[str, inspect.Parameter] |
     first = [p.name for p in parameters if p.kind in positional][:2]
     if "timestep" in [p.name for p in parameters]:  # transformers of diffusers
         first = [parameters[0].name, "timestep"]
-    named = (*positional[1:], inspect.Parameter.KEYWORD_ONLY)
+    named = (*positional[1:], inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
     return {p.name: p for p in parameters if p.name not in first and p.kind in named}
 
 
