@@ -64,7 +64,7 @@ class FolderData(RestorationData):
         at_once: images per batch, chosen by the sampler where ``batch_size`` is "auto".
     """
 
-    images: Any = None
+    images: Any = None  # a FolderFiles, after set-up
     survey: Survey = Survey({}, {}, [])
     batch_size: int | Literal["auto"]
     num_workers: int

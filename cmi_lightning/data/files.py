@@ -6,12 +6,21 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from cmi_lightning.data.images import FOREIGN, SUFFIXES, Note, UnreadableError
+from cmi_lightning.data.images import (
+    FOREIGN,
+    SUFFIXES,
+    Decoding,
+    Note,
+    UnreadableError,
+    read_image,
+)
 from cmi_lightning.errors import InputError, printable
 
 T = TypeVar("T")
@@ -195,6 +204,52 @@ def read_all(
         for note, names in noted.items()
     ]
     return Survey(result, skipped, said)
+
+
+class FolderFiles(Dataset):
+    """The readable files of a folder, as ``{key: tensor, "id": "sub/name"}`` in natural order.
+
+    Every file is decoded by :meth:`look`, so that no bad file can stop a long run half-way, and the
+    first GiB is kept: a run decodes each of them once.
+
+    Args:
+        data: the module with the options, such as :class:`cmi_lightning.data.ImageFolderData`.
+        folder: the folder that it names.
+        apart: a file or folder within that holds something else.
+
+    Raises:
+        InputError: as the module has it.
+    """
+
+    key: str
+    option: str  # that names the folder
+    arrays: tuple[str, ...] = ()  # suffixes of files that are no images
+
+    def __init__(self, data: Any, folder: Path, apart: Path | None = None) -> None:
+        self.strict, self.read = data.strict, Kept(self._read)
+        self.how = Decoding(data.channels, data.background, data.white_level, data.range)
+        self.found, self.passed = find_images(folder, self.option, self.strict, apart, self.arrays)
+        self.wanted = dict(islice(self.found.items(), data.limit))
+
+    def look(self) -> None:
+        """Read all files: those that cannot be read are left out, or refused."""
+        self.survey = read_all(self.wanted, self._measure, self.strict, self.option)
+        self.survey.notes.extend(self.passed)
+        self.files = [(name, self.wanted[name]) for name in self.survey.read]
+        self.shapes = list(self.survey.read.values())
+
+    def _read(self, file: Path, note: Note = bool) -> Tensor:
+        return read_image(file, self.how, note)
+
+    def _measure(self, name: str, file: Path, note: Note) -> Any:
+        return tuple(self.read(file, note=note).shape)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name, file = self.files[index]
+        return {self.key: self.read(file), "id": name}
 
 
 def report(skipped: dict[str, str], left: int, notes: Iterable[str]) -> None:

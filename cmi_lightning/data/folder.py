@@ -11,74 +11,42 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from cmi_lightning.checked import check
 from cmi_lightning.data.batches import FolderData
-from cmi_lightning.data.files import (
-    Kept,
-    Shape,
-    check_channels,
-    check_pixels,
-    find_images,
-    local_path,
-    read_all,
-)
-from cmi_lightning.data.images import Channels, Decoding, Note, read_image
+from cmi_lightning.data.files import FolderFiles, check_channels, check_pixels, local_path
+from cmi_lightning.data.images import Channels, Note
 from cmi_lightning.errors import InputError, printable
 from cmi_lightning.paths import SHIPPED
 
 
-class ImageFolder(Dataset):
+class ImageFolder(FolderFiles):
     """Images of a folder as ``{"x": (C, H, W) in [−1, 1], "id": "sub/name"}``.
-
-    Every file is decoded at construction, so that no bad file can stop a long run half-way, and the
-    first GiB of images is kept: a run decodes each of them once.
-
-    Args:
-        data: the options, and what they may be: :class:`ImageFolderData`.
-
-    Raises:
-        InputError: as :class:`ImageFolderData` has it.
 
     Example:
         >>> ImageFolder(ImageFolderData("fashion-mnist-test", limit=2))[1]["id"]
         '00001'
     """
 
+    key, option = "x", "data.folder"
+
     def __init__(self, data: ImageFolderData) -> None:
         check(data, label="data", size="[1, inf)", limit="[1, inf)")
         if data.size is not None:
             check_pixels(data.size, data.size, "data.size", "choose a smaller one")
-        self.size = data.size
-        self.how = Decoding(data.channels, data.background, data.white_level, data.range)
-        self.read = Kept(self._read)
-        known = data.folder in SHIPPED
-        path = SHIPPED[data.folder] if known else local_path(data.folder, "data.folder")
-        found, passed = find_images(path, "data.folder", data.strict)
-        files = dict(list(found.items())[: data.limit])
-        self.survey = read_all(files, self._measure, data.strict, "data.folder")
-        self.survey.notes.extend(passed)
-        self.files = [(name, files[name]) for name in self.survey.read]
-        self.shapes = list(self.survey.read.values())
+        self.size, known = data.size, data.folder in SHIPPED
+        super().__init__(
+            data, SHIPPED[data.folder] if known else local_path(data.folder, self.option)
+        )
+        self.look()
         self.image_shapes = list(dict.fromkeys(self.shapes))
         shown = [printable(file) for _, file in self.files]
-        check_channels(dict(zip(shown, self.shapes, strict=True)), "data.folder")
-
-    def _measure(self, _: str, file: Path, note: Note) -> Shape:
-        channels, height, width = self.read(file, note=note).shape
-        return channels, height, width
+        check_channels(dict(zip(shown, self.shapes, strict=True)), self.option)
 
     def _read(self, file: Path, note: Note = bool) -> Tensor:
-        x = read_image(file, self.how, note)
+        x = super()._read(file, note)
         if self.size is None:
             return x
         height, width = scaled(x, self.size)
         check_pixels(height, width, f"data.size on '{printable(file)}'", "crop that image")
         return crop_to(x, self.size)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        name, file = self.files[index]
-        return {"x": self.read(file), "id": name}
 
 
 def scaled(x: Tensor, size: int) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cmi_lightning.checked import check
 from cmi_lightning.data.base import measured, own
@@ -22,15 +21,14 @@ from cmi_lightning.data.extras import (
     read_mask,
 )
 from cmi_lightning.data.files import (
+    FolderFiles,
     Kept,
     Shape,
     check_channels,
     check_pixels,
-    find_images,
     local_path,
-    read_all,
 )
-from cmi_lightning.data.images import Channels, Decoding, Note, read_image
+from cmi_lightning.data.images import Channels, Note
 from cmi_lightning.data.noise_levels import Range, estimate_of, report_estimates, sigmas_of
 from cmi_lightning.data.own import OwnMeasurements
 from cmi_lightning.errors import InputError, printable
@@ -43,54 +41,40 @@ NEEDS = {"inpaint": "masks", "blur": "kernels", "downsample": "factor"}
 ESTIMATE = "estimate"  # the value of data.sigmas that is no file
 
 
-class MeasurementFolder(Dataset):
+class MeasurementFolder(FolderFiles):
     """Degraded images as ``{"y_image": (C, h, w) in [−1, 1], "id": "sub/name", …}``.
 
     "…" is what the kind asks for: ``"mask"`` (h, w) bool, ``"kernel"`` (kh, kw) or ``"factor"``;
     and ``"sigma"``, the standard deviation of the noise on [−1, 1], if each image has its own.
-
-    Args:
-        data: the options, and what they may be: :class:`MeasurementFolderData`.
-
-    Raises:
-        InputError: as :class:`MeasurementFolderData` has it; every file is read once here.
     """
+
+    key, option = "y_image", "data.measurements"
 
     def __init__(self, data: MeasurementFolderData) -> None:
         self.kind, self.factor = data.kind, data.factor
-        self.how = Decoding(data.channels, data.background, data.white_level, data.range)
-        folder = local_path(data.measurements, "data.measurements")
+        folder = local_path(data.measurements, self.option)
         source, option = None, f"data.{NEEDS.get(self.kind)}"
         if given := data.masks or data.kernels:
             source = local_path(given, option)
         inside = source is not None and folder.resolve() in source.resolve().parents
-        found, passed = find_images(
-            folder,
-            "data.measurements",
-            data.strict,
-            source.resolve() if source and inside else None,
-        )
-        files = dict(list(found.items())[: data.limit])
+        super().__init__(data, folder, source.resolve() if source and inside else None)
         self.extras: dict[str, Path] = {}
         self.kernel_sizes: dict[str, tuple[int, ...]] = {}
         self.missing: list[float] = []
-        self.read = Kept(partial(read_image, how=self.how))
         kernel = partial(read_kernel, convention=data.kernel_convention)
         self.read_extra = Kept(read_mask if self.kind == "inpaint" else kernel)
         if source is not None:
-            self.extras = companions(files, folder, source, option)
+            self.extras = companions(self.wanted, folder, source, option)
             if source.is_file():  # it belongs to all: refused, not skipped
-                self._extra(next(iter(files)))
-        self.survey = read_all(files, self._measure, data.strict, "data.measurements")
-        self.survey.notes.extend(passed)
-        self.files = [(name, found[name]) for name in self.survey.read]
+                self._extra(next(iter(self.wanted)))
+        self.look()
         read, scale = self.survey.read, self.factor or 1
-        check_channels({printable(found[name]): s for name, s in read.items()}, "data.measurements")
+        check_channels({printable(self.found[name]): s for name, s in read.items()}, self.option)
         self.shapes = [(*shape, *self.kernel_sizes.get(name, ())) for name, shape in read.items()]
         self.image_shapes = [(c, h * scale, w * scale) for c, h, w in dict.fromkeys(read.values())]
         for _, height, width in self.image_shapes:
             check_pixels(height, width, "data.factor", "choose a smaller one")
-        self.sigmas, self.clipped = self._noise_levels(data, found)
+        self.sigmas, self.clipped = self._noise_levels(data)
 
     def _measure(self, name: str, file: Path, note: Note) -> Shape:
         """Return the shape of a measurement, and look at what goes with it."""
@@ -110,16 +94,13 @@ class MeasurementFolder(Dataset):
         extra = self.read_extra(self.extras[name], **({"size": size} if size else {}))
         return extra if size in (None, extra.shape) else read_mask(self.extras[name], size)
 
-    def _noise_levels(
-        self, data: MeasurementFolderData, found: dict[str, Path]
-    ) -> tuple[dict[str, float], list[str]]:
+    def _noise_levels(self, data: MeasurementFolderData) -> tuple[dict[str, float], list[str]]:
         """Return the standard deviation of each image, and the ids whose estimate is too low."""
-        names = [name for name, _ in self.files]
         if data.sigmas is None:
             return {}, []
         if data.sigmas != ESTIMATE:
             path = local_path(data.sigmas, "data.sigmas")
-            return sigmas_of(path, names, found, data.sigma_range), []
+            return sigmas_of(path, self.survey.read, self.found, data.sigma_range), []
         sigmas: dict[str, float] = {}
         clipped = []
         for name, file in self.files:
@@ -128,12 +109,9 @@ class MeasurementFolder(Dataset):
             clipped += [name] * cut
         return sigmas, clipped
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor | str | int]:
-        name, file = self.files[index]
-        item: dict[str, Tensor | str | int] = {"y_image": self.read(file), "id": name}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        name = item["id"]
         if self.kind in ("inpaint", "blur"):
             item["mask" if self.kind == "inpaint" else "kernel"] = self._extra(name)
         elif self.kind == "downsample" and self.factor is not None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cmi_lightning.data.extras import companions
-from cmi_lightning.data.files import Kept, find_images, local_path, read_all
+from cmi_lightning.data.files import FolderFiles, local_path
 from cmi_lightning.data.images import Decoding, Note, UnreadableError, read_image
 from cmi_lightning.data.noise_levels import sigmas_of
 from cmi_lightning.errors import InputError, first_line, printable
@@ -62,32 +60,18 @@ def read_array(path: Path, how: Decoding) -> Tensor:
     return y.float()
 
 
-class OwnMeasurements(Dataset):
-    """Measurements as ``{"y": (*m), "id": "sub/name"}``, with ``"sigma"`` where levels are given.
+class OwnMeasurements(FolderFiles):
+    """Measurements as ``{"y": (*m), "id": "sub/name"}``, with ``"sigma"`` if levels are given."""
 
-    Args:
-        data: the options, and what they may be:
-            :class:`~cmi_lightning.data.MeasurementFolderData`.
-
-    Raises:
-        InputError: for a folder without arrays or images, shapes that differ, or bad levels.
-    """
-
+    key, option, arrays = "y", "data.measurements", ARRAYS
     clipped = ()
 
     def __init__(self, data: MeasurementFolderData) -> None:
-        how = Decoding(data.channels, data.background, data.white_level, data.range)
-        self.read = Kept(partial(read_array, how=how))
-        folder = local_path(data.measurements, "data.measurements")
+        folder = local_path(data.measurements, self.option)
         levels = local_path(data.sigmas, "data.sigmas") if data.sigmas is not None else None
         apart = levels.resolve() if levels is not None and levels.is_dir() else None
-        option = "data.measurements"
-        found, passed = find_images(folder, option, data.strict, apart, ARRAYS)
-        files = dict(list(found.items())[: data.limit])
-        self.survey = read_all(files, self._shape, data.strict, option)
-        self.survey.notes.extend(passed)
-        self.files = [(name, files[name]) for name in self.survey.read]
-        self.shapes = list(self.survey.read.values())
+        super().__init__(data, folder, apart)
+        self.look()
         self.image_shapes = [] if data.shape is None else [data.shape]
         (first, shape), *others = self.survey.read.items()
         for name, other in others if data.shape else ():
@@ -102,20 +86,15 @@ class OwnMeasurements(Dataset):
         if apart is not None:
             self.maps = companions(self.survey.read, folder, apart, "data.sigmas")
         elif levels is not None:
-            names = [name for name, _ in self.files]
-            self.sigmas = sigmas_of(levels, names, found, data.sigma_range)
+            self.sigmas = sigmas_of(levels, self.survey.read, self.found, data.sigma_range)
         self.scale = 2.0 if data.sigma_range == "unit" else 1.0
 
-    def _shape(self, name: str, file: Path, note: Note) -> tuple[int, ...]:
-        return tuple(self.read(file).shape)
+    def _read(self, file: Path, note: Note = bool) -> Tensor:
+        return read_array(file, self.how)
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        name, file = self.files[index]
-        item: dict[str, Tensor | str] = {"y": self.read(file), "id": name}
-        if name in self.maps:
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        if (name := item["id"]) in self.maps:
             item["sigma"] = self.scale * self.read(self.maps[name])
         elif name in self.sigmas:
             item["sigma"] = torch.tensor(self.sigmas[name])
