@@ -17,6 +17,7 @@ from cmi_lightning.guidance import CMI, DPS
 from cmi_lightning.information import Lanczos, TraceLimit
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import BoxMask, Downsample, Gamma, Identity
+from cmi_lightning.predict.fingerprint import of_run
 from cmi_lightning.predict.memory import Parts
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
@@ -86,7 +87,7 @@ def test_half_precision_on_the_cpu_is_bfloat16(prior, shipped_images):
     a, b = (t.predict(module, data)[0]["restored"] for t in (half, bfloat))
     assert torch.equal(a, b)
     # a run of one is gone on with by the other
-    assert module.fingerprint(half, None) == module.fingerprint(bfloat, None)
+    assert of_run(module, half, None) == of_run(module, bfloat, None)
 
 
 def test_double_precision_measures_in_double_precision(shipped_images):

@@ -18,6 +18,7 @@ from cmi_lightning.exact import GaussianPrior
 from cmi_lightning.guidance import DPS
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import HDR, AveragePool, GaussianBlur, Identity, Operator
+from cmi_lightning.predict.checks import check
 from cmi_lightning.solvers import DDPM
 
 SHAPE = (1, 4, 4)
@@ -175,4 +176,4 @@ def test_folders_that_cannot_be_read(tmp_path):
         MeasurementFolderData(str(tmp_path), "denoise", shape=SHAPE)
     data = MeasurementFolderData(str(tmp_path), "denoise")
     with pytest.raises(InputError, match="would not be used"):
-        PosteriorSampler(prior(), HDR()).check(trainer(None), data)
+        check(PosteriorSampler(prior(), HDR()), trainer(None), data)

@@ -14,7 +14,7 @@ from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
 from cmi_lightning.predict.auto import earlier
 from cmi_lightning.predict.callback import recorders
-from cmi_lightning.predict.fingerprint import inputs
+from cmi_lightning.predict.fingerprint import inputs, of_run
 from cmi_lightning.predict.folder import RunFolder
 from cmi_lightning.predict.processes import refuse_strategy
 
@@ -41,7 +41,9 @@ def check(module: PosteriorSampler, trainer: Any, datamodule: Any) -> None:
     shapes = image_shapes(datamodule)
     module.shapes = dict.fromkeys(shapes)
     if len(shapes) == 1:
-        module.suit(shapes[0])  # first: it is one of the options that are compared
+        module.denoiser = suited(
+            module.denoiser, shapes[0]
+        )  # first: it is one of the options that are compared
     if trainer.limit_predict_batches == 0:
         raise InputError("trainer.limit_predict_batches=0 leaves nothing to restore.")
     if recorders(trainer):
@@ -49,7 +51,7 @@ def check(module: PosteriorSampler, trainer: Any, datamodule: Any) -> None:
         folder.refuse_overlap(inputs(datamodule))
         folder.refuse_foreign_logs(trainer)
         if not module.overwrite and (folder.path / "run.json").is_file():
-            folder.refuse_other(module.fingerprint(trainer, datamodule))
+            folder.refuse_other(of_run(module, trainer, datamodule))
     given = getattr(datamodule, "given", None)
     if given and not getattr(datamodule, "takes_operator", False):
         refuse_operator(module.operator, f"the data are {given}")

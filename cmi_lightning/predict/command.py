@@ -8,6 +8,7 @@ from typing import Any
 
 from cmi_lightning.errors import InputError, first_line
 from cmi_lightning.files import make_folder
+from cmi_lightning.predict.checks import check
 from cmi_lightning.predict.options import lightning_cli, prediction_cli
 from cmi_lightning.predict.processes import end_at_sigterm, refuse_strategy
 
@@ -22,7 +23,7 @@ def predict(args: list[str]) -> int:
     cli.model.overwrite = options != args
     # Checked before the trainer starts, so that a refused run touches no file of an earlier one.
     cli.datamodule.setup("predict")
-    cli.model.check(cli.trainer, cli.datamodule)
+    check(cli.model, cli.trainer, cli.datamodule)
     if cli.model.guidances is None and not cli.model.solver.conditional:
         raise InputError(
             "There is no guidance to restore by: give one, such as -c guidance/dps (`cmi-lightning "

@@ -9,27 +9,10 @@ from cmi_lightning.predict.restoration import Restoration
 FAR = 2.0  # residuals, in units of the noise's, that no right restoration has
 
 
-class Fits:
-    """How well the restorations of a run fit, in units of what noise alone leaves.
-
-    >>> Fits().sentence() is None
-    True
-    """
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-        self.given = False  # measurements are given, not simulated
-
-    def note(self, result: Restoration) -> None:
-        """Note a batch's ‖y − A x̂‖ / (σ√m), of the samples that did not fail."""
-        self.given = result["truth"] is None
-        fits = (result["residual"] / result["noise_norm"]).tolist()
-        pairs = zip(result["id"], fits, strict=True)
-        self.values += [fit for name, fit in pairs if name not in result["failed"]]
-
-    def sentence(self) -> str | None:
-        """Return a sentence if restorations are far from their measurements; None if they fit."""
-        return misfit(self.values, self.given)
+def fits(result: Restoration) -> list[float]:
+    """Return ‖y − A x̂‖ / (σ√m) of the samples of a batch that did not fail."""
+    pairs = zip(result["id"], (result["residual"] / result["noise_norm"]).tolist(), strict=True)
+    return [fit for name, fit in pairs if name not in result["failed"]]
 
 
 def misfit(fits: list[float], given: bool) -> str | None:

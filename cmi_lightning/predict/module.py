@@ -28,7 +28,7 @@ from cmi_lightning.predict.checks import check, refuse_operator
 from cmi_lightning.predict.describe import DRAWS, described
 from cmi_lightning.predict.fingerprint import of_run
 from cmi_lightning.predict.memory import Parts
-from cmi_lightning.predict.misfit import Fits
+from cmi_lightning.predict.misfit import fits, misfit
 from cmi_lightning.predict.processes import end_at_sigterm
 from cmi_lightning.predict.readback import read_back
 from cmi_lightning.predict.records import Run
@@ -100,7 +100,8 @@ class PosteriorSampler(L.LightningModule):
         self.overwrite, self.precision, self.compiled = overwrite, precision, compile
         check_options(self, "precision", "seed", samples_per_image="[1, inf)")
         self.chosen = Choice()
-        self.run, self.fits = Run(), Fits()
+        self.run = Run()
+        self.fits: list[float] = []  # ‖y − A x̂‖ / (σ√m) of what was restored
         self.parts: dict[torch.Size, Parts] = {}  # by the shape of an image
         self.shapes: dict[tuple[int, ...], None] = {}  # of the images, as far as they are known
         self._said: set[str] = set()
@@ -146,34 +147,22 @@ class PosteriorSampler(L.LightningModule):
         return f"{type(self).__name__}(\n{lines})"
 
     def setup(self, stage: str) -> None:
-        """Check everything before any sampling, see :meth:`check`, and look up what is done."""
+        """Check everything before any sampling, and look up what is done."""
         trainer: Any = self.trainer
         self.run.close()
-        self.check(trainer, trainer.datamodule)
+        check(self, trainer, trainer.datamodule)
         if not any(isinstance(c, _Close) for c in trainer.callbacks):
             trainer.callbacks.append(_Close())
         # The batches are shared out by Run.share: Lightning's sampler would make other batches on
         # every number of processes, and refuses to have fewer samples than processes. A Trainer
         # that was made without use_distributed_sampler=False has no public way to change it.
         trainer._accelerator_connector.use_distributed_sampler = False
-        self.run, self.fits = Run(getattr(trainer.datamodule, "ids", ())), Fits()
-        self.parts, self._said = {}, set()
+        self.run = Run(getattr(trainer.datamodule, "ids", ()))
+        self.fits, self.parts, self._said = [], {}, set()
         self.chosen, kept = choose(self, trainer), recorders(trainer)
-        fingerprint = self.fingerprint(trainer, trainer.datamodule) if kept else {}
+        fingerprint = of_run(self, trainer, trainer.datamodule) if kept else {}
         self.run.open(trainer, kept, fingerprint, self.overwrite, self.chosen.kept)
         self._say(self.chosen.told)
-
-    def fingerprint(self, trainer: L.Trainer, datamodule: Any) -> dict[str, str]:
-        """Return every option that decides the results, by name, with checksums of weights."""
-        return of_run(self, trainer, datamodule)
-
-    def check(self, trainer: Any, datamodule: Any) -> None:
-        """Refuse what cannot work, see :func:`cmi_lightning.predict.checks.check`."""
-        check(self, trainer, datamodule)
-
-    def suit(self, shape: tuple[int, ...]) -> None:
-        """Tile the network where images (C, H, W) ask for it."""
-        self.denoiser = suited(self.denoiser, shape)
 
     def on_predict_start(self) -> None:
         """Let SIGTERM end the run as Ctrl-C does."""
@@ -210,7 +199,8 @@ class PosteriorSampler(L.LightningModule):
             cost, failed = result["details"].cost, result["failed"].get(name)
             record.update(id=name, input=checks[i], failed=failed, steps=steps, **vars(cost))
         if rows and any(guidance.active for guidance in self.guidances or ()):
-            self.fits.note(result)
+            self.fits += fits(result)
+            self.given = result["truth"] is None
         return result
 
     def on_predict_batch_end(  # type: ignore[override]
@@ -229,7 +219,7 @@ class PosteriorSampler(L.LightningModule):
 
     def on_predict_end(self) -> None:
         """Say so if the restorations cannot be right."""
-        if told := self.fits.sentence():
+        if self.fits and (told := misfit(self.fits, self.given)):
             self._say([told])
 
     def teardown(self, stage: str) -> None:
