@@ -51,7 +51,13 @@ class SampleGrid(L.Callback):
     ) -> None:
         self.every_n_validations, self.num_samples = every_n_validations, num_samples
         self.num_steps, self.dirpath, self.seed = num_steps, dirpath, seed
-        check(self, every_n_validations="[1, inf)", num_samples="[1, inf)", num_steps="[1, inf)")
+        check(
+            self,
+            "seed",
+            every_n_validations="[1, inf)",
+            num_samples="[1, inf)",
+            num_steps="[1, inf)",
+        )
         self.validations = 0
         self.image_shape: tuple[int, ...] | None = None
 

@@ -105,6 +105,7 @@ class Restorer:
         for part in () if isinstance(method, str) else method:
             _of_kind("method", part, Guidance, "a name such as dps, or a list of guidances")
         _of_kind("solver", solver, (str, Solver, NoneType), "a name such as ddim, or a Solver")
+        _of_kind("step_sizes", step_sizes, (Mapping, NoneType), 'numbers by name, {"dps": 4.0}')
         try:
             self.device = torch.device(device or _best_device())
         except RuntimeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
 from functools import cache
 from numbers import Integral, Real
@@ -24,8 +25,8 @@ class Checked:
     """A dataclass whose options are checked when it is made.
 
     An ``int`` is a whole number, a ``float`` a number and finite unless :func:`number` gives it
-    another interval, and a ``Literal`` one of its names. A class with a ``__post_init__`` of its
-    own calls this one first.
+    another interval, a ``Literal`` one of its names, and a list or tuple of numbers holds such
+    numbers. A class with a ``__post_init__`` of its own calls this one first.
 
     >>> from dataclasses import dataclass
     >>> @dataclass
@@ -69,16 +70,30 @@ def check(owner: object, *names: str, label: str | None = None, **intervals: str
     _refuse(owner, types, dict.fromkeys(names, FINITE) | intervals, label)
 
 
-def check_value(name: str, value: Any, kind: Any, interval: str = FINITE) -> None:
-    """Check a value that ``name`` tells of, as :class:`Checked`.
+def check_value(name: str, value: Any, kind: Any, interval: str = FINITE, remedy: str = "") -> None:
+    """Check a value that ``name`` tells of, as :class:`Checked`; ``remedy`` ends the sentence.
 
-    >>> check_value("data.batch_size", 0, int | Literal["auto"], "[1, inf)")
+    >>> check_value("batch_size", 0, int | Literal["auto"], "[1, inf)")
     Traceback (most recent call last):
-    cmi_lightning.errors.InputError: data.batch_size must be a whole number, at least 1, or auto, \
-got 0.
+    cmi_lightning.errors.InputError: batch_size must be a whole number, at least 1, or auto, got 0.
     """
     if wrong := _wrong(value, kind, interval):
-        raise InputError(f"{name} must be {wrong}, got {value!r}.")
+        raise InputError(f"{name} must be {wrong}, got {value!r}{remedy}.")
+
+
+def check_arguments(function: Any, values: Mapping[str, Any], **intervals: str) -> None:
+    """Check a function's arguments, by the types of its signature, as :class:`Checked`.
+
+    >>> def walk(steps: int = 1) -> None:
+    ...     check_arguments(walk, locals(), steps="[1, inf)")
+    >>> walk(0)
+    Traceback (most recent call last):
+    cmi_lightning.errors.InputError: walk.steps must be a whole number, at least 1, got 0.
+    """
+    owner = function.__qualname__.removesuffix(".__init__")
+    for name, kind in _types(function).items():
+        if name in values:
+            check_value(f"{owner}.{name}", values[name], kind, intervals.get(name, FINITE))
 
 
 def _refuse(
@@ -98,25 +113,53 @@ def _types(annotated: Any) -> dict[str, Any]:
 
 
 def _wrong(value: Any, kind: Any, interval: str) -> str | None:
-    """Return what a value should be; None if all is well."""
-    allowed = set(get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,))
-    if value is None and NoneType in allowed:
+    """Return what a value should be; None if all is well, or the kind is none of numbers."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if value is None and NoneType in kinds:
         return None
-    named = {one for one in allowed if get_origin(one) is Literal}
-    names = [name for one in named for name in get_args(one)]
-    numbers = allowed - named - {NoneType}
-    if not numbers <= {int, float} or value in names:
+    words, others = [], []
+    if numbers := {int, float}.intersection(kinds):
+        whole = float not in numbers
+        fits = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+        if fits and _inside(float(value), interval):
+            return None
+        words.append(f"a {_number(whole, interval)}")
+    for one in kinds:
+        origin, inner = get_origin(one), get_args(one)
+        if origin is Literal:
+            if value in inner:
+                return None
+            words.append(f"one of {', '.join(map(str, inner))}" if inner[1:] else str(inner[0]))
+        elif origin in (list, tuple, Sequence):
+            if (told := _wrong_row(value, origin, inner, interval)) is None:
+                return None
+            words.append(told)
+        elif one not in (int, float, NoneType):
+            if not isinstance(one, type) or isinstance(value, one):
+                return None
+            others.append(one.__name__)
+    return ", or ".join([*words, *others]) if words else None
+
+
+def _wrong_row(value: Any, origin: Any, inner: tuple[Any, ...], interval: str) -> str | None:
+    """Return what a list or tuple should be, as :func:`_wrong`."""
+    each = inner[0]
+    nested = get_origin(each) is list
+    kinds = set(get_args(each) or (each,)) - {NoneType}
+    if not kinds <= {int, float}:
         return None
-    if not numbers:
-        return f"one of {', '.join(map(str, names))}"
-    whole = float not in numbers
-    fits = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if fits and _inside(float(value), interval):
+    words = "lists of " * nested + _number(float not in kinds, interval, "s")
+    count = len(inner) if origin is tuple and inner[-1] is not ... else None
+    row = isinstance(value, Sequence) and not isinstance(value, str)
+    if row and count in (None, len(value)) and not any(_wrong(v, each, interval) for v in value):
         return None
+    return f"{count or 'a list of'} {words}"
+
+
+def _number(whole: bool, interval: str, plural: str = "") -> str:
+    """Return an interval of numbers in words."""
     words = _words(interval, whole)
-    return ", or ".join(
-        [f"a {'whole ' * whole}number{', ' * bool(words)}{words}", *map(str, names)]
-    )
+    return f"{'whole ' * whole}number{plural}{', ' * bool(words)}{words}"
 
 
 def _ends(interval: str) -> tuple[float, float]:

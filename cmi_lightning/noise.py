@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import check
+
 MOST = 8  # streams that are drawn ahead: each holds a batch in memory
 
 
@@ -36,6 +38,9 @@ class SampleNoise:
 
     seed: int
     ids: Sequence[str]
+
+    def __post_init__(self) -> None:
+        check(self, "seed")
 
     def generator(self, row: int, stream: str, step: int = 0) -> torch.Generator:
         """Return the CPU generator that belongs to one sample, stream and step."""

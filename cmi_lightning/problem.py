@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import check, check_value
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import dot, norm, per_sample
 from cmi_lightning.measurement_noise import MeasurementNoise
@@ -39,6 +40,9 @@ class Problem:
     operator: Operator
     noise_std: float | Tensor
 
+    def __post_init__(self) -> None:
+        check(self, noise_std="[0, inf)")
+
     @classmethod
     def simulate(cls, x: Tensor, operator: Operator, noise_std: Noise, noise: SampleNoise) -> Self:
         """Measure clean images x (B, C, H, W) in [−1, 1].
@@ -50,6 +54,7 @@ class Problem:
         Raises:
             InputError: if the operator cannot act on such images.
         """
+        check_value("noise_std", noise_std, Noise, "[0, inf)")
         bound = operator.bind(tuple(x.shape[1:]), noise, x)
         check_rows(bound, x, noise)
         clean = bound(x)

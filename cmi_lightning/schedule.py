@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from cmi_lightning.checked import check_arguments, check_value
 from cmi_lightning.errors import InputError, warn_once
 from cmi_lightning.spacing import grid, power_grid, spaced
 
@@ -123,6 +124,7 @@ class Schedule:
 
         The default βs belong to 1000 levels. Source: Ho et al. (2020), Sec. 4.
         """
+        check_arguments(cls.linear, locals(), num_levels="[1, inf)")
         return cls.from_betas(grid(beta_start, beta_end, num_levels))
 
     @classmethod
@@ -131,6 +133,7 @@ class Schedule:
 
         Source: Nichol & Dhariwal (2021), Eq. 17.
         """
+        check_arguments(cls.cosine, locals(), num_levels="[1, inf)")
         grid = (np.arange(num_levels + 1) / num_levels + offset) / (1 + offset)
         abar = np.cos(grid * math.pi / 2) ** 2
         betas = np.minimum(1 - abar[1:] / abar[:-1], 0.999)
@@ -148,6 +151,8 @@ class Schedule:
 
         Source: Karras et al. (2022), Eq. 5.
         """
+        positive = dict.fromkeys(("sigma_min", "sigma_max", "rho"), "(0, inf)")
+        check_arguments(cls.edm, locals(), num_levels="[1, inf)", **positive)
         sigmas = tuple(power_grid(sigma_min, sigma_max, num_levels, rho))
         return cls((1.0,) * num_levels, sigmas, sigmas)
 
@@ -167,6 +172,7 @@ class Schedule:
 
         Source: Song et al. (2021), Score-based generative modeling through SDEs, Eq. 33.
         """
+        check_arguments(cls.vp, locals(), num_levels="[1, inf)")
         t = grid(t_min, 1, num_levels)
         log_alpha = -(t**2) * (beta_max - beta_min) / 4 - t * beta_min / 2
         sigmas = np.sqrt(-np.expm1(2 * log_alpha))
@@ -196,10 +202,11 @@ class Schedule:
 
         Source: Liu et al. (2023), Lipman et al. (2023); the shift, Esser et al. (2024), Eq. 23.
         """
-        if not 0 < t_min < t_max < 1 or not shift > 0:
+        check_arguments(cls.rectified, locals(), num_levels="[1, inf)", shift="(0, inf)")
+        if not 0 < t_min < t_max < 1:
             raise InputError(
-                f"A rectified schedule needs 0 < t_min < t_max < 1 and a shift above 0, got t_min="
-                f"{t_min:g}, t_max={t_max:g}, shift={shift:g}."
+                f"A rectified schedule needs 0 < t_min < t_max < 1, got t_min={t_min:g}, "
+                f"t_max={t_max:g}."
             )
         t = grid(t_min, t_max, num_levels)
         denominator = 1 + (shift - 1) * t
@@ -233,6 +240,7 @@ class Schedule:
 
     def scale_noise(self, factor: float) -> Schedule:
         """Return the schedule with every σ times ``factor``: that of x_t in other units."""
+        check_value("factor", factor, float, "(0, inf)")
         return Schedule(self.alphas, tuple(factor * s for s in self.sigmas), self.times)
 
     @classmethod

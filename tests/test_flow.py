@@ -27,9 +27,11 @@ def test_levels_lie_on_straight_paths():
     shifted = Schedule.rectified(shift=3.0)  # σ/α is three times as large
     for a, b in zip(shifted, FLOW, strict=True):
         assert a.sigma / a.alpha == pytest.approx(3 * b.sigma / b.alpha)
-    for wrong in ({"t_max": 1.0}, {"t_min": 0.0}, {"shift": 0.0}, {"t_min": 0.5, "t_max": 0.4}):
-        with pytest.raises(InputError, match="0 < t_min < t_max < 1 and a shift above 0"):
+    for wrong in ({"t_max": 1.0}, {"t_min": 0.0}, {"t_min": 0.5, "t_max": 0.4}):
+        with pytest.raises(InputError, match="0 < t_min < t_max < 1, got"):
             Schedule.rectified(**wrong)
+    with pytest.raises(InputError, match=r"shift must be a number, above 0 and finite, got 0.0"):
+        Schedule.rectified(shift=0.0)
 
 
 def test_a_velocity_of_another_path_is_refused():

@@ -235,10 +235,13 @@ def test_floating_point_needs_a_range(tmp_path):
         ({"background": "whitish"}, r"data\.background: 'whitish' is no colour"),
         ({"background": ""}, r"data\.background"),
         ({"background": None}, r"data\.background.* or rgb\(255, 0, 0\)"),  # '#f00' in YAML
-        ({"white_level": 0}, r"data\.white_level must be at least 1"),
-        ({"range": (1.0, 1.0)}, r"data\.range must be two finite numbers, black < white"),
-        ({"range": (0.0, float("inf"))}, r"data\.range must be two finite numbers"),
-        ({"channels": 2}, r"data\.channels must be 1, 3 or 4, got 2"),
+        ({"white_level": 0}, r"data\.white_level must be a whole number, at least 1, got 0"),
+        ({"range": (1.0, 1.0)}, r"data\.range must be black < white, got \(1.0, 1.0\)"),
+        (
+            {"range": (0.0, float("inf"))},
+            r"data\.range must be 2 numbers, finite, got \(0.0, inf\)",
+        ),
+        ({"channels": 2}, r"data\.channels must be one of 1, 3, 4, got 2"),
     ],
 )
 def test_senseless_options(tmp_path, options, words):

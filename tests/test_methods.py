@@ -4,24 +4,43 @@ Where a method is affine in its random numbers, its law is found exactly (``samp
 compared with a recursion of dense matrices that shares no code with it, or with the posterior.
 """
 
+import inspect
 import math
+import re
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from inspect import isabstract
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 from conftest import make_step, randn
+from lightning import LightningDataModule
 from torch import Tensor
 
-from cmi_lightning import guidance, information, solvers
+import cmi_lightning
+from cmi_lightning import (
+    PosteriorSampler,
+    callbacks,
+    data,
+    denoisers,
+    exact,
+    guidance,
+    information,
+    operators,
+    solvers,
+)
+from cmi_lightning.data import ImageFolderData, MeasurementFolderData, PhotoCropsData
+from cmi_lightning.denoisers import AsRGB, EDMDenoiser, NetworkDenoiser, Tiled, shipped_prior
 from cmi_lightning.errors import InputError
 from cmi_lightning.exact import (
     DenseCovariance,
     GaussianMixture,
     GaussianPrior,
+    StationaryCovariance,
     exact_posterior,
+    power_law_prior,
     sampler_law,
     wasserstein,
 )
@@ -48,10 +67,18 @@ from cmi_lightning.guidance import (
 )
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
-from cmi_lightning.operators import Dense, PixelMask
+from cmi_lightning.operators import (
+    BoxMask,
+    Convolution,
+    Dense,
+    GivenKernel,
+    PixelMask,
+    Separable,
+    VaryingBlur,
+)
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
-from cmi_lightning.schedule import Level, Schedule
+from cmi_lightning.schedule import Level, Schedule, ScheduleName
 from cmi_lightning.solvers import (
     DAPS,
     DDIM,
@@ -68,6 +95,7 @@ from cmi_lightning.solvers import (
     Resampled,
     Solver,
 )
+from cmi_lightning.training import ScoreTraining
 
 N, M, STD = 4, 2, 0.1
 EYE = torch.eye(N, dtype=torch.float64)
@@ -783,29 +811,74 @@ def test_cmi_is_refused_where_there_is_nothing_to_move(mixture, solver):
 
 # Options and cost
 
-NEEDED = {Discrepancy: {"guidance": DPS()}, Resampled: {"solver": DDPM()}}
+NEEDED = {
+    Discrepancy: {"guidance": DPS()},
+    Resampled: {"solver": DDPM()},
+    LLE: {"seen": [[1.0]], "unseen": [[1.0]]},
+    Convolution: {"kernels": torch.ones(1, 3, 3) / 9},
+    GivenKernel: {"kernels": torch.ones(3, 3) / 9},
+    Dense: {"matrix": torch.eye(2)},
+    DenseCovariance: {"matrix": torch.eye(2)},
+    StationaryCovariance: {"spectrum": torch.ones(1, 4, 4)},
+    GaussianMixture: {"means": LIKE},
+    GaussianPrior: {"mean": LIKE},
+    power_law_prior: {"image_shape": [1, 4, 4]},
+    AsRGB: {"denoiser": shipped_prior("fashion-mnist")},
+    Tiled: {"denoiser": shipped_prior("fashion-mnist")},
+    NetworkDenoiser: {"network": lambda x, t: x, "weights": None},
+    EDMDenoiser: {"network": lambda x, t: x, "weights": None},
+    LLETraining: {"truth": torch.zeros(1, 1), "seen": [[1.0]], "unseen": [[1.0]]},
+    PosteriorSampler: {"denoiser": shipped_prior("fashion-mnist")},
+    Sampler: {"denoiser": GaussianPrior(LIKE[0]), "solver": DDPM()},
+    Problem: {"y": LIKE, "operator": Dense(EYE)},
+    Problem.simulate: {"x": LIKE, "operator": Dense(EYE), "noise": SampleNoise(0, ["a"])},
+    SampleNoise: {"ids": ["a"]},
+    ScoreTraining: {"network": torch.nn.Identity()},
+    ImageFolderData: {"folder": "fashion-mnist-test"},
+    MeasurementFolderData: {"measurements": "fashion-mnist-test"},
+    PhotoCropsData: {"folder": "."},
+}
+PACKAGES = (cmi_lightning, callbacks, data, denoisers, exact, guidance, information, operators)
+# They have an own sentence, take tensors that belong together, or need another package.
+OTHERS = {BoxMask, PixelMask, Schedule, Separable, VaryingBlur, denoisers.DiffusersDenoiser}
 
 
-def numbers() -> list[tuple[type, str, bool]]:
-    """Every number that a guidance, solver or estimator takes, and whether it is a whole one."""
-    found = []
-    for module in (guidance, information, solvers):
-        for cls in (vars(module)[name] for name in module.__all__):
-            for option in fields(cls) if is_dataclass(cls) and not isabstract(cls) else ():
-                kinds = set(str(option.type).split(" | "))
-                if kinds & {"int", "float"}:
-                    found.append((cls, option.name, "float" not in kinds))
-    return found
+def numbers() -> list[tuple[Callable, str, bool]]:
+    """Every number, or row of numbers, that a public class takes, and whether it is whole."""
+    makers = [
+        vars(home).get(name) or getattr(home, name)
+        for home in (*PACKAGES, solvers)
+        for name in home.__all__
+    ]
+    makers += [getattr(Schedule, name) for name in get_args(ScheduleName)]
+    makers += [SampleNoise, Problem.simulate, ScoreTraining]
+    found = {}
+    for make in makers:
+        if make in OTHERS or isabstract(make) or not (isinstance(make, type) or make in NEEDED):
+            continue
+        for option in inspect.signature(make).parameters.values():
+            kinds = set(re.findall(r"\b(?:int|float)\b", str(option.annotation)))
+            if kinds and "Mapping" not in str(option.annotation):
+                found[make.__qualname__, option.name] = (make, option.name, kinds == {"int"})
+    return list(found.values())
+
+
+def setup(made) -> None:
+    """Look at the options of data, which do so when they are set up."""
+    if isinstance(made, LightningDataModule):
+        made.setup("predict")
 
 
 @pytest.mark.parametrize(
-    ("cls", "option", "whole"), numbers(), ids=lambda value: getattr(value, "__name__", str(value))
+    ("make", "option", "whole"),
+    numbers(),
+    ids=lambda value: getattr(value, "__qualname__", str(value)),
 )
-def test_what_is_no_number_of_its_kind_is_refused(cls, option, whole):
-    wrong = [math.nan, "1", True, *([2.5, math.inf] if whole else [])]
+def test_what_is_no_number_of_its_kind_is_refused(make, option, whole):
+    wrong = [math.nan, "1x", True, *([2.5, math.inf] if whole else [])]
     for value in wrong:
-        with pytest.raises(InputError, match=rf"^{cls.__name__}\.{option} must be .*number.* got "):
-            cls(**NEEDED.get(cls, {}), **{option: value})
+        with pytest.raises(InputError, match=rf"{option} must be .*(number|count).* got "):
+            setup(make(**NEEDED.get(make, {}) | {option: value}))
 
 
 def test_numbers_at_the_ends_of_their_range_are_taken():
@@ -868,6 +941,12 @@ def test_what_is_out_of_range_is_named(cls):
         (lambda: CADPS("neither"), "CADPS.reading must be one of paper, code"),
         (lambda: CMI(budget=0.3, interval=6), r"CMI\.budget and CMI\.interval"),
         (lambda: Resampled(Resampled(DDPM(), 4, 3), 2, 2), "Resampled"),
+        (lambda: LLE([[math.nan]], [[1.0]]), "LLE.seen must be a list of lists of numbers, finite"),
+        (
+            lambda: AsRGB(**NEEDED[AsRGB], channels=0),
+            "AsRGB.channels must be a whole",
+        ),
+        (lambda: NetworkDenoiser(**NEEDED[NetworkDenoiser], value_range=(1, 1)), "smallest, larg"),
     ],
 )
 def test_bad_options_are_refused(make, words):

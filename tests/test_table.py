@@ -236,7 +236,7 @@ def test_a_method_may_have_steps_of_its_own_and_no_cmi():
     assert "--model.num_steps=40" in table.arguments(table.cell("box", "DAPS"), 1)
     assert trial(table, "box", "DAPS", None).steps == 40
     assert count_trials(table) == 2 + 2  # DPS's, and CMI's on DPS
-    with pytest.raises(InputError, match=r"methods\.DPS\.steps must be at least 1"):
+    with pytest.raises(InputError, match=r"methods\.DPS\.steps must be a whole number, at least 1"):
         small(methods={"DPS": Method(["guidance/dps"], steps=0)})
 
 
@@ -252,12 +252,15 @@ def test_cells_carry_their_step_sizes_and_no_others():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"images": 0}, "images must be at least 1"),
+        ({"images": 0}, "images must be a whole number, at least 1, got 0"),
         ({"only_tasks": ["bx"]}, "only_tasks: there is no 'bx'"),
         ({"only_methods": ["dps"]}, "only_methods: there is no 'dps'; use none, DPS"),
         ({"step_sizes": {"box": {"CMI": 1.0}}}, "step_sizes.box: there is no 'CMI'"),
         ({"step_sizes": {"blur": {}}}, "step_sizes: there is no 'blur'"),
-        ({"posterior": Posterior(draws=1)}, "posterior.draws must be at least 2"),
+        (
+            {"posterior": Posterior(draws=1)},
+            "posterior.draws must be a whole number, at least 2",
+        ),
         ({"posterior": Posterior(methods=["MCG"])}, "posterior.methods: there is no 'MCG'"),
         ({"tasks": {"../box": Task("b", [])}}, "names a folder"),
         ({"cluster": ""}, "cluster: give a separator"),

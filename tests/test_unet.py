@@ -70,9 +70,10 @@ def test_presets_have_the_published_tensors(name, tensors, parameters):
     ("options", "words"),
     [
         ({"model_channels": 48}, "model_channels must be a multiple of 32, got 48"),
-        ({"channel_mult": ()}, "every channel_mult must be at least 1"),
-        ({"patch_size": 0}, "patch_size and every channel_mult must be at least 1"),
-        ({"num_head_channels": 0}, "num_head_channels, patch_size and every"),
+        ({"channel_mult": ()}, "UNet.channel_mult must not be empty"),
+        ({"channel_mult": (1, 0)}, "channel_mult must be a list of whole numbers, at least 1, got"),
+        ({"patch_size": 0}, "patch_size must be a whole number, at least 1, got 0"),
+        ({"num_head_channels": 0}, "num_head_channels must be a whole number, at least 1, got 0"),
         ({"num_heads": 5}, "5 heads do not divide 64 channels; set num_heads"),
     ],
 )

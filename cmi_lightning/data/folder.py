@@ -28,7 +28,7 @@ class ImageFolder(FolderFiles):
     key, option = "x", "data.folder"
 
     def __init__(self, data: ImageFolderData) -> None:
-        check(data, label="data", size="[1, inf)", limit="[1, inf)")
+        check(data, label="data", size="[1, inf)", limit="[1, inf)", val_count="[0, inf)")
         if data.size is not None:
             check_pixels(data.size, data.size, "data.size", "choose a smaller one")
         self.size, known = data.size, data.folder in SHIPPED
@@ -137,7 +137,7 @@ class ImageFolderData(FolderData):
 
     @property
     def _trained(self) -> int:
-        if not 0 <= self.val_count < len(self.images):
+        if self.val_count >= len(self.images):
             raise InputError(
                 f"data.val_count must leave images to train on: it is {self.val_count} of "
                 f"{len(self.images)}."

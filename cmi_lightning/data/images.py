@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageCms, ImageColor, ImageOps
 from torch import Tensor
 
+from cmi_lightning.checked import check
 from cmi_lightning.errors import InputError, printable
 
 Channels = Literal[1, 3, 4]
@@ -73,8 +74,7 @@ class Decoding:
     range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.channels not in (None, *MODES):
-            raise InputError(f"data.channels must be 1, 3 or 4, got {self.channels}.")
+        check(self, "channels", "range", label="data", white_level="[1, inf)")
         try:
             ImageColor.getrgb(str(self.background))
         except ValueError as error:
@@ -82,12 +82,8 @@ class Decoding:
                 f"data.background: '{printable(self.background)}' is no colour; give a name such "
                 "as white, or rgb(255, 0, 0)."
             ) from error
-        if self.white_level is not None and self.white_level < 1:
-            raise InputError(f"data.white_level must be at least 1, got {self.white_level}.")
-        if self.range is not None and not -np.inf < self.range[0] < self.range[1] < np.inf:
-            raise InputError(
-                f"data.range must be two finite numbers, black < white, got {self.range}."
-            )
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise InputError(f"data.range must be black < white, got {self.range}.")
 
     def convert(self, x: Tensor, own: int | None = None, note: Note = bool) -> Tensor:
         """Return x (1, 3 or 4, H, W) in [−1, 1] with ``channels`` channels, else ``own``."""

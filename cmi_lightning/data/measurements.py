@@ -208,7 +208,8 @@ class MeasurementFolderData(FolderData):
         self.kernel_convention, self.shape = kernel_convention, shape
         self.takes_operator = kind == "own"
         self.estimates: dict[str, float] = {}
-        check(self, "kind", "kernel_convention", label="data", factor="[2, inf)")
+        names = ("kind", "kernel_convention")
+        check(self, *names, label="data", factor="[2, inf)", shape="[1, inf)")
         mirrored = None if kernel_convention == "correlation" else kernel_convention
         options: dict[str, Any] = {"masks": masks, "kernels": kernels, "factor": factor}
         options |= {"shape": shape, "kernel_convention": mirrored}

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import check_value
 from cmi_lightning.denoisers.base import Denoiser, Prediction, Wrapper
 from cmi_lightning.errors import InputError
 from cmi_lightning.schedule import Level
@@ -89,6 +90,7 @@ class AsRGB(Wrapper):
 
     def __init__(self, denoiser: Denoiser, channels: int = 3) -> None:
         super().__init__(denoiser)
+        check_value("AsRGB.channels", channels, int, "[1, inf)")
         self.image_shape = _shape(self, channels=channels, needed=1)
 
     def forward(self, x: Tensor, level: Level) -> Prediction:

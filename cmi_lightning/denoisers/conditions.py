@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cmi_lightning.checked import check_value
 from cmi_lightning.denoisers.checkpoints import read_checkpoint
 from cmi_lightning.errors import InputError
 
@@ -56,6 +57,7 @@ class Conditions:
     ) -> None:
         self.told = {k: _tensor(k, v) for k, v in (condition or {}).items()}
         self.untold = {k: _tensor(k, v) for k, v in (unconditional or {}).items()}
+        check_value("guidance_scale", guidance_scale, float)
         self.scale = float(guidance_scale)
         self._refuse_untold(network)
         with_, without = (_each(_shape, c) for c in (self.told, self.untold))

@@ -54,6 +54,8 @@ class Tiled(Wrapper):
         tiles_at_once: int = 8,
     ) -> None:
         super().__init__(denoiser)
+        self.size, self.tiles_at_once = size, tiles_at_once
+        check(self, tiles_at_once="[1, inf)", size="[1, inf)")
         channels, *sides = denoiser.image_shape or (None, None, None)
         window = [side if size is None else size for side in sides]
         if size is None and None in window:
@@ -65,15 +67,8 @@ class Tiled(Wrapper):
                     f"Windows of {size_text(self.window)} pixels do not suit the network: it takes "
                     f"{size_text(tuple(sides))}, in multiples of {denoiser.size_multiple}."
                 )
-        if overlap is None:
-            overlap = min(self.window) // 4
-        if not 0 <= overlap < min(self.window):
-            raise InputError(
-                f"The overlap must be at least 0 and less than the windows' "
-                f"{size_text(self.window)} pixels, got {overlap}."
-            )
-        self.size, self.overlap, self.tiles_at_once = size, overlap, tiles_at_once
-        check(self, tiles_at_once="[1, inf)")
+        self.overlap: int = min(self.window) // 4 if overlap is None else overlap
+        check(self, overlap=f"[0, {min(self.window)})")
         self.image_shape = (channels, None, None)
         self.size_multiple, self.trained_side = 1, None
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cmi_lightning.checked import check_arguments
 from cmi_lightning.denoisers.blocks import (
     AttentionBlock,
     GroupNorm32,
@@ -86,11 +87,13 @@ class UNet(nn.Module):
         #: The constructor's arguments, as JSON can hold them.
         self.config = {k: list(v) if isinstance(v, Sequence) else v for k, v in options.items()}
         self.num_classes = num_classes
-        if model_channels < 1 or model_channels % 32:
-            raise InputError(f"model_channels must be a multiple of 32, got {model_channels}.")
-        counts = ("in_channels", "num_res_blocks", "num_head_channels", "patch_size")
-        if not channel_mult or min(*channel_mult, *(options[name] for name in counts)) < 1:
-            raise InputError(f"{', '.join(counts)} and every channel_mult must be at least 1.")
+        intervals = dict.fromkeys(options, "[1, inf)")
+        intervals |= {"attention_levels": "[0, inf)", "dropout": "[0, 1]"}
+        check_arguments(UNet.__init__, options, **intervals)
+        if model_channels % 32:
+            raise InputError(f"UNet.model_channels must be a multiple of 32, got {model_channels}.")
+        if not channel_mult:
+            raise InputError("UNet.channel_mult must not be empty.")
         self.in_channels, self.model_channels = in_channels, model_channels
         self.learn_variance, self.checkpoint = learn_variance, checkpoint
         self.patch_size = patch_size

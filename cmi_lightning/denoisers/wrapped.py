@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cmi_lightning.checked import check
+from cmi_lightning.checked import check, check_value
 from cmi_lightning.denoisers.base import Denoiser, Prediction, size_text
 from cmi_lightning.denoisers.conditions import Conditions, called
 from cmi_lightning.denoisers.weights import load_weights
@@ -65,7 +65,10 @@ class WrappedNetwork(Denoiser):
         guidance_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        low, high = value_range or (-1.0, 1.0)
+        check_value("value_range", value_range, tuple[float, float] | None)
+        sides = tuple[int | None, int | None, int | None] | None
+        check_value("image_shape", image_shape, sides, "[1, inf)")
+        low, high = (-1.0, 1.0) if value_range is None else value_range
         if not low < high:
             raise InputError(f"value_range must be (smallest, largest), got ({low:g}, {high:g}).")
         self.conditions = Conditions(network, condition, unconditional, guidance_scale)

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from cmi_lightning.checked import check_value
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import per_sample
 
@@ -117,6 +118,7 @@ class DenseCovariance(Covariance):
     vectors: Tensor
 
     def __init__(self, matrix: Tensor, floor: float | None = None) -> None:
+        check_value("floor", floor, float | None, "[0, inf)")
         matrix = matrix[None] if matrix.ndim == 2 else matrix
         if matrix.ndim != 3 or matrix.shape[1] != matrix.shape[2]:
             raise InputError(
@@ -131,7 +133,7 @@ class DenseCovariance(Covariance):
         values, vectors = torch.linalg.eigh(0.5 * (wide + wide.mT))
         if floor is None:
             floor = matrix.shape[1] * torch.finfo(matrix.dtype).eps * float(values.max())
-        if float(values.min()) < -max(floor, 0.0):
+        if float(values.min()) < -floor:
             raise InputError(
                 "A dense covariance must be positive semidefinite, got an eigenvalue of "
                 f"{float(values.min()):g}."
@@ -181,6 +183,7 @@ class StationaryCovariance(Covariance):
     """
 
     def __init__(self, spectrum: Tensor, grid: int = 2) -> None:
+        check_value("grid", grid, int)
         if not 1 <= grid < spectrum.ndim:
             raise InputError(
                 f"A spectrum of shape {tuple(spectrum.shape)} has components first and a grid of "

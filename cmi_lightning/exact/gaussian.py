@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import check_arguments
 from cmi_lightning.errors import InputError
 from cmi_lightning.exact.covariances import Covariance, StationaryCovariance
 from cmi_lightning.exact.mixture import GaussianMixture
@@ -62,10 +63,9 @@ def power_law_prior(
 
     Source: the spectrum of photographs, Field (1987).
     """
-    if len(image_shape) != 3 or min(image_shape) < 1:
-        raise InputError(f"image_shape must be three sizes of at least 1, got {image_shape}.")
-    if not std > 0:
-        raise InputError(f"std must be above 0, got {std}.")
+    check_arguments(power_law_prior, locals(), image_shape="[1, inf)", std="(0, inf)")
+    if len(image_shape) != 3:
+        raise InputError(f"image_shape must be (C, H, W), got {image_shape}.")
     rows, columns = (torch.fft.fftfreq(n, dtype=torch.float64) for n in image_shape[1:])
     frequency = (rows[:, None] ** 2 + columns**2).sqrt()
     power = frequency.clamp_min(1 / max(image_shape[1:])) ** -exponent

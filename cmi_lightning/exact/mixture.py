@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cmi_lightning.checked import check_value
 from cmi_lightning.denoisers.base import Denoiser, Prediction
 from cmi_lightning.errors import InputError
 from cmi_lightning.exact.covariances import (
@@ -86,6 +87,7 @@ class GaussianMixture(Denoiser):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
+        check_value("covariance", covariance, float | Tensor | Covariance, "[0, inf)")
         self.schedule = schedule or Schedule.linear()
         self.image_shape = tuple(means.shape[1:])
         if not isinstance(covariance, Covariance):

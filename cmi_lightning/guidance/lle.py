@@ -42,6 +42,7 @@ class LLE(Guidance):
     differentiable = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         lengths = [len(row) for row in self.seen]
         if lengths != list(range(1, len(lengths) + 1)) or lengths != [len(r) for r in self.unseen]:
             raise InputError(

@@ -37,6 +37,7 @@ class ChannelMix(LinearOperator):
     weights: Tensor
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(((self.weights != 0).sum(0) > 1).any()):
             raise InputError("ChannelMix.weights: a channel may have a part in one y_k only.")
 

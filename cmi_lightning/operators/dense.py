@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from cmi_lightning.checked import number
 from cmi_lightning.errors import InputError
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.noise import SampleNoise
@@ -34,9 +35,10 @@ class Dense(LinearOperator):
     """
 
     matrix: Tensor
-    image_shape: tuple[int, ...] = ()
+    image_shape: tuple[int, ...] = number((), "[1, inf)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.matrix.ndim != 2:
             raise InputError(f"Dense.matrix must be (m, n), got {tuple(self.matrix.shape)}.")
         shape = torch.Size(self.image_shape or self.matrix.shape[1:])

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from cmi_lightning.checked import check as check_options
+from cmi_lightning import checked
 from cmi_lightning.data.base import LoaderData, RestorationData
 from cmi_lightning.denoisers.base import Autocast, Denoiser
 from cmi_lightning.denoisers.tiled import Tiled, suited
@@ -98,7 +98,8 @@ class PosteriorSampler(L.LightningModule):
             )
         self.samples_per_image, self.seed = samples_per_image, seed
         self.overwrite, self.precision, self.compiled = overwrite, precision, compile
-        check_options(self, "precision", "seed", samples_per_image="[1, inf)")
+        checked.check(self, "precision", "seed", samples_per_image="[1, inf)")
+        checked.check_value("PosteriorSampler.tile", tile, int | None, "[1, inf)")
         self.chosen = Choice()
         self.run = Run()
         self.fits: list[float] = []  # ‖y − A x̂‖ / (σ√m) of what was restored

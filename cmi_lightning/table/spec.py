@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from cmi_lightning.checked import check_value
 from cmi_lightning.errors import InputError
 from cmi_lightning.report.results import ADDED, VARIANTS, Variant
 from cmi_lightning.table.clusters import check_rule, cluster_of
@@ -144,10 +145,11 @@ class Table:
         numbers |= {"posterior.images": posterior.images, "posterior.draws": posterior.draws}
         for name, value in numbers.items():
             least = 2 if name == "posterior.draws" else 1
-            if value is not None and value < least:
-                other = "; to run no rows of equal cost set equal_cost to false"
-                more = other if name == "equal_images" else ""
-                raise InputError(f"{name} must be at least {least}, got {value}{more}.")
+            other = "; to run no rows of equal cost set equal_cost to false"
+            more = other if name == "equal_images" else ""
+            check_value(name, value, int | None, f"[{least}, inf)", more)
+        check_value("seed", self.seed, int)
+        check_value("examples", self.examples, int, "[0, inf)")
         if self.round % (self.batch_size or 1):
             raise InputError(f"round must be a multiple of batch_size, got {self.round}.")
         if self.cluster is not None:
