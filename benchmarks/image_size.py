@@ -26,7 +26,7 @@ from memory import peak
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from cmi_lightning.callbacks.networks import Alex, load_lpips
+from cmi_lightning.callbacks.networks import Alex
 from cmi_lightning.data.crops import PHOTOGRAPHS, crop
 from cmi_lightning.data.pictures import psnr
 from cmi_lightning.denoisers import Denoiser, Tiled, shipped_prior
@@ -60,7 +60,7 @@ def measure(
     if tiled:
         prior = Tiled(prior, size=64, overlap=16)
     sampler = Sampler(prior, DDPM(), [guidance], num_steps=100)
-    lpips = load_lpips("alex", Alex.source.locate(None, fetch=True))
+    lpips = Alex().read(Alex.source.locate(None, fetch=True))
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is what is resident now
     before, rows = peak("cpu"), []
     for name, x in photographs(folder, side, count).items():

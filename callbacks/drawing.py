@@ -32,11 +32,6 @@ def planes(x: Tensor, bits: int = 8) -> list[np.ndarray]:
     return list(pixels)
 
 
-def to_images(x: Tensor) -> list[Image.Image]:
-    """Return one image x (C, H, W) in [−1, 1] as "L", "RGB" or "RGBA", else one "L" per channel."""
-    return [Image.fromarray(pixels) for pixels in planes(x)]
-
-
 def encode_png(pixels: np.ndarray) -> bytes:
     """Return whole numbers (H, W) or (H, W, 3 or 4) of 8 or 16 bits as a PNG file."""
     if pixels.dtype == np.uint8:
@@ -58,7 +53,8 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 def to_tile(x: Tensor) -> Image.Image:
     """Return x (C, H, W) as one image for a grid; channels a PNG cannot hold lie side by side."""
-    return to_images(x if len(x) in NATIVE else torch.cat(list(x), dim=-1)[None])[0]
+    (pixels,) = planes(x if len(x) in NATIVE else torch.cat(list(x), dim=-1)[None])
+    return Image.fromarray(pixels)
 
 
 def save_png(image: Image.Image, path: Path) -> None:

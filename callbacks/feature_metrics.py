@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from safetensors.torch import save
@@ -122,11 +121,6 @@ class FeatureMetrics(RecordingCallback):
             self.about["class"] = type(self.network).__qualname__
             self.about["sha256"] = _checksum(self.network)
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move the network to the module's device, known only now."""
-        super().on_predict_start(trainer, pl_module)
-        self.network.to(pl_module.device)
-
     def recorded(self, record: Mapping[str, Any]) -> bool:
         """Whether the sample's distances are there, of this network, and its features."""
         same = record.get(f"{self.key}_network", "") == self.about["sha256"]
@@ -138,6 +132,7 @@ class FeatureMetrics(RecordingCallback):
 
     def measure(self, outputs: Restoration) -> list[dict[str, Any]]:
         """Return the distances, and write the features."""
+        self.network.to(self.module.device)  # known only now
         return [self._measure(outputs, i) for i in range(len(outputs["id"]))]
 
     def _measure(self, outputs: Restoration, i: int) -> dict[str, Any]:

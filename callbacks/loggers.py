@@ -15,7 +15,7 @@ import numpy as np
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from PIL import Image
 
-from cmi_lightning.errors import first_line
+from cmi_lightning.errors import cause
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,6 @@ def _each(trainer: L.Trainer, what: str, call: Callable[[Any], object]) -> None:
             call(logger)
         except Exception as error:
             log.warning(
-                "%s did not take %s (%s: %s). The results are in the run's folder.",
-                *(type(logger).__name__, what, type(error).__name__, first_line(error)),
+                "%s did not take %s (%s). The results are in the run's folder.",
+                *(type(logger).__name__, what, cause(error)),
             )

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
@@ -101,12 +100,6 @@ class RestorationMetrics(RecordingCallback):
                 )
         for network in self.networks:
             network.setup(self.trainer, self.module, "predict")
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move the feature networks to the module's device, known only now."""
-        super().on_predict_start(trainer, pl_module)
-        for network in self.networks:
-            network.on_predict_start(trainer, pl_module)
 
     @property
     def _at_hand(self) -> dict[str, FeatureMetrics]:

@@ -58,7 +58,7 @@ class Published(nn.Module):
             self.notes.append(path)
             return
         try:
-            self.network = self._read(path).requires_grad_(False).eval()
+            self.network = self.read(path).requires_grad_(False).eval()
         except ModuleNotFoundError as error:
             self.notes.append(
                 f"{self.metric} is left out: the package {error.name} is not installed (pip "
@@ -73,7 +73,8 @@ class Published(nn.Module):
                 f"starts with {digest[:8]}); its numbers cannot be compared with others'."
             )
 
-    def _read(self, path: Path) -> Any:
+    def read(self, path: Path) -> Any:
+        """Return the network with the weights of a file, or raise an InputError."""
         raise NotImplementedError
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
@@ -95,9 +96,27 @@ class _Lpips(Published):
         super().__init__(weights, fetch)
         self.metric = f"LPIPS ({self.net})"
 
-    def _read(self, path: Path) -> Any:
+    def read(self, path: Path) -> Any:
+        """Return LPIPS with the linear layers of the lpips package and the backbone at ``path``."""
+        import lpips
+
         self.about = f"lpips {version('lpips')}, {self.net}"
-        return load_lpips(self.net, path)
+        state = _state(path, self.source)
+        with warnings.catch_warnings():  # lpips calls torchvision by its old argument names
+            warnings.simplefilter("ignore", UserWarning)
+            metric = lpips.LPIPS(net=self.net, pnet_rand=True, verbose=False)
+        try:
+            # lpips cuts torchvision's "features.<i>" into "slice<k>.<i>".
+            own = {
+                key: state[f"features.{key.split('.', 1)[1]}"] for key in metric.net.state_dict()
+            }
+            metric.net.load_state_dict(own)
+        except (KeyError, RuntimeError) as error:
+            raise InputError(
+                f"'{path}' does not hold the backbone of {self.metric}; it needs "
+                f"{self.source.file}."
+            ) from error
+        return metric.requires_grad_(False).eval()
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Return the five layers that LPIPS compares, of images (B, 1 or 3, H, W) in [0, 1]."""
@@ -150,7 +169,7 @@ class Inception(Published):
     keys = (None, "fid", "kid")
     about = "2048 features, restored against truth"
 
-    def _read(self, path: Path) -> Any:
+    def read(self, path: Path) -> Any:
         _state(path, self.source)  # torch-fidelity itself would unpickle anything
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -168,30 +187,6 @@ class Inception(Published):
         pixels = (rgb(x) * 255).round().nan_to_num(0.0).to(torch.uint8)
         features: Tensor = self.network(pixels)[0]
         return features
-
-
-def load_lpips(net: str, path: Path) -> nn.Module:
-    """Return LPIPS with the linear layers of the lpips package and the backbone at ``path``.
-
-    Raises:
-        InputError: if the file is not that backbone.
-    """
-    import lpips
-
-    source = {"alex": fetch.ALEX, "vgg": fetch.VGG}[net]
-    state = _state(path, source)
-    with warnings.catch_warnings():  # lpips calls torchvision by its old argument names
-        warnings.simplefilter("ignore", UserWarning)
-        metric = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    try:
-        # lpips cuts torchvision's "features.<i>" into "slice<k>.<i>".
-        own = {key: state[f"features.{key.split('.', 1)[1]}"] for key in metric.net.state_dict()}
-        metric.net.load_state_dict(own)
-    except (KeyError, RuntimeError) as error:
-        raise InputError(
-            f"'{path}' does not hold the backbone of LPIPS ({net}); it needs {source.file}."
-        ) from error
-    return metric.requires_grad_(False).eval()
 
 
 def _state(path: Path, source: fetch.MetricNetwork) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ def _unforeseen(error: Exception) -> str:
         "w", prefix="cmi-lightning-", suffix=".txt", delete=False, encoding="utf-8"
     ) as file:
         traceback.print_exception(error, file=file)
-    return f"{type(error).__name__}: {errors.first_line(error)} (traceback: {file.name})"
+    return f"{errors.cause(error)} (traceback: {file.name})"
 
 
 def _run(args: list[str]) -> int:

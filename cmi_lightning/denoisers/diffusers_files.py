@@ -14,7 +14,7 @@ from cmi_lightning.denoisers.checkpoints import SUFFIXES, kind_of
 from cmi_lightning.denoisers.fitting import misfit
 from cmi_lightning.denoisers.weights import autoencoder_of, hub_folder, network_folder
 from cmi_lightning.denoisers.wrapped import Output
-from cmi_lightning.errors import InputError, first_line
+from cmi_lightning.errors import InputError, cause
 from cmi_lightning.schedule import Schedule
 
 KINDS = (
@@ -112,10 +112,9 @@ def load_module(diffusers: Any, home: Path, variant: str | None = None) -> Any:
             output_loading_info=True,
         )
     except Exception as error:
-        reason = first_line(error)
         raise InputError(
-            f"diffusers cannot load '{home}' ({type(error).__name__}: {reason}): download the "
-            "model again, or name its files by variant."
+            f"diffusers cannot load '{home}' ({cause(error)}): download the model again, or name "
+            "its files by variant."
         ) from error
     missing, unexpected = info["missing_keys"], info["unexpected_keys"]
     mismatched = {name: torch.empty(there) for name, there, _ in info["mismatched_keys"]}

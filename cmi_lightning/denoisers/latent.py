@@ -14,7 +14,7 @@ from cmi_lightning.denoisers.base import Denoiser, Prediction, Wrapper, size_tex
 from cmi_lightning.denoisers.conditions import called
 from cmi_lightning.denoisers.recompute import Recomputed
 from cmi_lightning.denoisers.wrapped import private
-from cmi_lightning.errors import InputError, first_line
+from cmi_lightning.errors import InputError, cause
 from cmi_lightning.operators.base import Operator
 from cmi_lightning.problem import Problem
 from cmi_lightning.schedule import Level
@@ -186,8 +186,8 @@ class LatentPrior(Wrapper):
             image = self.image(own.new_zeros(1, *latents))
         except Exception as error:
             raise InputError(
-                f"The decoder does not take latents of {size_text(latents)} "
-                f"({type(error).__name__}: {first_line(error)}): set data.size."
+                f"The decoder does not take latents of {size_text(latents)} ({cause(error)}): set "
+                "data.size."
             ) from error
         if tuple(image.shape[1:]) != tuple(shape):
             raise InputError(

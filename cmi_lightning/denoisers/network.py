@@ -13,7 +13,7 @@ from cmi_lightning.denoisers.conditions import called
 from cmi_lightning.denoisers.unet import UNet
 from cmi_lightning.denoisers.weights import hub_folder, save_weights
 from cmi_lightning.denoisers.wrapped import TIMES, WrappedNetwork
-from cmi_lightning.errors import InputError, first_line
+from cmi_lightning.errors import InputError, cause
 from cmi_lightning.files import read_json, write_json
 from cmi_lightning.schedule import Level, Schedule, ScheduleName
 
@@ -129,6 +129,6 @@ class NetworkDenoiser(WrappedNetwork):
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"'{home}' has no config.json that NetworkDenoiser.save_pretrained wrote for a "
-                f"UNet ({type(error).__name__}: {first_line(error)})."
+                f"UNet ({cause(error)})."
             ) from error
         return cls(made, str(home / "model.safetensors"), **spec, **conditions)

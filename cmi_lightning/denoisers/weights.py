@@ -15,7 +15,7 @@ from torch import nn
 
 from cmi_lightning.denoisers.checkpoints import SUFFIXES, kind_of, read_checkpoint
 from cmi_lightning.denoisers.fitting import fitted, several
-from cmi_lightning.errors import InputError, first_line
+from cmi_lightning.errors import InputError, cause
 from cmi_lightning.files import download, write
 from cmi_lightning.files import sha256 as checksum
 from cmi_lightning.zoo.cards import CARDS, published, shipped
@@ -114,10 +114,10 @@ def hub_folder(model: str) -> Path:
         if not any(folder.rglob("*.safetensors")):
             snapshot_download(name, allow_patterns=["*.bin"], ignore_patterns=UNUSED)
     except Exception as error:
-        reason, size = first_line(error), f" ({known.size})" if known else ""
+        size = f" ({known.size})" if known else ""
         raise InputError(
             f"There is no folder '{model}', and the Hugging Face hub gave none "
-            f"({type(error).__name__}: {reason}): correct the name, or download the model from "
+            f"({cause(error)}): correct the name, or download the model from "
             f"https://huggingface.co/{name}{size} and give its folder."
         ) from error
     for file in folder.rglob("*"):

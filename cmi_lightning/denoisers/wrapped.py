@@ -17,7 +17,7 @@ from cmi_lightning.checked import check, check_value
 from cmi_lightning.denoisers.base import Denoiser, Prediction, size_text
 from cmi_lightning.denoisers.conditions import Conditions, called
 from cmi_lightning.denoisers.weights import load_weights
-from cmi_lightning.errors import InputError, first_line, warn_once
+from cmi_lightning.errors import InputError, cause, warn_once
 from cmi_lightning.schedule import Level, Schedule, ScheduleName
 
 Output = Literal["epsilon", "x0", "v", "score", "velocity"]
@@ -174,7 +174,7 @@ class WrappedNetwork(Denoiser):
         except Exception as error:
             raise InputError(
                 f"The network {called(self.network)} does not take images of {size_text(shape)} "
-                f"({type(error).__name__}: {first_line(error)}): set data.size to the size it was "
+                f"({cause(error)}): set data.size to the size it was "
                 "trained on (or a multiple of its total downsampling), and image_shape to the "
                 "sizes that it takes."
             ) from error
@@ -249,7 +249,7 @@ def private(network: nn.Module) -> nn.Module:
         return copy.deepcopy(network, memo)
     except Exception as error:
         warn_once(
-            f"{called(network)} cannot be copied ({type(error).__name__}: {first_line(error)}): it "
+            f"{called(network)} cannot be copied ({cause(error)}): it "
             "is used itself, frozen and in evaluation mode."
         )
         return network

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cmi_lightning.errors import InputError, first_line
+from cmi_lightning.errors import InputError, cause, first_line
 from cmi_lightning.files import make_folder
 from cmi_lightning.predict.checks import check
 from cmi_lightning.predict.options import lightning_cli, prediction_cli
@@ -134,10 +134,9 @@ def _check_checkpoint(path: Path, model: Any) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = first_line(error)
         raise InputError(
-            f"--ckpt_path: cannot read '{path}' ({type(error).__name__}: {reason}); only tensors "
-            "and plain values are loaded (weights_only=True), as `fit` writes them."
+            f"--ckpt_path: cannot read '{path}' ({cause(error)}); only tensors and plain values "
+            "are loaded (weights_only=True), as `fit` writes them."
         ) from error
     wanted = {"state_dict", "optimizer_states", "pytorch-lightning_version"}
     if not isinstance(state, dict) or not wanted <= set(state):

@@ -52,9 +52,11 @@ def _parts(thing: Any, seen: set[int]) -> Iterator[str]:
     if id(thing) in seen or not _own(thing):
         return
     seen.add(id(thing))
+    readable = True
     try:
         yield inspect.getsource(thing)
     except (OSError, TypeError):  # typed at a prompt, or compiled
+        readable = False
         if isinstance(thing, types.FunctionType):
             yield _compiled(thing.__code__)
     functions = [thing] if isinstance(thing, types.FunctionType) else []
@@ -65,7 +67,7 @@ def _parts(thing: Any, seen: set[int]) -> Iterator[str]:
             member = getattr(member, "fget", None) or getattr(member, "__func__", member)
             if isinstance(member, types.FunctionType) and _own(member):
                 functions.append(member)
-                if id(member) not in seen and not _has_source(thing):
+                if not readable and id(member) not in seen:
                     yield _compiled(member.__code__)
     for function in functions:
         for cell in function.__closure__ or ():
@@ -77,13 +79,6 @@ def _parts(thing: Any, seen: set[int]) -> Iterator[str]:
         for name in names:
             if name in function.__globals__:
                 yield from _value(name, function.__globals__[name], names, seen)
-
-
-def _has_source(thing: Any) -> bool:
-    try:
-        return bool(inspect.getsource(thing))
-    except (OSError, TypeError):
-        return False
 
 
 def _value(name: str, value: Any, names: tuple[str, ...], seen: set[int]) -> Iterator[str]:
