@@ -580,9 +580,9 @@ def test_curves_lie_where_their_axis_says(top):
     before, after = points[math.floor(place)], points[math.ceil(place)]
     assert min(before[1], after[1]) - 0.2 <= read[pick[0]] <= max(before[1], after[1]) + 0.2
     assert [p[0] for p in points] == pytest.approx(
-        [chart.left + n / 10 * (chart.right - chart.left) for n in range(11)], abs=0.06
+        [chart.x.start + n / 10 * (chart.x.end - chart.x.start) for n in range(11)], abs=0.06
     )
-    assert all(chart.top <= y <= chart.bottom for _, y in points)
+    assert all(chart.y.end <= y <= chart.y.start for _, y in points)
 
 
 def test_single_points_and_constants_can_be_drawn():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cmi_lightning.report.verdicts import MINUS
 
@@ -38,8 +38,8 @@ class Axis:
 
     low: float
     high: float
-    start: float
-    end: float
+    start: int
+    end: int
     logarithmic: bool = False
 
     def __call__(self, value: float) -> float:
@@ -51,21 +51,19 @@ class Axis:
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing of so many pixels, with its axes inside the box."""
+    """A drawing of so many pixels, with its axes inside; ``beyond`` counts values outside them."""
 
     width: int
     height: int
-    left: int
-    right: int
-    top: int
-    bottom: int
+    x: Axis
+    y: Axis
+    x_ticks: list[Tick]
+    marks: list[Mark]
+    y_ticks: list[Tick] = field(default_factory=list)
     title: str = ""
     unit: str = ""
     x_label: str = ""
-    x_ticks: list[Tick] = field(default_factory=list)
-    y_ticks: list[Tick] = field(default_factory=list)
-    marks: list[Mark] = field(default_factory=list)
-    beyond: int = 0  # values outside the axis
+    beyond: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,6 @@ def curves(
     values = [y for s in series for y in s.values.values()]
     if not values:
         return None
-    plot = Plot(400, 230, left=54, right=388, top=10, bottom=192)
     low, high = min(values), max(values)
     logarithmic = low > 0 and high > LOG_FROM * low
     if logarithmic:
@@ -96,22 +93,21 @@ def curves(
     margin = 0.04 * (high - low)
     low, high = (low if low == 0 else low - margin), high + margin
     first, last = steps if steps[0] < steps[1] else (steps[0] - 0.5, steps[0] + 0.5)
-    x = Axis(first, last, plot.left, plot.right)
-    y = Axis(low, high, plot.bottom, plot.top, logarithmic)
+    x, y = Axis(first, last, 54, 388), Axis(low, high, 192, 10, logarithmic)
     at = log_ticks(low, high) if logarithmic else ticks(low, high, 5)
     texts = [power(v) for v in at] if logarithmic else labels(at)
     zero = not logarithmic and low < 0 < high
-    return replace(
-        plot,
+    return Plot(
+        *(400, 230, x, y),
+        x_ticks=[Tick(x(v), labels([v])[0]) for v in step_ticks(first, last)],
+        marks=[
+            *([Mark("zero", f"M{x.start} {y(0.0)}H{x.end}")] if zero else []),
+            *(Mark(f"curve {s.style}", _line(s.values, x, y), s.name) for s in series if s.values),
+        ],
+        y_ticks=[Tick(y(v), text) for v, text in zip(at, texts, strict=True)],
         title=title,
         unit=f"{unit}, logarithmic" if unit and logarithmic else unit,
         x_label="step",
-        x_ticks=[Tick(x(v), labels([v])[0]) for v in step_ticks(first, last)],
-        y_ticks=[Tick(y(v), text) for v, text in zip(at, texts, strict=True)],
-        marks=[
-            *([Mark("zero", f"M{plot.left} {y(0.0)}H{plot.right}")] if zero else []),
-            *(Mark(f"curve {s.style}", _line(s.values, x, y), s.name) for s in series if s.values),
-        ],
     )
 
 
@@ -131,27 +127,21 @@ def histogram(values: Sequence[float], half: float, sign: int) -> Plot:
         half: half the axis' width, > 0.
         sign: 1 where positive differences are better, −1 where negative ones are.
     """
-    plot = Plot(200, 96, left=0, right=200, top=8, bottom=78)
-    x, counts = Axis(-half, half, plot.left, plot.right), [0] * BINS
+    x, width, counts = Axis(-half, half, 0, 200), 200 / BINS, [0] * BINS
     for value in values:
         counts[min(BINS - 1, max(0, math.floor((value + half) / (2 * half / BINS))))] += 1
-    y = Axis(0, max(counts), plot.bottom, plot.top)
-    marks, width = [], plot.width / BINS
+    y, marks = Axis(0, max(counts), 78, 8), []
     for i, count in enumerate(counts):
         verdict = "better" if (i >= BINS // 2) == (sign > 0) else "worse"
         if count:
-            box = f"M{i * width + 0.5} {plot.bottom}V{y(count)}h{width - 1}V{plot.bottom}z"
+            box = f"M{i * width + 0.5} {y.start}V{y(count)}h{width - 1}V{y.start}z"
             marks.append(Mark(verdict, box))
     mean = x(max(-half, min(half, math.fsum(values) / len(values))))
-    texts, anchors = labels([-half, 0.0, half]), ("start", "middle", "end")
-    return replace(
-        plot,
-        x_ticks=[
-            Tick(x(v), *rest) for v, *rest in zip((-half, 0.0, half), texts, anchors, strict=True)
-        ],
-        marks=[*marks, Mark("mean", f"M{mean} 2V{plot.bottom}")],
-        beyond=sum(abs(v) > half for v in values),
-    )
+    marks.append(Mark("mean", f"M{mean} 2V{y.start}"))
+    at, anchors = (-half, 0.0, half), ("start", "middle", "end")
+    texts = zip(at, labels(at), anchors, strict=True)
+    beyond = sum(abs(v) > half for v in values)
+    return Plot(200, 96, x, y, [Tick(x(v), *rest) for v, *rest in texts], marks, beyond=beyond)
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv as csv_module
 import io
-import re
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cmi_lightning.files import write
 from cmi_lightning.report.results import AGAINST, Results
-from cmi_lightning.report.verdicts import mean_text, short, verdicts_of
+from cmi_lightning.report.verdicts import fixed, mean_text, percent, short, verdicts_of
 
 DIFFERENCE = ("difference", "low", "high", "p", "significant", "improved", "pairs")
 OF_ROW = ("task", "method", "variant", "label")
@@ -21,13 +20,7 @@ COLUMNS = (
     *(*OF_ROW, "metric", "unit", "better", "mean", "se"),
     *(*OF_CELL, *(f"{name}_{against}" for against in AGAINST for name in DIFFERENCE)),
 )
-COLOURS = {
-    "better": "A6DBAE",
-    "better-unsure": "E6F4E8",
-    "worse": "F2B3AC",
-    "worse-unsure": "FBE9E7",
-}
-LATEX = {
+LATEX = str.maketrans({
     "\\": r"\textbackslash{}",
     "{": r"\{",
     "}": r"\}",
@@ -43,17 +36,16 @@ LATEX = {
     "⁺": r"\ensuremath{^{+}}",
     "²": r"\ensuremath{^{2}}",
     "₀": r"\ensuremath{_{0}}",
-}  # fmt: skip
-SYMBOLS = {
+})  # fmt: skip
+SYMBOLS = str.maketrans({
     "▲": r"\blacktriangle",
     "▼": r"\blacktriangledown",
     "△": r"\vartriangle",
     "▽": r"\triangledown",
-    "=": "=",
     "−": "-",
     "±": r"\pm",
-}
-MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~&!$])")
+})  # fmt: skip
+MARKDOWN = str.maketrans({c: f"\\{c}" for c in r"\`*_{}[]<>|#~&!$"})
 
 
 def write_tables(results: Results, folder: Path) -> None:
@@ -64,7 +56,7 @@ def write_tables(results: Results, folder: Path) -> None:
 
 def markdown(results: Results) -> str:
     """Return the table as Markdown: a row per cell, with CMI's paired differences beside."""
-    return _render("table.md.j2", results)
+    return environment().get_template("table.md.j2").render(results=results)
 
 
 def latex(results: Results) -> str:
@@ -72,34 +64,26 @@ def latex(results: Results) -> str:
 
     Needs the packages booktabs, amssymb and xcolor (with the option ``table``).
     """
-    return _render("table.tex.j2", results)
-
-
-def _render(name: str, results: Results) -> str:
-    template = _environment().get_template(name)
-    return template.render(results=results, colours=COLOURS)
+    return environment().get_template("table.tex.j2").render(results=results)
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(  # braces are LaTeX's
-        *("<%", "%>", "<<", ">>", "<#", "#>"),
+def environment(html: bool = False) -> Environment:
+    """Return what renders templates of HTML, or those that leave braces to LaTeX."""
+    made = Environment(
         loader=PackageLoader("cmi_lightning.report"),
+        autoescape=True,  # labels and ids come from users' files
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"mean_text": mean_text, "short": short, "verdicts_of": verdicts_of}
-    environment.filters["line"] = lambda text: " ".join(text.split())
-    environment.filters["md"] = lambda text: MARKDOWN.sub(r"\\\1", " ".join(text.split()))
-    environment.filters["tex"] = lambda text: "".join(
-        LATEX.get(c, c) for c in " ".join(text.split())
-    )
-    environment.filters["math"] = lambda text: (
-        "--" if text == "–" else f"${''.join(SYMBOLS.get(c, c) for c in text)}$"
-    )
-    return environment
+    made.globals |= {f.__name__: f for f in (fixed, mean_text, percent, short, verdicts_of)}
+    made.filters["line"] = lambda text: " ".join(text.split())
+    made.filters["md"] = lambda text: " ".join(text.split()).translate(MARKDOWN)
+    made.filters["tex"] = lambda text: " ".join(text.split()).translate(LATEX)
+    made.filters["math"] = lambda text: "--" if text == "–" else f"${text.translate(SYMBOLS)}$"
+    return made if html else made.overlay("<%", "%>", "<<", ">>", "<#", "#>", autoescape=False)
 
 
 def csv(results: Results) -> str:

@@ -38,6 +38,13 @@ def mean_text(estimate: Estimate | None, digits: int) -> str:
     return fixed(estimate.mean, digits) + error
 
 
+def percent(estimate: Estimate) -> str:
+    """Return "41 %" or "41.2 ± 1.3 %"."""
+    if estimate.mean is None or estimate.se is None:
+        return "–" if estimate.mean is None else f"{100 * estimate.mean:.0f} %"
+    return f"{100 * estimate.mean:.1f} ± {100 * estimate.se:.1f} %"
+
+
 # By name in style sheets: a triangle, up for better and filled if significant, and words.
 LOOKS = {
     "better": ("▲", "significantly better"),
