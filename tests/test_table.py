@@ -660,18 +660,22 @@ def test_two_commands_do_not_share_a_folder(tmp_path, capsys):
 
 
 def test_one_bad_cell_keeps_no_other_from_running(monkeypatch):
-    table, ran = small(), []
+    table, ran, done = small(), [], []
+    cells = [
+        table.cell("box", *of) for of in (("none",), ("DPS",), ("DPS", "cmi"), ("none", "cmi"))
+    ]
 
-    def run_job(table, job):
-        if job.images == 2:
+    def restore(arguments, cell):
+        ran.append(cell)
+        if cell == cells[1]:
             raise InputError("box, DPS: no")
-        ran.append(job.images)
-        return iter(())
 
-    monkeypatch.setattr("cmi_lightning.table.run.run_job", run_job)
+    monkeypatch.setattr("cmi_lightning.table.run.restore", restore)
+    jobs = [Job((cells[0],), 1), Job((cells[1], cells[2]), 1), Job((cells[3],), 1)]
     with pytest.raises(InputError, match="box, DPS: no"):
-        run(table, [Job((), n) for n in (1, 2, 3)], print)
-    assert ran == [1, 3]
+        run(table, jobs, lambda finished: done.append(finished.cell))
+    assert ran == [cells[0], cells[1], cells[3]]
+    assert done == [cells[0], cells[3]]
 
 
 def test_a_job_restores_no_more_images_of_equal_cost_than_wanted(monkeypatch):
@@ -736,7 +740,7 @@ def test_the_smoke_table_runs_as_it_is_packaged(smoke):
     name = results.examples["super_resolution"][0]
     example = Album(results, folder).example("super_resolution", name, ["DPS"])
     assert example.truth is not None
-    assert "cmi" in example.restored["DPS"]
+    assert ("DPS", "cmi") in example.restored
 
 
 def test_results_are_the_means_of_the_records(smoke):

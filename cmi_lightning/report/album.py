@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -42,12 +41,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Example:
-    """An image's pictures that there are, the restorations by method and variant."""
+    """An image's pictures that there are; the restorations by method and variant."""
 
     id: str
     truth: Picture | None
     measurement: Picture | None
-    restored: Mapping[str, Mapping[str, Picture]]
+    restored: Mapping[tuple[str, str], Picture]
 
 
 # A cell, the metric that tells, and its "best" and "worst" images.
@@ -82,10 +81,12 @@ class Album:
         """Return an image's pictures by a task's cells; truth and measurement are the first's."""
         cells = self.results.cells_of(task)
         path = f"{safe_name(name, '.png')}.png"
-        restored: dict[str, dict[str, Picture]] = defaultdict(dict)
-        for cell in (cell for cell in cells if cell.method in methods):
-            if (picture := self.picture(f"{cell.folder}/restored/{path}")) is not None:
-                restored[cell.method][cell.variant] = picture
+        restored = {
+            (cell.method, cell.variant): picture
+            for cell in cells
+            if cell.method in methods
+            if (picture := self.picture(f"{cell.folder}/restored/{path}")) is not None
+        }
         truth, measurement = (
             self.picture(f"{cells[0].folder}/{kind}/{path}") if cells else None
             for kind in ("truth", "measurement")
@@ -114,10 +115,9 @@ class Album:
         """Return those of the first images that are there: of large ones, one alone."""
         shown = []
         for image in (self.example(cell.task, name, [cell.method]) for name in ids[:EXTREMES]):
-            both = image.restored.get(cell.method, {})
-            if "base" in both and "cmi" in both:
+            if all((cell.method, variant) in image.restored for variant in ("base", "cmi")):
                 shown.append(image)
-                if any(picture.side > LARGE for picture in both.values()):
+                if any(picture.side > LARGE for picture in image.restored.values()):
                     break
         return shown
 
@@ -146,15 +146,17 @@ class Gallery:
 
     Attributes:
         tasks: their examples, at least one each.
-        methods: those with images: their variants' labels, and which is shown first.
+        methods: those with images, and how their variants are called.
+        first: the method that is shown first.
         variants: those of which any image is shown.
-        sides: what the sliders compare CMI with: value, label, whether it is shown first.
+        sides: what the sliders compare CMI with, and how it is called.
     """
 
     tasks: Mapping[Task, list[Example]]
-    methods: list[dict[str, Any]]
+    methods: Mapping[str, Mapping[str, str]]
+    first: str
     variants: list[Variant]
-    sides: list[tuple[str, str, bool]]
+    sides: Mapping[str, str]
 
     @property
     def count(self) -> int:
@@ -172,14 +174,17 @@ def gallery(album: Album) -> Gallery | None:
             tasks[task] = shown
     if not tasks:
         return None
-    restorations = [example.restored for examples in tasks.values() for example in examples]
-    methods = [m for m in results.methods if any(m in restored for restored in restorations)]
-    both = [m for m in methods if any({"base", "cmi"} <= set(r.get(m, ())) for r in restorations)]
-    first = ([m for m in both if m != "none"] or both or methods)[0]
-    labelled = [{"key": m, "default": m == first} | results.variant_labels(m) for m in methods]
-    there = {v for restored in restorations for pictures in restored.values() for v in pictures}
-    variants = [variant for variant in VARIANTS if variant in there]
-    before = {"base": "base", "descent": "base with descent", "equal": "base, equal passes"}
-    others = [(v, name, False) for v, name in before.items() if v == "base" or v in variants]
-    sides = [("measurement", "measurement", True), *others, ("truth", "truth", False)]
-    return Gallery(tasks, labelled, variants, sides)
+    images = [example.restored for examples in tasks.values() for example in examples]
+    there = [cell for restored in images for cell in restored]
+    methods = [m for m in results.methods if m in dict(there)]
+    both = [m for m in methods if any((m, "base") in r and (m, "cmi") in r for r in images)]
+    sides = {"descent": "base with descent", "equal": "base, equal passes"}
+    variants = [v for v in VARIANTS if v in {variant for _, variant in there}]
+    others = {variant: name for variant, name in sides.items() if variant in variants}
+    return Gallery(
+        tasks,
+        methods={method: results.variant_labels(method) for method in methods},
+        first=([m for m in both if m != "none"] or both or methods)[0],
+        variants=variants,
+        sides={"measurement": "measurement", "base": "base"} | others | {"truth": "truth"},
+    )

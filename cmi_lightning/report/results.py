@@ -103,7 +103,7 @@ class Cell:
 
     task: str
     method: str
-    variant: Variant | Literal["measured"]
+    variant: str  # one of VARIANTS, or "measured"
     label: str
     steps: int
     images: int

@@ -78,7 +78,8 @@ def environment(html: bool = False) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.globals |= {f.__name__: f for f in (fixed, mean_text, percent, short, verdicts_of)}
+    tools = (enumerate, fixed, mean_text, percent, short, verdicts_of)
+    made.globals |= {tool.__name__: tool for tool in tools}
     made.filters["line"] = lambda text: " ".join(text.split())
     made.filters["md"] = lambda text: " ".join(text.split()).translate(MARKDOWN)
     made.filters["tex"] = lambda text: " ".join(text.split()).translate(LATEX)

@@ -37,7 +37,8 @@ def aggregate(table: Table, config: str = "", command: str = "") -> Results:
         command: the command, to be shown.
     """
     cells = started_cells(table)
-    metrics = _metrics(cells)
+    estimates = {key: started.estimates() for key, started in cells.items()}
+    metrics = _metrics(cells, {name for found in estimates.values() for name in found})
     by_task: dict[str, list[StartedCell]] = defaultdict(list)
     for (task, *_), started in cells.items():
         by_task[task].append(started)
@@ -66,22 +67,17 @@ def aggregate(table: Table, config: str = "", command: str = "") -> Results:
         tasks=tuple(reported.Task(key, task.label) for key, task in table.tasks.items()),
         methods=tuple(table.methods),
         cells=tuple(
-            _cell(table, started, metrics, differences.get(key, {}), draws.get(key))
+            _cell(table, started, estimates[key], differences.get(key, {}), draws.get(key))
             for key, started in cells.items()
         ),
-        measured={t: started[0].estimates(metrics, MEASURED) for t, started in by_task.items()},
+        measured={t: started[0].estimates(MEASURED) for t, started in by_task.items()},
         examples={t: _common(started)[: table.examples] for t, started in by_task.items()},
     )
 
 
-def _metrics(cells: Cells) -> tuple[Metric, ...]:
-    """Return the metrics that some cell has; a network's name belongs to the metrics'."""
-    every = cells.values()
-    there = {m.key for m in METRICS if any(c.values(m.key) for c in every)}
-    there |= {"fid" for c in every if c.fid() is not None}
-    if any(c.embeddings(list(c.records)[:1]) for c in every if c.records):
-        there |= {"frechet", "kernel"}
-    files = (read_json(c.cell.folder / "features.json") for c in every)
+def _metrics(cells: Cells, there: set[str]) -> tuple[Metric, ...]:
+    """Return the metrics that there are; the name of a network belongs to theirs."""
+    files = (read_json(started.cell.folder / "features.json") for started in cells.values())
     labels: dict[str, str] = next((file["labels"] for file in files if file), {})
     return tuple(replace(m, label=labels.get(m.key, m.label)) for m in METRICS if m.key in there)
 
@@ -89,7 +85,7 @@ def _metrics(cells: Cells) -> tuple[Metric, ...]:
 def _cell(
     table: Table,
     started: StartedCell,
-    metrics: Sequence[Metric],
+    metrics: dict[str, Estimate],
     differences: Differences,
     draws: Draws | None,
 ) -> reported.Cell:
@@ -98,7 +94,7 @@ def _cell(
         *(cell.task, cell.method, cell.variant, cell.label),
         steps=cell.steps,
         images=len(started.all),
-        metrics=started.estimates(metrics),
+        metrics=metrics,
         passes=passes(started.all),
         seconds=started.seconds(),
         failed=started.failed,

@@ -61,16 +61,11 @@ class StartedCell:
         """Return the images' clusters; None where each is its own."""
         return [cluster for name in ids if (cluster := self.clusters[name]) is not None] or None
 
-    def values(self, metric: str, suffix: str = "") -> dict[str, float]:
+    def values(self, metric: str) -> dict[str, float]:
         """Return a metric of every image that has it, by id."""
-        every = {name: measured(r).get(f"{metric}{suffix}") for name, r in self.records.items()}
+        every = {name: measured(record).get(metric) for name, record in self.records.items()}
         there = {name: float(value) for name, value in every.items() if value is not None}
         return {name: value for name, value in there.items() if math.isfinite(value)}
-
-    def estimate(self, metric: str, suffix: str = "") -> Estimate:
-        """Return a metric's mean over the images, and its error."""
-        values = self.values(metric, suffix)
-        return mean_and_error(list(values.values()), self.clusters_of(list(values)))
 
     @functools.cached_property
     def _features(self) -> dict[str, Tensor]:
@@ -97,16 +92,17 @@ class StartedCell:
         counts = torch.from_numpy(np.concatenate([np.ones((1, len(ids)), dtype=int), drawn]))
         return {"frechet": frechet_many, "kernel": kernel_many}[metric](*both, counts)
 
-    def estimates(self, metrics: Sequence[Metric], of: int = RESTORED) -> dict[str, Estimate]:
-        """Return those of the metrics that there are, of the restorations or of A⁺y."""
+    def estimates(self, of: int = RESTORED) -> dict[str, Estimate]:
+        """Return the means of what was measured of the restorations or of A⁺y, by metric."""
         from cmi_lightning.callbacks.distances import frechet, kernel
 
-        suffix = "_measurement" if of == MEASURED else ""
-        there = {m.key: self.estimate(m.key, suffix) for m in metrics if m.per_image}
-        if of == RESTORED:
-            there["fid"] = Estimate(self.fid())
-        wanted = any(m.key == "frechet" for m in metrics) and len(self.records) > 1
-        if wanted and (both := self.embeddings(list(self.records), of)) is not None:
+        there = {}
+        for metric in (metric.key for metric in METRICS if metric.per_image):
+            values = self.values(metric if of == RESTORED else f"{metric}_measurement")
+            there[metric] = mean_and_error(list(values.values()), self.clusters_of(list(values)))
+        there["fid"] = Estimate(self.fid() if of == RESTORED else None)
+        ids = list(self.records)
+        if len(ids) > 1 and (both := self.embeddings(ids, of)) is not None:
             there |= {"frechet": Estimate(frechet(*both)), "kernel": Estimate(kernel(*both))}
         return {key: estimate for key, estimate in there.items() if estimate.mean is not None}
 

@@ -47,7 +47,7 @@ class FinishedCell:
     seconds: float
 
 
-Outcomes = Generator[FinishedCell | InputError, None, None]
+Outcome = FinishedCell | InputError  # the error names the cell
 
 
 def run(table: Table, jobs: Sequence[Job], on_finished: Callable[[FinishedCell], None]) -> None:
@@ -60,9 +60,9 @@ def run(table: Table, jobs: Sequence[Job], on_finished: Callable[[FinishedCell],
     """
     errors: list[InputError] = []
     several = table.processes > 1 and len(jobs) > 1
-    outcomes = _in_processes(table, jobs) if several else _one_by_one(table, jobs)
-    with contextlib.closing(outcomes):  # Ctrl-C ends the processes
-        for outcome in outcomes:
+    in_turn = (outcome for job in jobs for outcome in run_job(table, job))
+    with contextlib.closing(_in_processes(table, jobs) if several else in_turn) as outcomes:
+        for outcome in outcomes:  # Ctrl-C ends the processes
             if isinstance(outcome, InputError):
                 errors.append(outcome)
             else:
@@ -71,25 +71,17 @@ def run(table: Table, jobs: Sequence[Job], on_finished: Callable[[FinishedCell],
         raise errors[0]
 
 
-def _one_by_one(table: Table, jobs: Sequence[Job]) -> Outcomes:
-    for job in jobs:
-        try:
-            yield from run_job(table, job)
-        except InputError as error:
-            yield InputError(str(error))  # without its cause, which no other process may know
+def _whole(table: Table, job: Job) -> list[Outcome]:
+    return list(run_job(table, job))
 
 
-def _run_whole_job(table: Table, job: Job) -> list[FinishedCell | InputError]:
-    return list(_one_by_one(table, [job]))
-
-
-def _in_processes(table: Table, jobs: Sequence[Job]) -> Outcomes:
+def _in_processes(table: Table, jobs: Sequence[Job]) -> Generator[Outcome, None, None]:
     """Run jobs in processes that share the CPU's cores."""
     threads = max(1, (os.cpu_count() or 1) // table.processes)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(table.processes, context, _start, (threads,)) as pool:
         try:
-            for future in as_completed([pool.submit(_run_whole_job, table, job) for job in jobs]):
+            for future in as_completed([pool.submit(_whole, table, job) for job in jobs]):
                 yield from future.result()
         except BrokenProcessPool as error:
             raise InputError(
@@ -117,18 +109,17 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def run_job(table: Table, job: Job) -> Iterator[FinishedCell]:
-    """Run a job's cells in this process.
-
-    Raises:
-        InputError: naming the cell that could not be run.
-    """
-    for cell in job.cells:
-        started = time.monotonic()
-        cell = table.at_equal_cost(cell)
-        images = table.limit(cell.variant, job.images)
-        restore(table.arguments(cell, images), cell)
-        yield FinishedCell(cell, images, time.monotonic() - started)
+def run_job(table: Table, job: Job) -> Iterator[Outcome]:
+    """Run a job's cells in this process, up to the first that cannot be run."""
+    try:
+        for cell in job.cells:
+            started = time.monotonic()
+            cell = table.at_equal_cost(cell)
+            images = table.limit(cell.variant, job.images)
+            restore(table.arguments(cell, images), cell)
+            yield FinishedCell(cell, images, time.monotonic() - started)
+    except InputError as error:
+        yield InputError(str(error))  # without its cause, which no other process may know
 
 
 def restore(arguments: list[str], cell: Cell) -> None:
