@@ -17,7 +17,6 @@ from cmi_lightning.report.results import (
     Metric,
     Results,
     Search,
-    Task,
     Trial,
     Variant,
 )
@@ -91,7 +90,7 @@ def synthetic_results(
         objective="psnr",
         protocol={"psnr": "10 log₁₀(4 / MSE) per image on [−1, 1], clamped, then the mean."},
         metrics=METRICS,
-        tasks=tuple(Task(key, TASKS[key]) for key in keys),
+        tasks={key: TASKS[key] for key in keys},
         methods=names,
         cells=tuple(cells),
         measured={

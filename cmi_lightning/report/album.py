@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cmi_lightning.paths import safe_name
-from cmi_lightning.report.results import VARIANTS, Cell, Metric, Results, Task, Variant
+from cmi_lightning.report.results import VARIANTS, Cell, Metric, Results, Variant
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = 128  # pixels: images up to this size are enlarged without smoothing
@@ -93,11 +93,9 @@ class Album:
         )
         return Example(name, truth, measurement, restored)
 
-    def extremes(self) -> dict[Task, list[Extremes]]:
+    def extremes(self) -> dict[str, list[Extremes]]:
         """Return the images that CMI changed most, by task, where there are any."""
-        every = {
-            task: map(self._changed, self.results.cells_of(task.key)) for task in self.results.tasks
-        }
+        every = {t: map(self._changed, self.results.cells_of(t)) for t in self.results.tasks}
         return {task: there for task, found in every.items() if (there := [f for f in found if f])}
 
     def _changed(self, cell: Cell) -> Extremes | None:
@@ -152,7 +150,7 @@ class Gallery:
         sides: what the sliders compare CMI with, and how it is called.
     """
 
-    tasks: Mapping[Task, list[Example]]
+    tasks: Mapping[str, list[Example]]
     methods: Mapping[str, Mapping[str, str]]
     first: str
     variants: list[Variant]
@@ -168,8 +166,8 @@ def gallery(album: Album) -> Gallery | None:
     """Return the example images by task, or None without any restored one."""
     results, tasks = album.results, {}
     for task in results.tasks:
-        names = results.examples.get(task.key, ())
-        examples = [album.example(task.key, name, results.methods) for name in names]
+        names = results.examples.get(task, ())
+        examples = [album.example(task, name, results.methods) for name in names]
         if shown := [example for example in examples if example.restored]:
             tasks[task] = shown
     if not tasks:

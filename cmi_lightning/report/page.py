@@ -50,7 +50,7 @@ def render(results: Results, folder: Path) -> str:
         histograms=panels.histograms(results),
         curves_by_task=panels.curves(results),
         extremes=album.extremes(),
-        study={t: results.study[t.key] for t in results.tasks if results.study.get(t.key)},
+        study={t: results.study[t] for t in results.tasks if results.study.get(t)},
         style=style,
         script=script,
         style_hash=_hash(style),

@@ -38,7 +38,7 @@ def curves(results: Results) -> list[Curves]:
     every = []
     for task in results.tasks:
         panels: dict[str, list[plots.Series]] = {key: [] for key in PANELS}
-        for cell in results.cells_of(task.key):
+        for cell in results.cells_of(task):
             if cell.variant != "equal":  # its steps are others
                 for key, series in _series(cell, colours[cell.method]):
                     panels.setdefault(key, []).append(series)
@@ -50,7 +50,7 @@ def curves(results: Results) -> list[Curves]:
         drawn = [plot for panel in titled if (plot := plots.curves(*panel, ends))]
         styles = {word for plot in drawn for mark in plot.marks for word in mark.style.split()}
         methods = {m: colour for m, colour in colours.items() if colour in styles}
-        every.append(Curves(task.label, drawn, methods))
+        every.append(Curves(results.tasks[task], drawn, methods))
     return every
 
 
@@ -93,7 +93,7 @@ def histograms(results: Results) -> list[Histograms]:
         tasks = defaultdict(list)
         for verdict, changes, half in zip(shown, values, halves, strict=True):
             plot = plots.histogram(changes, half, metric.sign)
-            tasks[results.task_labels[verdict.cell.task]].append((verdict, plot))
+            tasks[results.tasks[verdict.cell.task]].append((verdict, plot))
         every.append(Histograms(metric, shared, tasks))
     return every
 

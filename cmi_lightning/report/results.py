@@ -50,14 +50,6 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A degradation: its key, and its name for people."""
-
-    key: str
-    label: str
-
-
-@dataclass(frozen=True)
 class Difference:
     """Paired differences of one metric: mean, 95 % interval, p, and Holm's word on it.
 
@@ -146,7 +138,8 @@ class Search:
 class Results:
     """Everything that the report and the tables show.
 
-    By task, ``measured`` are the metrics of its measurements, and ``examples`` are images' ids.
+    ``tasks`` are their names for people, by key. By task, ``measured`` are the metrics of its
+    measurements, and ``examples`` are images' ids.
     The images themselves are in the cells' folders: ``truth``, ``measurement`` and ``restored``.
     """
 
@@ -163,7 +156,7 @@ class Results:
     objective: str
     protocol: dict[str, str]
     metrics: tuple[Metric, ...]
-    tasks: tuple[Task, ...]
+    tasks: dict[str, str]
     methods: tuple[str, ...]
     cells: tuple[Cell, ...]
     measured: dict[str, dict[str, Estimate]]
@@ -172,11 +165,6 @@ class Results:
     @cached_property
     def _cells(self) -> Mapping[tuple[str, str, str], Cell]:
         return {(c.task, c.method, c.variant): c for c in self.cells}
-
-    @cached_property
-    def task_labels(self) -> Mapping[str, str]:
-        """How the tasks are called, by key."""
-        return {task.key: task.label for task in self.tasks}
 
     @cached_property
     def metric_labels(self) -> Mapping[str, str]:
@@ -192,12 +180,12 @@ class Results:
         keys = ((task, method, variant) for method in self.methods for variant in VARIANTS)
         return [self._cells[key] for key in keys if key in self._cells]
 
-    def rows(self) -> dict[Task, list[Cell]]:
+    def rows(self) -> dict[str, list[Cell]]:
         """Return the table's rows by task: its measurements first, which need no passes."""
-        every = {task: self.cells_of(task.key) for task in self.tasks}
+        every = {task: self.cells_of(task) for task in self.tasks}
         for task, rows in every.items():
-            if metrics := self.measured.get(task.key):
-                row = Cell(task.key, "", "measured", MEASURED, 0, self.images, metrics, passes=0.0)
+            if metrics := self.measured.get(task):
+                row = Cell(task, "", "measured", MEASURED, 0, self.images, metrics, passes=0.0)
                 rows.insert(0, row)
         return {task: rows for task, rows in every.items() if rows}
 

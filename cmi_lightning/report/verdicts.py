@@ -116,5 +116,5 @@ def verdicts_of(cell: Cell, metric: Metric) -> dict[str, Verdict]:
 
 def verdicts(results: Results, metric: Metric, against: str, variant: str = "cmi") -> list[Verdict]:
     """Return the verdicts on all cells of CMI, or of another variant, that were compared."""
-    cells = [c for t in results.tasks for c in results.cells_of(t.key) if c.variant == variant]
+    cells = [c for t in results.tasks for c in results.cells_of(t) if c.variant == variant]
     return [v for cell in cells if (v := verdicts_of(cell, metric).get(against))]

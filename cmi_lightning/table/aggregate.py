@@ -64,7 +64,7 @@ def aggregate(table: Table, config: str = "", command: str = "") -> Results:
         objective=table.objective,
         protocol={k: str(v) for file in protocols for k, v in file.get("protocol", {}).items()},
         metrics=metrics,
-        tasks=tuple(reported.Task(key, task.label) for key, task in table.tasks.items()),
+        tasks={key: task.label for key, task in table.tasks.items()},
         methods=tuple(table.methods),
         cells=tuple(
             _cell(table, started, estimates[key], differences.get(key, {}), draws.get(key))
