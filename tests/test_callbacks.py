@@ -140,7 +140,10 @@ def unit(x: Tensor) -> np.ndarray:
 
 
 def reference_ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """skimage's SSIM, with the borders reflected first, as torchmetrics does it."""
+    """skimage's SSIM (Wang et al.'s: 11×11 window, σ = 1.5), on reflected borders as torchmetrics'.
+
+    It is the mean over channels, with population covariance and K = (0.01, 0.03).
+    """
     a, b = (np.pad(v, ((5, 5), (5, 5), (0, 0)), mode="reflect") for v in (a, b))
     return structural_similarity(
         a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.0,
@@ -148,27 +151,28 @@ def reference_ssim(a: np.ndarray, b: np.ndarray) -> float:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_metrics_equal_skimage_on_the_saved_pixels(tmp_path, channels, capsys):
-    x = garments(5, channels, 24)
+@pytest.mark.parametrize("shape", [(1, 24, 24), (3, 20, 44)])
+def test_metrics_equal_skimage_on_the_saved_pixels(tmp_path, shape, capsys):
+    channels, height, width = shape
+    x = garments(5, channels, width)[:, :, :height]
     keep = predict(tmp_path, RestorationMetrics(), ImageWriter(), x=x)
     rows = rows_of(tmp_path / "metrics.csv")
     assert [row["id"] for row in rows] == [f"set/{i}" for i in range(5)]
     restored, measured = keep.joined("restored"), keep.joined("measurement")
     for i, row in enumerate(rows):
         path = tmp_path / "restored" / f"{row['id']}.png"
-        saved = png(path, "L" if channels == 1 else "RGB").reshape(24, 24, channels) / 255
+        saved = png(path, "L" if channels == 1 else "RGB").reshape(height, width, -1) / 255
         assert np.array_equal(saved, unit(restored[i]))
         for suffix, image in {"": saved, "_measurement": unit(measured[i])}.items():
             psnr = peak_signal_noise_ratio(unit(x[i]), image, data_range=1.0)
             assert float(row[f"psnr{suffix}"]) == pytest.approx(psnr, abs=1e-4)
             ssim = reference_ssim(unit(x[i]), image)
-            assert float(row[f"ssim{suffix}"]) == pytest.approx(ssim, abs=1e-4)
+            assert float(row[f"ssim{suffix}"]) == pytest.approx(ssim, abs=1e-5)
         y = keep.outputs[i // 3]["details"].problem.y[i % 3]
         operator = keep.outputs[i // 3]["details"].problem.operator
         residual = y - operator(keep.outputs[i // 3]["restored"])[i % 3]
         assert float(row["residual"]) == pytest.approx(float(residual.norm()), rel=1e-4)
-        expected = 0.05 * (channels * (24 * 24 - 12 * 12)) ** 0.5
+        expected = 0.05 * (channels * (height * width - (height // 2) ** 2)) ** 0.5
         assert float(row["expected_residual"]) == pytest.approx(expected, rel=1e-5)
         assert (row["forwards"], row["vjps"]) == (str(STEPS), str(STEPS))
     summary = strict_json(tmp_path / "summary.json")
@@ -519,14 +523,6 @@ def test_inputs_are_written_where_they_are_wanted(tmp_path, given):
     assert len(write(ImageWriter(inputs=True)).records) == STEPS
     assert (folder / "measurement/a/b/0.png").is_file()
     assert len(write(ImageWriter(inputs=True)).records) == 0
-
-
-def test_an_id_cannot_leave_the_folder(tmp_path):
-    predict(tmp_path / "run", ImageWriter(), x=garments(1), ids=["../../up"])
-    assert all(p.is_relative_to(tmp_path / "run") for p in tmp_path.rglob("*.*"))
-    (path,) = (tmp_path / "run" / "restored").rglob("*.png")
-    assert path.parent == tmp_path / "run" / "restored"
-    assert path.name.startswith("up~")
 
 
 def test_grid_shows_the_images_enlarged(tmp_path):

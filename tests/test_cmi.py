@@ -16,7 +16,7 @@ from cmi_lightning.exact import GaussianMixture, GaussianPrior, power_law_prior
 from cmi_lightning.guidance import CMI, DPS, DSG, MCG, MomentMatching, PiGDM
 from cmi_lightning.information import ImageProbes, Lanczos, Ridge, TraceLimit, TwoTraces
 from cmi_lightning.information.base import SECOND_ORDER
-from cmi_lightning.linalg import dot, norm
+from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import BoxMask, Dense, PixelMask
 from cmi_lightning.problem import Problem
@@ -44,13 +44,6 @@ def dense_information(
     S = torch.eye(len(A), dtype=x.dtype) + step.covariance_factor * A @ J @ A.T
     value = 0.5 * of(S)
     return value.detach(), torch.autograd.grad(value, x)[0]
-
-
-def posterior_covariance_form(step: Step, mixture: GaussianMixture, operator: Dense, row: int):
-    """The paper's Theorem 1, ½ log det Σ − ½ log det (Σ⁻¹ + AᵀΣ_n⁻¹A)⁻¹."""
-    covariance = step.covariance_factor * jacobian(step, mixture, row)
-    precision = torch.linalg.inv(covariance) + operator.matrix.T @ operator.matrix / 0.1**2
-    return (0.5 * torch.logdet(covariance) + 0.5 * torch.logdet(precision)).detach()
 
 
 class AllSigns:
@@ -153,14 +146,6 @@ def test_cost_is_as_the_docstrings_say(mixture, dense, derivative, estimator, pa
     assert estimator.passes() == forwards + products + weight
 
 
-def test_theorem_1_equals_the_measurement_space_form(mixture, dense):
-    step = make_step(mixture, dense, 300)
-    for row in range(4):
-        value, _ = dense_information(step, mixture, dense, 0.1, row)
-        paper = posterior_covariance_form(step, mixture, dense, row)
-        assert float(value) == pytest.approx(float(paper), rel=1e-9)
-
-
 def test_random_probes_are_unbiased(mixture, dense):
     step = make_step(mixture, dense, 300, batch=1)
     estimates = []
@@ -171,18 +156,6 @@ def test_random_probes_are_unbiased(mixture, dense):
     _, exact = dense_information(step, mixture, dense, 0.1, 0)
     error = (estimates.mean(0) - exact) / (estimates.std(0) / math.sqrt(len(estimates)))
     assert float(error.abs().max()) < 4
-
-
-def test_gradient_matches_a_finite_difference_of_the_value(mixture, dense):
-    step = make_step(mixture, dense, 300, batch=1)
-    step.noise = AllSigns(step.noise)
-    estimator = Lanczos(probes=4, krylov=3)
-    direction = torch.ones_like(step.x.detach())
-    h = 1e-4
-    ahead = estimator(step.at(step.x.detach() + h * direction, step.t)).value
-    behind = estimator(step.at(step.x.detach() - h * direction, step.t)).value
-    slope = dot(estimator(step).gradient, direction)
-    assert float((ahead - behind) / (2 * h)) == pytest.approx(float(slope), rel=1e-5)
 
 
 @pytest.mark.parametrize(("derivative", "error"), [("difference", 5e-3), ("forward", 0.1)])
@@ -216,13 +189,6 @@ def test_no_gradient_is_no_step_however_long(dense):
     proposal = DDPM().transition(step, lambda s: s.x0.detach())
     moved = CMI(scale=1e6, step_size="noise", max_step=math.inf).guide_transition(step, proposal)
     assert torch.equal(moved.mean, proposal.mean)
-
-
-def test_gaussian_prior_has_no_gradient(dense):
-    prior = GaussianMixture(torch.zeros(1, *SHAPE, dtype=torch.float64), 0.3)
-    information = Lanczos(krylov=3)(make_step(prior, dense, 300))
-    assert float(information.gradient.abs().max()) < 1e-12
-    assert float(information.value.min()) > 0
 
 
 @pytest.mark.parametrize("base", [DPS(), PiGDM(), MCG(), DSG(), MomentMatching()], ids=str)
@@ -341,7 +307,7 @@ def test_step_is_left_alone(mixture, dense, quiet):
 def test_noiseless_measurements_are_refused(mixture, dense):
     step = make_step(mixture, dense, sigma=0.0)
     proposal = DDPM().transition(step, lambda s: s.x0.detach())
-    with pytest.raises(InputError, match="noise"):
+    with pytest.raises(InputError, match="CMI needs measurement noise"):
         CMI().guide_transition(step, proposal)
 
 

@@ -57,14 +57,6 @@ def test_predict_equals_the_core_in_either_mode(module, prior, shipped_images, i
     assert restoration["seconds"] > 0
 
 
-def test_batch_size_changes_nothing(module, shipped_images):
-    together, apart = (
-        torch.cat([r["restored"] for r in run(module, shipped_images[:2], size=size)])
-        for size in (2, 1)
-    )
-    torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_precisions(prior, shipped_images, precision):
     module = PosteriorSampler(copy.deepcopy(prior), BoxMask(14, 4), guidances=[DPS()], num_steps=4)
@@ -175,15 +167,13 @@ def test_images_are_checked_before_sampling(prior):
     with pytest.raises(InputError, match="1×24×32"):
         run(PosteriorSampler(prior), Images())
     Images.image_shape = (1, 32, 32)
-    with pytest.raises(InputError, match="5"):
+    with pytest.raises(InputError, match="factor 5"):
         run(PosteriorSampler(prior, Downsample(5)), Images())
 
 
 def test_noise_range_is_stated_and_converted(prior):
     assert GaussianNoise(0.05).level == 0.05
     assert GaussianNoise(0.05, "unit").level == 0.1
-    with pytest.raises(InputError, match="sigma"):
-        GaussianNoise(-0.1)
     described = PosteriorSampler(prior, noise=GaussianNoise(0.05, "unit")).describe()
     assert described["noise"] == "σ = 0.1 on [−1, 1] = 0.05 on [0, 1]"
 

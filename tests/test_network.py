@@ -90,6 +90,22 @@ def test_shipped_priors_have_names():
         shipped_prior("faces")
 
 
+def test_shipped_priors_are_frozen(prior):
+    assert not any(p.requires_grad for p in prior.parameters())
+    assert not prior.training
+
+
+def test_low_precision_keeps_details_where_noise_is_small(prior, shipped_images):
+    # The last levels have noise of 0.01: bfloat16 at the input would drown it.
+    x = shipped_images[:8]
+    level = prior.schedule[0]
+    noisy = level.alpha * x + level.sigma * torch.randn(x.shape, generator=torch.manual_seed(0))
+    with torch.no_grad():
+        full = prior(noisy, level).x0
+        low = Autocast(prior, torch.bfloat16)(noisy, level).x0
+    assert float((full - low).square().mean().sqrt()) < 0.1 * level.sigma
+
+
 def test_the_prior_of_photographs_denoises_colour_of_any_size():
     prior, data = shipped_prior("photos-64"), ImageFolderData("photos-validation", limit=2)
     data.setup("predict")

@@ -422,7 +422,7 @@ def test_convolution_is_scipys(padding, size, taps):
         assert close(y[row], torch.from_numpy(expected), 1e-12)
 
 
-@pytest.mark.parametrize("factor", [2, 3, 4])
+@pytest.mark.parametrize("factor", [2, 3, 4, 8])
 def test_downsample_is_torchs_inside(factor):
     x = draw(1, 3, 16 * factor, 13 * factor)
     y = bound(Downsample(factor), x)(x)

@@ -258,10 +258,11 @@ def mixed(network, x, u, p):
     return torch.autograd.grad((g * p).sum(), x)[0]
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("options", [{}, {"scale_shift": False}, {"learn_variance": True}])
-def test_derivatives_match_finite_differences(checkpoint, options):
-    network = frozen(checkpoint=checkpoint, **options)
+def test_derivatives_match_finite_differences(checkpoint, options, trained):
+    network = frozen(checkpoint=checkpoint, **options).requires_grad_(trained)
     channels = 4 if "learn_variance" in options else 2
     x, p, u = randn(1, 2, 4, 4), randn(1, 2, 4, 4, seed=2), randn(1, channels, 4, 4, seed=3)
     assert_two_derivatives(lambda z: network(z, TIMES), x, u, p)
@@ -279,6 +280,12 @@ def test_third_derivatives_survive_checkpointing():
         results.append(g.detach())
     assert float(results[0].abs().max()) > 1e-3
     torch.testing.assert_close(*results)
+
+
+def test_checkpointing_in_training_changes_no_bit_of_a_second_derivative():
+    plain, saving = (frozen(checkpoint=c).requires_grad_().train() for c in (False, True))
+    x, u, p = randn(3, 1, 2, 4, 4)
+    assert torch.equal(mixed(plain, x, u, p), mixed(saving, x, u, p))
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -316,6 +323,7 @@ def test_checkpointing_trains_as_without(dropout):
 def test_fused_attention_has_the_first_derivative(checkpoint):
     plain, fused = frozen(), frozen(fused_attention=True, checkpoint=checkpoint)
     x, u = randn(1, 2, 4, 4), randn(1, 2, 4, 4, seed=2)
+    torch.testing.assert_close(fused(x, TIMES), plain(x, TIMES))
     torch.testing.assert_close(product(fused, x, u), product(plain, x, u))
     assert (plain.derivatives, fused.derivatives) == (2, 1)
 

@@ -94,6 +94,8 @@ def test_files(tmp_path, network, state, name):
 def test_folders(tmp_path, network, state):
     with pytest.raises(InputError, match=r"must hold one weights file, found no \.safetensors"):
         load_weights(network, tmp_path)
+    with pytest.raises(InputError, match="No weights at"):
+        load_weights(network, tmp_path / "absent.pt")
     save_file(state, tmp_path / "a.safetensors")
     (tmp_path / "config.json").write_text("{}")
     load_weights(network, tmp_path)
@@ -184,6 +186,7 @@ def test_public_checkpoints_have_the_size_of_their_networks():
         (b"GGUF\3\0\0\0", "is a GGUF file, not weights of PyTorch"),
         (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
         (b"\x1f\x8b\x08\0", "is a gzip archive"),
+        (b"not a checkpoint", "Cannot read the weights"),
     ],
 )
 def test_what_is_no_checkpoint(tmp_path, network, content, words):
@@ -421,6 +424,13 @@ def beside(**others):
 
 FOREIGN = [  # what a file holds, from the network's own tensors, and what is said of it
     (lambda s: {"state_dict": unet()}, "weights_only"),
+    (lambda s: unet(), "weights_only"),  # a whole module is code, not plain tensors
+    (lambda s: {"epoch": 3}, "not a state dict"),
+    (lambda s: {k: v for k, v in s.items() if k[:4] != "out."}, r"4 missing \(out.0.weight"),
+    (
+        lambda s: {**s, "out.2.bias": torch.zeros(7)},
+        r"1 misshapen \(out.2.bias \(7,\) instead of \(2,\)\)",
+    ),
     # latent diffusion's checkpoints hold their configurations
     (
         lambda s: {"state_dict": s, "hyper_parameters": OmegaConf.create({"base_rate": 1e-4})},

@@ -76,11 +76,6 @@ def test_the_table_of_priors(capsys, monkeypatch, tmp_path):
     assert not on_disk(card("sd3-medium"))
 
 
-def test_shipped_priors_by_name():
-    prior = load_prior("fashion-mnist")
-    assert prior.image_shape == (1, 32, 32)
-
-
 def test_our_own_folders(tmp_path):
     network = UNet(1, 32, (1,), attention_levels=(), num_classes=3)
     NetworkDenoiser(network, None, condition={"y": 1}).save_pretrained(tmp_path)
