@@ -4,12 +4,15 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from cmi_lightning.denoisers import NetworkDenoiser, shipped_prior
+from cmi_lightning.errors import warn_once
 from cmi_lightning.exact import GaussianMixture
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Dense, LinearOperator
@@ -22,6 +25,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: more threads woul
 
 
 SHAPE = (1, 2, 3)
+
+
+@pytest.fixture(autouse=True)
+def as_if_alone() -> None:
+    """Numbers without a seed, and warnings given once, do not depend on the tests before."""
+    torch.manual_seed(0)
+    warn_once.cache_clear()
+
+
 DRAWN = ("test_callbacks", "test_loggers")  # where curves are drawn in earnest
 
 
@@ -78,6 +90,18 @@ def numbered(count: int, seed: int = 0) -> BatchNoise:
     return BatchNoise(seed, [str(i) for i in range(count)])
 
 
+class AllSigns:
+    """Stands in for random signs: all 2^(m−1) sign vectors, one per probe, up to a global sign."""
+
+    def __init__(self, noise) -> None:
+        self.ids, self.normal = noise.ids, noise.normal
+
+    def signs(self, stream: str, step: int, like: Tensor) -> Tensor:
+        k, size = int(stream.split("/")[1]), like[0].numel()
+        bits = [1.0] + [1.0 if k >> i & 1 else -1.0 for i in range(size - 1)]
+        return torch.tensor(bits, dtype=like.dtype).reshape(like.shape[1:]).expand_as(like)
+
+
 def make_step(
     denoiser: GaussianMixture,
     operator: LinearOperator,
@@ -99,6 +123,15 @@ def make_step(
     return Step(index, x, t, s, problem, denoiser, noise, differentiable)
 
 
+def configured(options: dict[str, Any], **parts: tuple[Any, Any]) -> Any:
+    """Make a configuration's parts, of a type and with a default each, as the command line does."""
+    parser = ArgumentParser(exit_on_error=False)
+    for name, (kind, default) in parts.items():
+        parser.add_argument(f"--{name}", type=kind, default=default)
+    make = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its former name
+    return make(parser.parse_object(options))
+
+
 def jacobian(step: Step, denoiser: GaussianMixture, row: int) -> Tensor:
     """∂x̂₀/∂x_t of one row as a dense matrix, from reverse-mode differentiation."""
 
@@ -106,6 +139,34 @@ def jacobian(step: Step, denoiser: GaussianMixture, row: int) -> Tensor:
         return denoiser(x.reshape(1, *SHAPE), step.t).x0.flatten()
 
     return torch.autograd.functional.jacobian(f, step.x[row].detach().flatten(), create_graph=True)
+
+
+def dense_information(
+    step: Step,
+    row: int,
+    std: Tensor | float,
+    of: Callable[[Tensor], Tensor] = torch.logdet,
+    hold: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """½ log det(I + Σ_n^{-1/2} A' Σ A'ᵀ Σ_n^{-1/2}), A' = ∂A/∂x at x̂₀, and ∇ by autograd.
+
+    With ``hold``, the gradient takes A' for constant.
+    """
+
+    def mean(z: Tensor) -> Tensor:
+        return step.denoiser(z.reshape(1, *SHAPE), step.t).x0.flatten()
+
+    def measure(z: Tensor) -> Tensor:
+        return step.problem.operator(z.reshape(1, *SHAPE)).flatten()
+
+    x = step.x[row].detach().flatten().requires_grad_()
+    at, dense = mean(x), torch.autograd.functional.jacobian
+    J = dense(mean, x, create_graph=True)
+    A = dense(measure, at.detach() if hold else at, create_graph=not hold)
+    A = A / torch.as_tensor(std, dtype=x.dtype).reshape(-1, 1)
+    S = torch.eye(len(A), dtype=x.dtype) + step.covariance_factor * A @ J @ A.T
+    value = 0.5 * of(S)
+    return value.detach(), torch.autograd.grad(value, x)[0]
 
 
 def assert_two_derivatives(

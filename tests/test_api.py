@@ -211,16 +211,16 @@ def test_a_call_in_a_thread_can_be_stopped(restorer):
     class Slow(GaussianMixture):
         def forward(self, x, level):
             begun.set()
-            stop.wait(10)
+            stop.wait(60)
             return super().forward(x, level)
 
     slow = Restorer(Slow(torch.zeros(1, 3, 8, 8), 0.2), steps=50)
     with ThreadPoolExecutor() as pool:
         running = pool.submit(slow, BYTES, stop=stop)
-        assert begun.wait(10)
+        assert begun.wait(60)
         stop.set()
         with pytest.raises(StoppedError, match="after 1 of 50"):
-            running.result(30)
+            running.result(60)
 
 
 def test_threads_do_not_disturb_each_other(restorer):

@@ -805,7 +805,7 @@ def test_each_sample_may_have_its_own_operator_and_noise():
 def test_unfit_information_problems_are_named():
     mixture, _ = make("dense")
     x = points(mixture, LEVELS[0])
-    with pytest.raises(InputError, match="noise"):
+    with pytest.raises(InputError, match="needs measurement noise"):
         exact.information(mixture, x, LEVELS[0], A, 0.0)
     with pytest.raises(InputError, match=r"\(m, 6\)"):
         exact.gradient(mixture, x, LEVELS[0], A[:, :5], 0.1)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from jsonargparse import ArgumentParser
+from conftest import configured
 from omegaconf import OmegaConf
 from test_contract import OPERATORS
 
@@ -40,11 +40,7 @@ def parts(name: str) -> tuple[Solver, list[Guidance]]:
     text = (configs.FOLDER / f"{collection}.yaml").read_text(encoding="utf-8")
     model = OmegaConf.to_container(OmegaConf.create(text)[section].model, resolve=True)
     model.pop("num_steps", None)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--solver", type=Solver, default=DDPM())
-    parser.add_argument("--guidances", type=list[Guidance], default=[])
-    make = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its old name
-    made = make(parser.parse_object(model))
+    made = configured(model, solver=(Solver, DDPM()), guidances=(list[Guidance], []))
     return made.solver, made.guidances
 
 

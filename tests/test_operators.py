@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jsonargparse import ArgumentParser
+from conftest import configured
 from PIL import Image
 from scipy import ndimage
 from torch import Tensor
@@ -22,6 +22,7 @@ from cmi_lightning.operators import (
     Colorize,
     Convolution,
     Demosaic,
+    Dense,
     Downsample,
     GaussianBlur,
     GivenKernel,
@@ -88,8 +89,10 @@ OPERATORS: dict[str, LinearOperator] = {
     "given": GivenKernel(KERNELS[0, 0]),
     "given-circular": GivenKernel(KERNELS[0], "circular"),
     "varying": GivenKernel(KERNELS),
+    "dense": Dense(torch.ones(5, 1)),  # of as many columns as an image has numbers
 }
 EXACT = [
+    "dense",
     *("identity", "random", "box", "ragged", "holes", "colorize", "demosaic", "average", "custom"),
     *("downsample", "downsample-1", "downsample-pillow", "downsample-opencv"),
 ]
@@ -111,6 +114,8 @@ def bind(
         n % operator.factor for n in shape[1:]
     ):
         operator = replace(operator, factor=math.gcd(*shape[1:]))
+    if name == "dense":
+        return Dense(draw(5, math.prod(shape), dtype=dtype), shape)
     if name == "given-circular":  # a kernel for each image
         operator = GivenKernel(KERNELS[0][[int(i) for i in ids]], "circular")
     return operator.bind(shape, SampleNoise(0, ids), torch.zeros(1, dtype=dtype))
@@ -186,14 +191,14 @@ def test_samples_are_independent(name, dtype):
     for row, sample in enumerate(("0", "1", "2")):
         single = bind(name, shape, (sample,), dtype)
         alone, part = single(x[row : row + 1]), slice(row, row + 1)
-        kept = alone.shape[2]  # a list of pixels is padded to the batch's longest
-        assert torch.allclose(alone, y[part, :, :kept], atol=1e-6, rtol=1e-6)
-        assert not y[part, :, kept:].any()
-        mine = measured[part, :, :kept]
+        kept = alone.shape[-1]  # a list of pixels is padded to the batch's longest
+        assert torch.allclose(alone, y[part, ..., :kept], atol=1e-6, rtol=1e-6)
+        assert not y[part, ..., kept:].any()
+        mine = measured[part, ..., :kept]
         for a, b in [
             (single.adjoint(mine), whole.adjoint(measured)[part]),
             (single.pinv(mine), whole.pinv(measured)[part]),
-            (single.solve(mine, shift[part]), whole.solve(measured, shift)[part, :, :kept]),
+            (single.solve(mine, shift[part]), whole.solve(measured, shift)[part, ..., :kept]),
         ]:
             assert close(a, b, tolerance)
 
@@ -294,7 +299,7 @@ def test_solve_without_shift_leaves_out_what_a_loses(operator):
     assert close(A(A.pinv(y)), y)
 
 
-@pytest.mark.parametrize("name", [n for n in OPERATORS if n not in ("identity", "custom")])
+@pytest.mark.parametrize("name", [n for n in OPERATORS if n not in ("identity", "custom", "dense")])
 def test_unbound_operators_say_so(name):
     x = torch.ones(1, 1, 6, 4)
     operator = OPERATORS[name]
@@ -573,37 +578,34 @@ def test_files_of_masks_and_kernels(tmp_path):
     ],
 )
 def test_configuration(options, expected):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--operator", type=LinearOperator)
     options = {**options, "class_path": f"cmi_lightning.operators.{options['class_path']}"}
-    make = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its former name
-    made = make(parser.parse_object({"operator": options})).operator
+    made = configured({"operator": options}, operator=(LinearOperator, None)).operator
     assert made == expected or type(made).__name__ == expected
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: RandomMask(1.0), "fraction"),
-        (lambda: RandomMask(-0.1), "fraction"),
-        (lambda: BoxMask(0), "size"),
-        (lambda: BoxMask("x"), "size"),
-        (lambda: BoxMask(True), "size"),
-        (lambda: BoxMask(3, -1), "margin"),
-        (lambda: GaussianBlur(0), "kernel_size"),
-        (lambda: GaussianBlur(61, 0.0), "sd"),
-        (lambda: GaussianBlur(rcond=1.0), "rcond"),
-        (lambda: Downsample(0), "factor"),
+        (lambda: RandomMask(1.0), r"RandomMask\.fraction must be"),
+        (lambda: RandomMask(-0.1), r"RandomMask\.fraction must be"),
+        (lambda: BoxMask(0), r"BoxMask\.size must be"),
+        (lambda: BoxMask("x"), r"BoxMask\.size must be"),
+        (lambda: BoxMask(True), r"BoxMask\.size must be"),
+        (lambda: BoxMask(3, -1), "BoxMask.margin the same, or 0"),
+        (lambda: GaussianBlur(0), r"GaussianBlur\.kernel_size must be"),
+        (lambda: GaussianBlur(61, 0.0), r"GaussianBlur\.sd must be"),
+        (lambda: GaussianBlur(rcond=1.0), r"GaussianBlur\.rcond must be"),
+        (lambda: Downsample(0), r"Downsample\.factor must be"),
         (lambda: Downsample(2, "cubic"), "convention must be one of matlab, pillow"),
-        (lambda: AveragePool(0), "factor"),
+        (lambda: AveragePool(0), r"AveragePool\.factor must be"),
         (lambda: Colorize("red"), "one of mean, luminance"),
-        (lambda: Demosaic("RGB"), "RGGB"),
+        (lambda: Demosaic("RGB"), "Demosaic.pattern must be one of RGGB, BGGR"),
         (lambda: ChannelMix(torch.ones(2, 3, 1, 1)), "in one y_k only"),
-        (lambda: MotionBlur(0), "kernel_size"),
-        (lambda: MotionBlur(intensity=1.1), "intensity"),
-        (lambda: MotionBlur(rcond=-1.0), "rcond"),
+        (lambda: MotionBlur(0), r"MotionBlur\.kernel_size must be"),
+        (lambda: MotionBlur(intensity=1.1), r"MotionBlur\.intensity must be"),
+        (lambda: MotionBlur(rcond=-1.0), r"MotionBlur\.rcond must be"),
         (lambda: Convolution(torch.ones(3, 3)), r"\(batch, height, width\)"),
-        (lambda: Separable(torch.eye(3), torch.eye(3), rcond=2), "rcond"),
+        (lambda: Separable(torch.eye(3), torch.eye(3), rcond=2), r"Separable\.rcond must be"),
     ],
 )
 def test_bad_options(make, words):

@@ -2,7 +2,7 @@
 
 import shutil
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from selenium.webdriver import ActionChains, ChromeOptions  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import Select  # noqa: E402
+from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -75,6 +75,10 @@ def _scheme(driver: Any, scheme: str) -> None:
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
+def _wait(driver: Any, condition: Callable[[], bool]) -> None:
+    WebDriverWait(driver, 60).until(lambda _: condition())
+
+
 def _show(driver: Any, element: Any) -> None:
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
 
@@ -131,8 +135,8 @@ def test_policy_stops_what_is_not_the_reports_own(started, results):
         "document.body.append(s)"
     )
     assert started.execute_script("return window.foreign") is None
-    refused = started.get_log("browser")
-    assert any("Content Security Policy" in entry["message"] for entry in refused)
+    refused = "Content Security Policy"  # the log may lag behind
+    _wait(started, lambda: any(refused in e["message"] for e in started.get_log("browser")))
 
 
 def _place(driver: Any) -> float:
@@ -307,7 +311,7 @@ def test_dark_mode_by_system_and_by_button(browser, results):
     assert toggle.get_attribute("aria-pressed") == "false"
     _scheme(browser, "dark")
     assert _brightness(browser) < 60
-    assert toggle.get_attribute("aria-pressed") == "true"
+    _wait(browser, lambda: toggle.get_attribute("aria-pressed") == "true")  # told by an event
     toggle.click()
     assert _brightness(browser) > 200
     browser.get(results["page"])

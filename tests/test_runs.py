@@ -426,7 +426,7 @@ def test_a_further_rank_ends_with_the_process_that_started_it(monkeypatch):
     monkeypatch.setattr(processes, "_parent", -1)
     processes.leave_if_orphaned()  # rank 0 has no such parent
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"^1$"):
         processes.leave_if_orphaned()
 
 

@@ -64,21 +64,6 @@ def make(name: str, shape: tuple[int, int, int], batch: int = BATCH) -> LinearOp
     }[name]()
 
 
-OPERATORS = [
-    "identity",
-    "pixels",
-    "random",
-    "box",
-    "gaussian-reflect",
-    "gaussian-circular",
-    "motion-reflect",
-    "motion-circular",
-    "convolution-reflect",
-    "convolution-circular",
-    "downsample",
-]
-
-
 def bound(
     name: str,
     shape: tuple[int, int, int] = SHAPE,
