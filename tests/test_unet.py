@@ -320,6 +320,23 @@ def test_checkpointing_trains_as_without(dropout):
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
+def test_gradients_of_the_weights_match_finite_differences(checkpoint):
+    network = frozen(checkpoint=checkpoint).requires_grad_().train()
+    x, h = randn(1, 2, 4, 4), 1e-6
+    network(x, TIMES).square().sum().backward()
+    weights = {p: (p.detach().clone(), randn(*p.shape, seed=i))
+               for i, p in enumerate(network.parameters())}  # fmt: skip
+    slope = sum(float((p.grad * along).sum()) for p, (_, along) in weights.items())
+    losses = []
+    with torch.no_grad():
+        for step in (h, -h):
+            for p, (at, along) in weights.items():
+                p.copy_(at + step * along)
+            losses.append(float(network(x, TIMES).square().sum()))
+    assert (losses[0] - losses[1]) / (2 * h) == pytest.approx(slope, rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
 def test_fused_attention_has_the_first_derivative(checkpoint):
     plain, fused = frozen(), frozen(fused_attention=True, checkpoint=checkpoint)
     x, u = randn(1, 2, 4, 4), randn(1, 2, 4, 4, seed=2)
