@@ -101,17 +101,16 @@ def find_images(
         kinds = ", ".join(sorted({path.suffix.lower() for path in foreign}))
         passed = f"{len(foreign)} image(s) of kinds that are not read here ({kinds}), such as "
         passed += f"'{printable(foreign[0])}'; convert them to PNG"
-    kept = {
-        name: [p for p in paths if p.suffix.lower() not in FOREIGN]
-        for name, paths in searched.items()
-    }
-    found = {name: paths for name, paths in kept.items() if paths}
-    for name, (first, *others) in found.items():
-        if others:
+    found: dict[str, Path] = {}
+    for name, paths in searched.items():
+        read = [path for path in paths if path.suffix.lower() not in FOREIGN]
+        if len(read) > 1:
             raise InputError(
-                f"{option}: '{printable(first)}' and '{printable(others[0])}' would share the id "
+                f"{option}: '{printable(read[0])}' and '{printable(read[1])}' would share the id "
                 f"'{name}'; rename one."
             )
+        if read:
+            found[name] = read[0]
     if not found:
         kinds = f"measurement ({', '.join(arrays)}, or an image)"
         kinds = kinds if arrays else f"image ({', '.join(SUFFIXES)})"
@@ -121,7 +120,7 @@ def find_images(
         )
     if foreign and strict:
         raise InputError(f"{option}: {passed}.")
-    return {name: found[name][0] for name in sorted(found, key=natural)}, [passed] * bool(foreign)
+    return {name: found[name] for name in sorted(found, key=natural)}, [passed] * bool(foreign)
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

@@ -58,21 +58,17 @@ def kind_of(path: Path) -> str:
             raise _cut_short(path, size, None)
         return "zip"
     if len(head) > 8 and head[8:9] == b"{":
-        start = 8 + int.from_bytes(head[:8], "little")
-        if start > size:
-            raise _cut_short(path, size, start)
-        with path.open("rb") as file:
-            file.seek(8)
+        whole = start = 8 + int.from_bytes(head[:8], "little")
+        if start <= size:
             try:
-                header = json.loads(file.read(start - 8))
-            except ValueError:
+                with path.open("rb") as file:
+                    header = json.loads(file.read(start)[8:])
+                ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+                whole += max(ends, default=0)
+            except (ValueError, AttributeError, KeyError, TypeError, IndexError):
                 return "other"
-        try:
-            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        except (AttributeError, KeyError, TypeError, IndexError):
-            return "other"
-        if start + max(ends, default=0) > size:
-            raise _cut_short(path, size, start + max(ends))
+        if whole > size:
+            raise _cut_short(path, size, whole)
         return "safetensors"
     return "other"
 

@@ -28,11 +28,17 @@ from cmi_lightning.predict.checks import check, refuse_operator
 from cmi_lightning.predict.describe import DRAWS, described
 from cmi_lightning.predict.fingerprint import of_run
 from cmi_lightning.predict.memory import Parts
-from cmi_lightning.predict.misfit import fits, misfit
 from cmi_lightning.predict.processes import end_at_sigterm
-from cmi_lightning.predict.readback import read_back
 from cmi_lightning.predict.records import Run
-from cmi_lightning.predict.restoration import Restoration, joined, nothing, restoring
+from cmi_lightning.predict.restoration import (
+    Restoration,
+    fits,
+    joined,
+    misfit,
+    nothing,
+    read_back,
+    restoring,
+)
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.solvers import DDPM, Solver

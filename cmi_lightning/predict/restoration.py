@@ -1,15 +1,19 @@
-"""What a batch's restoration is, and how it is drawn."""
+"""What a batch's restoration is: how it is drawn, read back from its files, and whether it fits."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
 
+from cmi_lightning.data.images import read_image
+from cmi_lightning.files import read_json
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.predict.batch import images_of
@@ -17,6 +21,8 @@ from cmi_lightning.predict.memory import keep_memory, peak_memory, reset_peak_me
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.step import Cost, Record
+
+FAR = 2.0  # residuals, in units of the noise's, that no right restoration has
 
 
 class Details:
@@ -131,6 +137,41 @@ def judged(problem: Problem, restored: Tensor, found: list[Tensor], **other: Any
     )
 
 
+def read_back(
+    writer: Any, records: list[Path], problem: Problem, truth: Tensor | None
+) -> Restoration | None:
+    """Return a batch's restoration from the files of the run that finished it, if it kept images.
+
+    Images are as fine as their files, of 8 or 16 bits. ``seconds`` is 0, and there is no last step.
+    """
+    kept = [read_json(path) for path in records]
+    if writer is None or not all(record.get(writer.key) for record in kept):
+        return None
+    files = [[str(name) for name in record[writer.key]] for record in kept]
+
+    def images(names: list[str]) -> Tensor:
+        return torch.cat([read_image(writer.folder / name) for name in names]).to(problem.y)
+
+    restored = torch.stack([images([n for n in names if _is(n, "restored")]) for names in files])
+    each = [[images([n]) for n in names if _is(n, "draws")] for names in files]
+    draws = [torch.stack(x) for x in zip(*each, strict=True)] if all(each) else [restored]
+    return judged(
+        problem,
+        restored,
+        draws,
+        id=[record["id"] for record in kept],
+        truth=truth,
+        failed={record["id"]: record["failed"] for record in kept if record["failed"]},
+        seconds=0.0,
+        records=kept,
+        details=Details(problem, None, Cost(), 0),  # type: ignore[arg-type]
+    )
+
+
+def _is(name: str, folder: str) -> bool:
+    return name.startswith(f"{folder}/")
+
+
 def nothing(batch: dict[str, Any]) -> Restoration:
     """Return the restoration of a batch of which nothing is to be done."""
     images = images_of(batch)[:0]
@@ -186,3 +227,29 @@ def _reasons(record: Record) -> dict[str, str]:
             what = "not a number" if number > 0 else "diverged"
             reasons[name] = f"{what} at step {abs(number)} of {record.num_steps}"
     return reasons
+
+
+def fits(result: Restoration) -> list[float]:
+    """Return ‖y − A x̂‖ / (σ√m) of the samples of a batch that did not fail."""
+    pairs = zip(result["id"], (result["residual"] / result["noise_norm"]).tolist(), strict=True)
+    return [fit for name, fit in pairs if name not in result["failed"]]
+
+
+def misfit(fits: list[float], given: bool) -> str | None:
+    """Return a sentence if ‖y − A x̂‖ / (σ√m) of each image is far above 1; None if they fit.
+
+    >>> misfit([0.9, 1.1], given=True)
+    """
+    finite = sorted(fit for fit in fits if math.isfinite(fit))
+    if not finite or (middle := finite[len(finite) // 2]) <= FAR:
+        return None
+    causes = "too few steps, or a step size (scale) that is too small or too large"
+    if given:
+        causes = (
+            "a kernel of the other convention (data.kernel_convention), a reduction without "
+            f"antialiasing, an inverted mask, a noise level that is too low, {causes}"
+        )
+    return (
+        f"The restorations do not fit the measurements: ‖y − A x̂‖ is {middle:.3g} times what "
+        f"noise alone leaves (median of {len(finite)} images). Usual causes: {causes}."
+    )

@@ -14,8 +14,7 @@ from torch import Tensor
 from cmi_lightning.data.pictures import Picture, as_images, data_url, png
 from cmi_lightning.files import make_folder, write
 from cmi_lightning.paths import inside
-from cmi_lightning.predict.misfit import misfit
-from cmi_lightning.predict.restoration import Restoration
+from cmi_lightning.predict.restoration import Restoration, misfit
 
 WHITE_STD = 0.5  # the standard deviation, on [−1, 1], that a map shows as white
 SHOWN = 4  # images of a batch that a notebook shows
