@@ -48,7 +48,7 @@ def render(results: Results, folder: Path) -> str:
         gallery=gallery(album),
         drawn=[cell for cell in results.cells if cell.draws],
         histograms=panels.histograms(results),
-        curves_by_task=panels.curves(results),
+        curves=panels.curves(results),
         extremes=album.extremes(),
         study={t: results.study[t] for t in results.tasks if results.study.get(t)},
         style=style,

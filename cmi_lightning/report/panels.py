@@ -23,19 +23,10 @@ PANELS = {
 }
 
 
-@dataclass(frozen=True)
-class Curves:
-    """A task's plots along the steps, and the colours of the methods in them."""
-
-    task: str
-    plots: list[plots.Plot]
-    methods: dict[str, str]
-
-
-def curves(results: Results) -> list[Curves]:
-    """Return what happens along the steps, by task."""
+def curves(results: Results) -> dict[str, tuple[list[plots.Plot], dict[str, str]]]:
+    """Return by task the plots along the steps, and the colours of the methods in them."""
     colours = {m: f"m{i % COLOURS}" for i, m in enumerate(results.methods)}
-    every = []
+    every = {}
     for task in results.tasks:
         panels: dict[str, list[plots.Series]] = {key: [] for key in PANELS}
         for cell in results.cells_of(task):
@@ -50,7 +41,7 @@ def curves(results: Results) -> list[Curves]:
         drawn = [plot for panel in titled if (plot := plots.curves(*panel, ends))]
         styles = {word for plot in drawn for mark in plot.marks for word in mark.style.split()}
         methods = {m: colour for m, colour in colours.items() if colour in styles}
-        every.append(Curves(results.tasks[task], drawn, methods))
+        every[task] = drawn, methods
     return every
 
 

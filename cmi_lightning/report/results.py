@@ -18,7 +18,7 @@ Variant = Literal["base", "cmi", "descent", "equal"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 CMI = "CMI"  # the added guidance, in labels and in `step_sizes`: "CMI+DPS"
 ADDED: dict[Variant, str] = {"cmi": CMI, "descent": "descent"}  # what variants add to their base
-AGAINST = ("base", "equal")  # what the added guidance is compared with
+AGAINST: tuple[Variant, ...] = ("base", "equal")  # what the added guidance is compared with
 MEASURED = "measurement A⁺y"
 
 

@@ -9,17 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from cmi_lightning.report.results import Difference, Metric, Variant
+from cmi_lightning.report.results import AGAINST, VARIANTS, Difference, Metric
 from cmi_lightning.table.cells import Key, StartedCell
 from cmi_lightning.table.resampling import bootstrap_interval, holm, interval_and_p, sign_flip_p
 
-COMPARED: tuple[tuple[Variant, Variant], ...] = (
-    ("cmi", "base"),
-    ("descent", "base"),
-    ("equal", "base"),
-    ("cmi", "equal"),
-    ("descent", "equal"),
-)
+COMPARED = [(v, against) for against in AGAINST for v in VARIANTS if v not in ("base", against)]
 Differences = dict[str, dict[str, Difference]]  # by what a cell is compared with, then by metric
 
 
@@ -33,17 +27,18 @@ def compare(
     """
     every: dict[Key, Differences] = defaultdict(dict)
     for variant, against in COMPARED:
-        pairs = {key: (*key[:2], against) for key in cells if key[2] == variant}
-        for key, other in ((key, cells[other]) for key, other in pairs.items() if other in cells):
-            paired = {metric.key: _difference(cells[key], other, metric) for metric in metrics}
-            every[key][against] = {name: found for name, found in paired.items() if found}
-        for metric in metrics:
-            of_kind = [every[key][against] for key in pairs if against in every[key]]
-            family = [differences for differences in of_kind if metric.key in differences]
-            rejected = holm([differences[metric.key].p for differences in family])
-            for differences, significant in zip(family, rejected, strict=True):
-                found = differences[metric.key]
-                differences[metric.key] = replace(found, significant=significant)
+        of_kind = {
+            key: {m.key: d for m in metrics if (d := _difference(cells[key], cells[other], m))}
+            for key in cells
+            if key[2] == variant and (other := (*key[:2], against)) in cells
+        }
+        for metric in (metric.key for metric in metrics):
+            family = [found for found in of_kind.values() if metric in found]
+            rejected = holm([found[metric].p for found in family])
+            for found, significant in zip(family, rejected, strict=True):
+                found[metric] = replace(found[metric], significant=significant)
+        for key, found in of_kind.items():
+            every[key][against] = found
     return every
 
 
