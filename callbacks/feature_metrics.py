@@ -205,15 +205,12 @@ class FeatureMetrics(RecordingCallback):
             sizes = ("×".join("any" if n is None else str(n) for n in s) for s in (wanted, given))
             raise InputError("it takes images of {} and these are {}.".format(*sizes))
 
-    def of_sets(
-        self, records: Sequence[Mapping[str, Any]]
-    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    def of_sets(self, ids: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
         """Return Fréchet and kernel distance to the truth, as entries of a summary, and notes."""
-        used = [r["id"] for r in records if not r["failed"] and self.sets and self.files(r)]
-        if len(used) < 2:
+        if not self.sets or len(ids) < 2:
             return {}, []
-        embeddings = read_embeddings(self.folder, used, self.embeddings)
-        count, dimension = len(used), embeddings.shape[2]
+        embeddings = read_embeddings(self.folder, ids, self.embeddings)
+        count, dimension = len(ids), embeddings.shape[2]
         self.about["features"] = dimension
         entries: dict[str, dict[str, Any]] = {}
         truth = embeddings[:, 0]
@@ -243,7 +240,7 @@ class FeatureMetrics(RecordingCallback):
         notes = [*getattr(self.network, "notes", ())] if compared else []
         notes += [note for notes_of_one in told for note in notes_of_one]
         metrics, odd = statistics([r[self.key] for r in used])
-        of_sets, few = self.of_sets(records)
+        of_sets, few = self.of_sets([r["id"] for r in records if not r["failed"] and self.files(r)])
         return {
             "images": len(records),
             "failed": failed,

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from cmi_lightning.callbacks.base import RecordingCallback, failures, plain
+from cmi_lightning.callbacks.distances import embedding_path
 from cmi_lightning.callbacks.feature_metrics import FeatureMetrics
 from cmi_lightning.callbacks.networks import VGG, Alex, Inception
 from cmi_lightning.callbacks.summary import (
@@ -112,12 +113,8 @@ class RestorationMetrics(RecordingCallback):
         return super().recorded(record) and set(self._at_hand) <= set(record["networks"])
 
     def files(self, record: Mapping[str, Any]) -> list[Path]:
-        return [path for n in self._at_hand.values() for path in n.files(self._as(n, record))]
-
-    @staticmethod
-    def _as(network: FeatureMetrics, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a record as the network's callback would have made it."""
-        return {**record, network.key: {}, f"{network.key}_features": record["features"]}
+        of_sets = [n for n in self._at_hand.values() if n.sets and record["features"]]
+        return [embedding_path(self.folder, record["id"], n.embeddings) for n in of_sets]
 
     def measure(self, outputs: Restoration) -> list[dict[str, Any]]:
         """Return the batch's rows, and write what they cost."""
@@ -192,8 +189,9 @@ class RestorationMetrics(RecordingCallback):
         compared = not all(NO_TRUTH in record["notes"] for record in records)
         notes = [note for n in self.networks if compared for note in n.network.notes]
         notes += [note for record in records for note in record["notes"]]
+        used = [r["id"] for r in records if r["features"] and not r["failed"]]
         for network in self._at_hand.values():
-            of_sets, few = network.of_sets([self._as(network, r) for r in records])
+            of_sets, few = network.of_sets(used)
             if "fid_draws" in of_sets:
                 of_sets["fid"] = of_sets["fid_draws"]
             metrics |= {k: v for k, v in of_sets.items() if v["mean"] is not None}
