@@ -79,12 +79,17 @@ class Picture:
     def _of_numbers(cls, image: Tensor | np.ndarray) -> Picture:
         given = image.detach() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
         last, byte = not isinstance(image, Tensor), given.dtype == torch.uint8
+        kind, where = ("an array", "last") if last else ("a tensor", "first")
         if given.ndim not in (2, 3, 4) or 0 in given.shape:
-            kind = f"{'an array' if last else 'a tensor'} {tuple(given.shape)}"
-            raise InputError(f"The image must be {KINDS}; got {kind}.")
+            raise InputError(f"The image must be {KINDS}; got {kind} {tuple(given.shape)}.")
         x = _in_range(given)
         x = x[None, None] if x.ndim == 2 else x.reshape(-1, *x.shape[-3:])
         x = x.movedim(-1, 1) if last and given.ndim > 2 else x
+        if x.shape[1] not in (1, 3, 4):
+            raise InputError(
+                f"The image {tuple(given.shape)} has {x.shape[1]} channels: there must be 1, 3 or "
+                f"4, and they come {where} in {kind}."
+            )
 
         def shaped(x: Tensor) -> Any:
             x = x if given.ndim == 4 else x[0] if given.ndim == 3 else x[0, :1]
@@ -95,11 +100,7 @@ class Picture:
         def back(x: Tensor) -> Any:
             return shaped(to_uint8(x) if byte else _unit(x) if last else _unit(x).to(given.dtype))
 
-        return cls(_channels(x, given, -1 if last else 1), back, shaped, _numbered(len(x)))
-
-
-def _numbered(count: int) -> list[str]:
-    return [f"{i:05d}" for i in range(count)]
+        return cls(x.contiguous(), back, shaped, [f"{i:05d}" for i in range(len(x))])
 
 
 def _in_range(image: Tensor) -> Tensor:
@@ -108,9 +109,9 @@ def _in_range(image: Tensor) -> Tensor:
         return image.float() / 127.5 - 1
     if not image.is_floating_point():
         raise InputError(f"The image must be uint8, or float in [0, 1]; got {image.dtype}.")
-    if image.numel() and not bool(torch.isfinite(image).all()):
+    if not bool(torch.isfinite(image).all()):
         raise InputError("The image has values that are no numbers.")
-    low, high = (float(image.min()), float(image.max())) if image.numel() else (0.0, 0.0)
+    low, high = float(image.min()), float(image.max())
     if low < 0 or high > 1:
         remedy = "use (x + 1) / 2" if low >= -1 and high <= 1 else "divide by its range"
         raise InputError(
@@ -118,17 +119,6 @@ def _in_range(image: Tensor) -> Tensor:
             f"{remedy}."
         )
     return image.float() * 2 - 1
-
-
-def _channels(x: Tensor, image: Any, axis: int) -> Tensor:
-    """Refuse a number of channels that no picture has."""
-    if x.shape[1] not in (1, 3, 4):
-        where = "first" if axis == 1 else "last"
-        raise InputError(
-            f"The image {tuple(image.shape)} has {x.shape[1]} channels: there must be 1, 3 or 4, "
-            f"and they come {where} in a {'tensor' if axis == 1 else 'array'}."
-        )
-    return x.contiguous()
 
 
 def _unit(x: Tensor) -> Tensor:
