@@ -27,7 +27,7 @@ from cmi_lightning.callbacks.distances import (
 from cmi_lightning.callbacks.networks import Published
 from cmi_lightning.callbacks.summary import given_up, means, statistics
 from cmi_lightning.data.pictures import levels
-from cmi_lightning.errors import InputError, first_line
+from cmi_lightning.errors import InputError, counted, first_line
 from cmi_lightning.files import sha256, write
 from cmi_lightning.paths import safe_name
 from cmi_lightning.predict.module import Restoration
@@ -188,7 +188,9 @@ class FeatureMetrics(RecordingCallback):
             return distances, None
         features = self.network.embed(x)
         if features.shape[:1] != x.shape[:1] or features.ndim != 2:
-            raise InputError(f"embed gave {tuple(features.shape)} for {len(x)} images, not (B, D).")
+            raise InputError(
+                f"embed gave {tuple(features.shape)} for {counted(len(x), 'image')}, not (B, D)."
+            )
         return distances, features.float()
 
     def _apart(self, x: Tensor, truth: Tensor) -> Tensor:
@@ -224,7 +226,7 @@ class FeatureMetrics(RecordingCallback):
                 entries[f"{name}{kind}"] = {"mean": mean, "standard_error": None, "count": count}
         if self.keys[1] == "fid" and count < STABLE_FID:
             use = f"use {STABLE_FID} or more."
-            return entries, [f"FID of {count} images is biased and unstable; {use}"]
+            return entries, [f"FID of {counted(count, 'image')} is biased and unstable; {use}"]
         if self.keys[1] != "fid" and count < FEW * dimension:
             return entries, [
                 f"The Fréchet distance of {count} images in {dimension} features is too large, "

@@ -28,7 +28,7 @@ from cmi_lightning.callbacks.summary import (
 )
 from cmi_lightning.checked import check
 from cmi_lightning.data.pictures import levels
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, counted
 from cmi_lightning.files import write, write_json
 from cmi_lightning.paths import inside
 from cmi_lightning.predict.module import Restoration
@@ -175,7 +175,9 @@ class RestorationMetrics(RecordingCallback):
         if outputs["draws"] is not None:
             many = [quality(x, "_draws") for x in outputs["draws"].unbind(1)]
             columns |= {name: torch.stack([m[name] for m in many]).mean(0) for name in many[0]}
-        return columns, [f"SSIM is left out: it needs {SSIM_WINDOW} pixels per side."] * small
+        return columns, [
+            f"SSIM is left out: it needs {counted(SSIM_WINDOW, 'pixel')} per side."
+        ] * small
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
         write(self.folder / "metrics.csv", table(self._rows(records)).encode())

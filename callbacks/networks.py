@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cmi_lightning import fetch
 from cmi_lightning.denoisers.checkpoints import read_checkpoint
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, counted
 from cmi_lightning.files import sha256
 
 
@@ -82,7 +82,7 @@ class Published(nn.Module):
         if shape[0] not in (1, 3):
             return f"1 or 3 channels are needed, not {shape[0]}."
         if min(shape[1:]) < self.smallest:
-            return f"it needs {self.smallest} pixels per side."
+            return f"it needs {counted(self.smallest, 'pixel')} per side."
         return None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from cmi_lightning.callbacks.base import RecordingCallback, failures, plain
 from cmi_lightning.callbacks.summary import given_up, plus_minus, show
 from cmi_lightning.data.pictures import levels
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, counted
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.predict.module import Restoration
 from cmi_lightning.statistics import mean_and_error
@@ -150,7 +150,7 @@ class PosteriorQuality(RecordingCallback):
             (label, plus_minus(v["value"], v["standard_error"], 3), f"{v['expected']:g}")
             for label, v in zip(labels, self._estimates().values(), strict=True)
         ]
-        title = f"{self.result['images']} images, {self.result['draws']} draws of each"
+        title = f"{counted(self.result['images'], 'image')}, {self.result['draws']} draws of each"
         there = any(v["value"] is not None for v in self._estimates().values())
         notes = [*self.result["notes"], f"All of this: {self.folder / self.summary}"]
         show(f"{title}, ± standard error", ("draws", "calibrated"), rows if there else [], notes)

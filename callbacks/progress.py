@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cmi_lightning.checked import check
+from cmi_lightning.errors import counted
 from cmi_lightning.predict.callback import SamplingCallback
 from cmi_lightning.predict.module import PosteriorSampler
 from cmi_lightning.problem import Problem
@@ -140,11 +141,13 @@ class SamplingProgress(ProgressBar, SamplingCallback):
             seconds = time.monotonic() - self.started
             sampled = self.done - self.before
             if self.before and not sampled:
-                self._line(f"all {self.done} images were done before: nothing to sample")
+                self._line(f"nothing to sample: {counted(self.done, 'image')} done before")
             else:
                 before = f"; {self.before} were done before" if self.before else ""
                 rate = _hourly(sampled / max(seconds, 1e-9))
-                self._line(f"sampled {sampled} images in {_clock(seconds)} ({rate}){before}")
+                self._line(
+                    f"sampled {counted(sampled, 'image')} in {_clock(seconds)} ({rate}){before}"
+                )
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

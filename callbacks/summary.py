@@ -13,6 +13,7 @@ from typing import Any
 import rich
 from rich.table import Table
 
+from cmi_lightning.errors import counted
 from cmi_lightning.files import read_json
 from cmi_lightning.paths import inside
 from cmi_lightning.statistics import mean_and_error
@@ -93,7 +94,8 @@ def given_up(failed: Mapping[str, str], count: int, skipped: Mapping[str, str]) 
         told = "; ".join(f"{name}: {why}" for name, why in list(failed.items())[:SHOWN])
         more = "; …" if len(failed) > SHOWN else ""
         notes.append(
-            f"{len(failed)} of {count} images failed and are left out of the means ({told}{more})."
+            f"{len(failed)} of {counted(count, 'image')} failed; the means leave them out "
+            f"({told}{more})."
         )
     if skipped:
         notes.append(f"Files that could not be read and were left out: {len(skipped)}.")
@@ -116,7 +118,8 @@ def statistics(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Statistics]
         if odd:
             kind = "not a number (diverged)" if any(map(math.isnan, odd)) else "infinite (no error)"
             notes.append(
-                f"{name} is {kind} for {len(odd)} of {len(values)} images, so it has no mean; see "
+                f"{name} is {kind} for {len(odd)} of {counted(len(values), 'image')}, so it has "
+                f"no mean; see "
                 "metrics.csv."
             )
         mean = mean_and_error([] if odd else values)
@@ -165,7 +168,7 @@ def print_table(result: Mapping[str, Any], took: Mapping[str, Any], folder: Path
         of = f"peak memory of the {took['peak_memory']['of']}"
         rows.append((of, "", f"{most / 2**30:.3g} GiB"))
     files = f"Per image: {folder / 'metrics.csv'}; all of this: {folder / 'summary.json'}"
-    title = f"{result['images']} images, mean ± standard error"
+    title = f"{counted(result['images'], 'image')}, mean ± standard error"
     show(title, ("measurement A⁺y", "restored"), rows, [*result["notes"], files])
 
 

@@ -16,7 +16,7 @@ from cmi_lightning.checked import check_value
 from cmi_lightning.data.pictures import Picture
 from cmi_lightning.denoisers import Denoiser
 from cmi_lightning.denoisers.tiled import suited
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, counted
 from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
 from cmi_lightning.methods import Method, sizes_of, step_sizes
 from cmi_lightning.noise import SampleNoise
@@ -189,7 +189,7 @@ class Restorer:
         picture = Picture.of(image, given_channels(self.prior))
         names = [name] if isinstance(name, str) else list(name or picture.names)
         if len(names) != len(picture.x):
-            raise InputError(f"There are {len(picture.x)} images and {len(names)} names.")
+            raise InputError(f"Got {len(names)} names for {counted(len(picture.x), 'image')}.")
         operator, noise = operator or Identity(), SampleNoise(seed, names)
         x = picture.x.to(self.device)
         problem, like, notes = problem_of(x, operator, sigma, noise, simulate)

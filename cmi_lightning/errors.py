@@ -43,6 +43,16 @@ def printable(text: object) -> str:
     )
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words.
+
+    >>> counted(1, "image"), counted(2, "pass")
+    ('1 image', '2 passes')
+    """
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{plural * (number != 1)}"
+
+
 def wording(option: str, argument: str) -> str:
     """Return ``option`` if the command line asks, ``argument`` if Python does."""
     return option if ON_COMMAND_LINE else argument

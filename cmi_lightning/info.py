@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from cmi_lightning.errors import InputError, printable
+from cmi_lightning.errors import InputError, counted, printable
 from cmi_lightning.files import read_json
 
 
@@ -38,7 +38,9 @@ def described(folder: Path) -> tuple[list[str], bool]:
     paths = (folder / "records").rglob("*.json")
     records = [r for path in paths if isinstance(r := _json(path), dict) and "id" in r]
     failures = {r["id"]: r["failed"] for r in records if r.get("failed")}
-    lines = [f"{printable(folder)}: {len(records)} images are done, {len(failures)} were given up"]
+    lines = [
+        f"{printable(folder)}: {counted(len(records), 'image')} done, {len(failures)} given up"
+    ]
     lines += [f"  {printable(name)}: {printable(why)}" for name, why in list(failures.items())[:5]]
     kinds = ("denoiser", "operator", "solver", "num_steps", "samples_per_image", "noise", "seed")
     shown = {kind: options.get(f"model.{kind}") for kind in kinds}
@@ -61,7 +63,9 @@ def _means(records: list[dict[str, Any]]) -> dict[str, str]:
     for name in ("psnr", "ssim", "lpips"):
         values = [r[name] for r in well if isinstance(r.get(name), (int, float))]
         if values and all(map(math.isfinite, values)):
-            means[name] = f"{sum(values) / len(values):.4g} (mean of {len(values)} images)"
+            means[name] = (
+                f"{sum(values) / len(values):.4g} (mean of {counted(len(values), 'image')})"
+            )
     return means
 
 

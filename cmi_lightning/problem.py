@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.checked import check, check_value
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, counted
 from cmi_lightning.linalg import dot, norm, per_sample
 from cmi_lightning.measurement_noise import MeasurementNoise
 from cmi_lightning.noise import SampleNoise
@@ -152,7 +152,8 @@ def check_rows(operator: Operator, like: Tensor, noise: SampleNoise) -> None:
         if not isinstance(y, Tensor) or y.ndim < 1 or len(y) != len(x):
             shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise InputError(
-                f"{name} maps {len(x)} images to {shape}; its result must have one row an image."
+                f"{name} maps {counted(len(x), 'image')} to {shape}; its result must have one row "
+                f"an image."
             )
         if not bool(torch.isfinite(y).all()):
             raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, counted
 
 
 def grid(low: float, high: float, count: int) -> np.ndarray:
@@ -49,7 +49,8 @@ def spaced(total: int, spec: int | str) -> list[int]:
         length = size + (section < extra)
         if not 1 <= count <= length:
             raise InputError(
-                f"num_steps={text}: a section of {length} levels cannot give {count} steps; choose "
+                f"num_steps={text}: a section of {length} levels cannot give "
+                f"{counted(count, 'step')}; choose "
                 f"between 1 and {length}."
             )
         stride = (length - 1) / (count - 1) if count > 1 else 1.0

@@ -271,7 +271,7 @@ def test_progress(restorer, capsys):
         (BYTES, {"samples": 0}, "samples must be a whole number, at least 1, got 0"),
         (BYTES, {"samples": 1.5}, "samples must be a whole number, at least 1, got 1.5"),
         (BYTES, {"seed": 0.5}, "seed must be a whole number, got 0.5"),
-        (BYTES, {"name": ["a", "b"]}, "1 images and 2 names"),
+        (BYTES, {"name": ["a", "b"]}, "2 names for 1 image"),
         (np.zeros((9, 8, 3), np.uint8), {"operator": BoxMask(2, 1)}, None),
         (np.zeros((7, 8, 3), np.uint8), {}, "3×7×8"),
     ],

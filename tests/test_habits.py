@@ -31,7 +31,7 @@ def test_info_tells_what_a_folder_holds(tmp_path, capsys):
     record(tmp_path, "b", psnr=30.0)
     assert main(["info", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "2 images are done, 0 were given up" in printed
+    assert "2 images done, 0 given up" in printed
     assert re.search(r"psnr +25 \(mean of 2 images\)", printed)
     assert re.search(r"solver +DDPM", printed)
     assert "records (2)" in printed

@@ -163,7 +163,7 @@ def test_a_table_may_hold_images_beyond_the_limit(tmp_path):
         *((f"id,sigma\n0,{x}\n", "a number above 0") for x in ("0", "nan", "inf", "1_0", "")),
         ("id,sigma\n0,0.1\n0,0.2\n", r"line 3: '0' occurs a second time"),
         ("id,sigma\n0.png,0.1\n", r"line 2: there is no measurement '0\.png'; ids are paths"),
-        ("id,sigma\n0,0.1,5\n", "line 2: there are 3 cells"),
+        ("id,sigma\n0,0.1,5\n", "line 2: 3 cells, not 2"),
     ],
 )
 def test_bad_tables(tmp_path, text, words):

@@ -187,7 +187,7 @@ def test_when_everything_is_done_nothing_is_sampled(tmp_path, exact, images, cap
     predict(module, tmp_path, x, again, SamplingProgress())
     assert again.batches == []
     assert files(tmp_path) == before
-    assert "all 4 images were done before" in capsys.readouterr().out
+    assert "nothing to sample: 4 images done before" in capsys.readouterr().out
 
 
 def test_more_images_are_added_and_another_batch_size_goes_on(tmp_path, exact, images):
@@ -415,7 +415,7 @@ def test_a_signal_ends_the_run_with_a_line(tmp_path, signum, code, capsys, monke
         signal.signal(signal.SIGINT, outer)
     assert stop.value.code == code
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith(f"cmi-lightning: stopped; 2 images are done in '{tmp_path}'")
+    assert last.startswith(f"cmi-lightning: stopped; 2 images done in '{tmp_path}'")
     assert "same command again" in last
     assert cli(fast) == 0
     assert len(list((tmp_path / "restored").glob("*.png"))) == 6

@@ -21,7 +21,7 @@ from cmi_lightning.data.images import (
     UnreadableError,
     read_image,
 )
-from cmi_lightning.errors import InputError, printable
+from cmi_lightning.errors import InputError, counted, printable
 
 T = TypeVar("T")
 MAX_PIXELS = 1024**3 // 12  # Pillow's default limit of an image, for images made here as well
@@ -99,7 +99,9 @@ def find_images(
     passed = ""
     if foreign:
         kinds = ", ".join(sorted({path.suffix.lower() for path in foreign}))
-        passed = f"{len(foreign)} image(s) of kinds that are not read here ({kinds}), such as "
+        passed = (
+            f"{counted(len(foreign), 'image')} of kinds that are not read here ({kinds}), such as "
+        )
         passed += f"'{printable(foreign[0])}'; convert them to PNG"
     found: dict[str, Path] = {}
     for name, paths in searched.items():
@@ -196,10 +198,12 @@ def read_all(
         for note in notes:
             noted.setdefault(note, []).append(shown)
     if not result:
-        count = f"none of {len(skipped)} images can be read. " if len(skipped) > 1 else ""
+        count = (
+            f"none of {counted(len(skipped), 'image')} can be read. " if len(skipped) > 1 else ""
+        )
         raise InputError(f"{option}: {count}{next(iter(skipped.values()))}")
     said = [
-        f"{len(names)} of {len(files)} images {note} (such as '{names[0]}')"
+        f"{len(names)} of {counted(len(files), 'image')} {note} (such as '{names[0]}')"
         for note, names in noted.items()
     ]
     return Survey(result, skipped, said)
@@ -257,7 +261,8 @@ def report(skipped: dict[str, str], left: int, notes: Iterable[str]) -> None:
     lines += [f"skipped: {reason}" for reason in list(skipped.values())[:NUM_REPORTED]]
     if skipped:
         lines.append(
-            f"skipped {len(skipped)} of {len(skipped) + left} images, which cannot be read "
+            f"skipped {len(skipped)} of {counted(len(skipped) + left, 'image')}, which cannot be "
+            f"read "
             "(data.strict=true refuses them)"
         )
     print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)

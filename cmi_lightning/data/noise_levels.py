@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmi_lightning.errors import InputError, printable
+from cmi_lightning.errors import InputError, counted, printable
 
 Range = Literal["signed", "unit"]
 COLUMNS = ["id", "sigma"]
@@ -56,7 +56,7 @@ def read_sigmas(path: Path, known: Collection[str], unit: Range) -> dict[str, fl
     for line, row in rows[1:]:
         where = f"{what}, line {line}"
         if len(row) != len(COLUMNS):
-            raise InputError(f"{where}: there are {len(row)} cells, not 2; write id,sigma.")
+            raise InputError(f"{where}: {counted(len(row), 'cell')}, not 2; write id,sigma.")
         name = unicodedata.normalize("NFC", row[0])
         shown = printable(name[:200])
         if name not in known:
@@ -166,7 +166,8 @@ def report_estimates(sigmas: Mapping[str, float], clipped: Collection[str]) -> N
     print(
         f"noise: σ on [−1, 1] estimated by wavelets: {first}"
         + (", …" if len(sigmas) > NUM_REPORTED else "")
-        + f" ({len(sigmas)} images, from {values.min():.4g} to {values.max():.4g}, median "
+        + f" ({counted(len(sigmas), 'image')}, from {values.min():.4g} to {values.max():.4g}, "
+        f"median "
         f"{values.median():.4g})"
     )
     if values.min() < HIDDEN:
@@ -177,6 +178,7 @@ def report_estimates(sigmas: Mapping[str, float], clipped: Collection[str]) -> N
         )
     if clipped:
         print(
-            f"noise: in {len(clipped)} images more than {CLIPPED:.0%} of the values are black or "
+            f"noise: in {counted(len(clipped), 'image')} more than {CLIPPED:.0%} of the values "
+            f"are black or "
             "white, where noise is cut off, so that σ is likely higher than estimated"
         )

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from cmi_lightning.checked import number
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, counted
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.information import Estimator, Information, Lanczos
 from cmi_lightning.linalg import norm, per_sample
@@ -121,11 +121,11 @@ class CMI(Guidance):
         if "_steps" not in vars(self):
             return None
         count, (steps, base) = len(vars(self)["_steps"][linear]), vars(self)["_chain"]
-        text = f"at {count} of {steps} steps"
+        text = f"at {count} of {counted(steps, 'step')}"
         if each := self._each(linear):
             share = count * each / base
             shown = f"{share:.1g}" if 0 < share < 0.01 else f"{share:.2f}"
-            text += f", for {shown} of the {base:.0f} passes without it"
+            text += f", for {shown} of the {counted(round(base), 'pass')} without it"
         return text
 
     def _each(self, linear: bool) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, counted
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.operators.base import LinearOperator
 from cmi_lightning.schedule import Schedule
@@ -53,7 +53,7 @@ class LLE(Guidance):
     def for_chain(self, schedule: Schedule, passes: float) -> LLE:
         if len(schedule) != len(self.seen):
             raise InputError(
-                f"LLE's coefficients are for {len(self.seen)} steps and the chain has "
+                f"LLE's coefficients are for {counted(len(self.seen), 'step')} and the chain has "
                 f"{len(schedule)}: set model.num_steps, or train them anew (cmi-lightning lle)."
             )
         return self

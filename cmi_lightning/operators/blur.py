@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.checked import number
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, counted
 from cmi_lightning.linalg import per_sample
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators.base import LinearOperator
@@ -68,7 +68,8 @@ class Convolution(LinearOperator):
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> Self:
         if len(self.kernels) not in (1, len(noise.ids)):
             raise InputError(
-                f"There are {len(self.kernels)} blur kernels for {len(noise.ids)} images; give one "
+                f"Got {counted(len(self.kernels), 'blur kernel')} for "
+                f"{counted(len(noise.ids), 'image')}; give one "
                 "kernel, or one for each image."
             )
         bound = type(self)(self.kernels.to(like), self.padding, self.rcond)

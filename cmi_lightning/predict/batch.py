@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, counted
 from cmi_lightning.predict.fingerprint import digest
 
 FORM = (
@@ -72,7 +72,7 @@ def _ids(batch: Mapping[str, Any], count: int, first: int, notes: list[str]) -> 
     ids = ids.flatten().tolist() if isinstance(ids, Tensor) else ids
     ids = [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
     if len(ids) != count:
-        raise InputError(f"{FORM}; there are {count} images and {len(ids)} ids.")
+        raise InputError(f"{FORM}; got {counted(count, 'image')} and {counted(len(ids), 'id')}.")
     return [str(name) for name in ids]
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cmi_lightning.errors import InputError, cause, first_line
+from cmi_lightning.errors import InputError, cause, counted, first_line
 from cmi_lightning.files import make_folder
 from cmi_lightning.predict.checks import check
 from cmi_lightning.predict.options import lightning_cli, prediction_cli
@@ -38,7 +38,8 @@ def predict(args: list[str]) -> int:
         if cli.trainer.is_global_zero:
             done = cli.model.run.count()
             print(
-                f"cmi-lightning: stopped; {done} images are done in '{cli.model.run.folder}'. Run "
+                f"cmi-lightning: stopped; {counted(done, 'image')} done in "
+                f"'{cli.model.run.folder}'. Run "
                 "the same command again to go on.",
                 file=sys.stderr,
             )
@@ -148,6 +149,6 @@ def _check_checkpoint(path: Path, model: Any) -> None:
     other = {name: v.shape for name, v in state["state_dict"].items()}
     if differ := [name for name in {**own, **other} if own.get(name) != other.get(name)]:
         raise InputError(
-            f"--ckpt_path: '{path}' is of another network: {len(differ)} tensors differ "
+            f"--ckpt_path: '{path}' is of another network, by {counted(len(differ), 'tensor')} "
             f"('{differ[0]}' is one). Give the configuration that it was trained with."
         )

@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, counted
 from cmi_lightning.files import write
 from cmi_lightning.guidance import LLE, LLETraining
 from cmi_lightning.noise import SampleNoise
@@ -62,7 +62,10 @@ def lle(args: list[str]) -> int:
     entry = {"class_path": "cmi_lightning.guidance.LLE", "init_args": options}
     body = yaml.safe_dump({"model": {"guidances+": [entry]}}, default_flow_style=None)
     write(own.output, (head + body).encode())
-    print(f"{own.output}: mean squared error {before:.4g} → {after:.4g} on {own.images} images")
+    print(
+        f"{own.output}: mean squared error {before:.4g} → {after:.4g} on "
+        f"{counted(own.images, 'image')}"
+    )
     return 0
 
 

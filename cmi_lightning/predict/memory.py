@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, counted
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def free_memory() -> float:
 def no_memory(size: int) -> InputError:
     """Return what is told where memory does not hold ``size`` images."""
     return InputError(
-        f"Out of memory with {size} image(s) at a time: set a lower data.batch_size or "
+        f"Out of memory with {counted(size, 'image')} at a time: set a lower data.batch_size or "
         "trainer.precision, or a guidance of fewer derivatives."
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmi_lightning import files
 from cmi_lightning.data.files import natural
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, counted
 from cmi_lightning.files import read_json, write_json
 from cmi_lightning.paths import inside
 from cmi_lightning.predict.fingerprint import digest
@@ -248,7 +248,8 @@ class Run:
                 break
             if trainer.world_size == 1 or time.monotonic() - news > PATIENCE:
                 raise InputError(
-                    f"{len(missing)} samples have no record in '{self.folder}' ('{min(missing)}' "
+                    f"No record of {counted(len(missing), 'sample')} in '{self.folder}' "
+                    f"('{min(missing)}' "
                     "is one): is the folder shared by all processes? Run the same command again."
                 )
             leave_if_orphaned()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.data.images import read_image
+from cmi_lightning.errors import counted
 from cmi_lightning.files import read_json
 from cmi_lightning.linalg import norm
 from cmi_lightning.noise import SampleNoise
@@ -251,5 +252,5 @@ def misfit(fits: list[float], given: bool) -> str | None:
         )
     return (
         f"The restorations do not fit the measurements: ‖y − A x̂‖ is {middle:.3g} times what "
-        f"noise alone leaves (median of {len(finite)} images). Usual causes: {causes}."
+        f"noise alone leaves (median of {counted(len(finite), 'image')}). Usual causes: {causes}."
     )

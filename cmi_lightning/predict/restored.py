@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cmi_lightning.data.pictures import Picture, as_images, data_url, png
+from cmi_lightning.errors import counted
 from cmi_lightning.files import make_folder, write
 from cmi_lightning.paths import inside
 from cmi_lightning.predict.restoration import Restoration, misfit
@@ -114,9 +115,9 @@ class Restored:
     def __repr__(self) -> str:
         """Return a line: how many images of which size, from how many draws."""
         count, (height, width) = len(self.names), self.pixels["after"].shape[-2:]
-        images = f"{count} image{'s' * (count > 1)} of {height}×{width} pixels"
         draws = f", {len(self.samples)} draws" if len(self.samples) > 1 else ""
-        return f"Restored({images}{draws}, seed {self.seed})"
+        size = f"{height}×{width} pixels{draws}, seed {self.seed}"
+        return f"Restored({counted(count, 'image')} of {size})"
 
     def _repr_png_(self) -> bytes:
         """Return before and after, side by side."""

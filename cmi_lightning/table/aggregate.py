@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cmi_lightning.errors import counted
 from cmi_lightning.report import results as reported
 from cmi_lightning.report.results import ADDED, Draws, Metric, Results
 from cmi_lightning.statistics import Estimate
@@ -153,14 +154,14 @@ def _notes(
         )
     wanted = [(t, m, variant) for t, m in table.rows() for variant in table.variants(m)]
     if missing := sum(key not in cells for key in wanted):
-        yield f"{missing} of {len(wanted)} cells have not been started."
+        yield f"Not started: {missing} of {counted(len(wanted), 'cell')}."
     for started in cells.values():
         if started.failed:
             name = f"{started.cell.task}, {started.cell.label}"
-            yield f"{name}: {started.failed} images failed and are left out."
+            yield f"{name}: {counted(started.failed, 'image')} failed; the means leave them out."
     others = {m: table.steps_of(m) for m in table.methods if table.steps_of(m) != table.steps}
     if told := [f"{m} {steps}" for m, steps in others.items() if any(k[1] == m for k in cells)]:
-        yield f"These methods have other than {table.steps} steps: {', '.join(told)}."
+        yield f"These methods have other than {counted(table.steps, 'step')}: {', '.join(told)}."
     if table.cluster is not None:
         count = max(len(set(started.clusters.values())) for started in cells.values())
         yield (
@@ -178,14 +179,15 @@ def _notes(
     equal = [n for key, n in images.items() if key[2] == "equal"]
     if equal and max(equal) < max(images.values()):
         yield (
-            f"The rows of equal cost have the first {max(equal)} images: their means cannot be set "
+            f"The rows of equal cost have the first {counted(max(equal), 'image')}: their means "
+            f"cannot be set "
             "beside those of the other rows, above all distances of sets. Differences are over "
             "the images that both sides have."
         )
     if equal:
         yield (
             "The rows of equal cost have the step sizes that were chosen for "
-            f"{table.steps} steps; nothing was searched for their longer runs."
+            f"{counted(table.steps, 'step')}; nothing was searched for their longer runs."
         )
     for word in ADDED.values():
         every = [(name, s) for searches in study.values() for name, s in searches.items()]

@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmi_lightning.errors import InputError, first_line
+from cmi_lightning.errors import InputError, counted, first_line
 from cmi_lightning.report.results import Variant
 from cmi_lightning.table.records import Cell, records
 from cmi_lightning.table.spec import Table
@@ -214,7 +214,8 @@ class ProgressPrinter:
         self.spent[kind][1] += images
         print(
             f"{time.strftime('%H:%M:%S')}  {self.count}/{self.total}  {finished.cell.task}, "
-            f"{finished.cell.label}, {finished.images} images, {finished.seconds:.0f} s; "
+            f"{finished.cell.label}, {counted(finished.images, 'image')}, {finished.seconds:.0f} "
+            f"s; "
             f"{self.seconds_left() / 60:.0f} min left",
             flush=True,
         )
