@@ -25,35 +25,25 @@ QUARTILE = 0.6744897501960817  # of |z|, z ~ N(0, 1): its median
 NUM_REPORTED = 5
 
 
-def read_sigmas(path: Path, known: Collection[str], unit: Range) -> dict[str, float]:
-    """Return {id: standard deviation on [−1, 1]} of a CSV file with the columns id and sigma.
+def sigmas_of(
+    path: Path, names: Collection[str], known: Collection[str], unit: Range
+) -> dict[str, float]:
+    """Return {id: standard deviation on [−1, 1]} of measurements, by a CSV file's id and sigma.
 
     Its numbers refer to images in [−1, 1] ("signed") or [0, 1] ("unit").
 
     Raises:
-        InputError: naming the file, the line and the remedy; for an id that is not known, too.
+        InputError: naming the file, the line and the remedy: if it lacks one of the names, and for
+            an id that is not known, too.
     """
     what = f"data.sigmas: '{printable(path)}'"
-    if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{what} has more than {MAX_BYTES} bytes; give a smaller table.")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            rows = [(reader.line_num, row) for row in reader if row]
-    except (OSError, ValueError, csv.Error) as error:
-        reason = printable(error.strerror if isinstance(error, OSError) else error)
+    if not path.is_file():
         raise InputError(
-            f"{what} is no UTF-8 CSV file ({type(error).__name__}: {reason}); give one with the "
-            "columns id,sigma."
-        ) from error
-    header = [cell.strip().lower() for cell in rows[0][1]] if rows else []
-    if header != COLUMNS:
-        raise InputError(
-            f"{what} must start with the line id,sigma (a comma between); it starts with "
-            f"'{printable(','.join(rows[0][1])[:80]) if rows else ''}'."
+            f"data.sigmas: there is no file '{printable(path)}'; give a CSV file with the "
+            "columns id,sigma, or the word estimate."
         )
     sigmas: dict[str, float] = {}
-    for line, row in rows[1:]:
+    for line, row in _rows(path, what):
         where = f"{what}, line {line}"
         if len(row) != len(COLUMNS):
             raise InputError(f"{where}: {counted(len(row), 'cell')}, not 2; write id,sigma.")
@@ -77,29 +67,35 @@ def read_sigmas(path: Path, known: Collection[str], unit: Range) -> dict[str, fl
                 "model.noise.sigma=0)."
             )
         sigmas[name] = sigma
-    return sigmas
-
-
-def sigmas_of(
-    path: Path, names: Collection[str], known: Collection[str], unit: Range
-) -> dict[str, float]:
-    """Return {id: standard deviation on [−1, 1]} of all measurements; see :func:`read_sigmas`.
-
-    Raises:
-        InputError: if there is no such file, or it lacks one of the names.
-    """
-    if not path.is_file():
+    if missing := [name for name in names if name not in sigmas]:
         raise InputError(
-            f"data.sigmas: there is no file '{printable(path)}'; give a CSV file with the "
-            "columns id,sigma, or the word estimate."
+            f"{what} has no sigma for {len(missing)} of {len(names)} measurements, such as "
+            f"'{missing[0]}'; add them."
         )
-    table = read_sigmas(path, known, unit)
-    if missing := [name for name in names if name not in table]:
+    return {name: sigmas[name] for name in names}
+
+
+def _rows(path: Path, what: str) -> list[tuple[int, list[str]]]:
+    """Return the lines of a CSV file after its heading, with their numbers."""
+    if path.stat().st_size > MAX_BYTES:
+        raise InputError(f"{what} has more than {MAX_BYTES} bytes; give a smaller table.")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            rows = [(reader.line_num, row) for row in reader if row]
+    except (OSError, ValueError, csv.Error) as error:
+        reason = printable(error.strerror if isinstance(error, OSError) else error)
         raise InputError(
-            f"data.sigmas: '{printable(path)}' has no sigma for {len(missing)} of "
-            f"{len(names)} measurements, such as '{missing[0]}'; add them."
+            f"{what} is no UTF-8 CSV file ({type(error).__name__}: {reason}); give one with the "
+            "columns id,sigma."
+        ) from error
+    header = [cell.strip().lower() for cell in rows[0][1]] if rows else []
+    if header != COLUMNS:
+        raise InputError(
+            f"{what} must start with the line id,sigma (a comma between); it starts with "
+            f"'{printable(','.join(rows[0][1])[:80]) if rows else ''}'."
         )
-    return {name: table[name] for name in names}
+    return rows[1:]
 
 
 def estimate_sigma(y: Tensor, known: Tensor | None = None) -> float:

@@ -73,8 +73,7 @@ class Tiled(Wrapper):
         self.size_multiple, self.trained_side = 1, None
 
     def forward(self, x: Tensor, level: Level) -> Prediction:
-        height, width = self._shape(x.shape)
-        if (height, width) == x.shape[-2:]:
+        if self.inner(tuple(x.shape[1:])) == x.shape[1:]:
             return self.denoiser(x, level)
         places = _places(self.window, self.overlap, tuple(x.shape[-2:]), x.device, x.dtype)
         windows = torch.stack([x[..., rows, columns] for rows, columns, _ in places], dim=1)
@@ -110,13 +109,9 @@ class Tiled(Wrapper):
         found = Recomputed.apply(predict, tiles)
         return Prediction(found) if isinstance(found, Tensor) else Prediction(*found)
 
-    def _shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Return (height, width) of the windows of images (*, H, W)."""
-        height, width = (min(n, side) for n, side in zip(shape[-2:], self.window, strict=True))
-        return height, width
-
     def inner(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (shape[0], *self._shape(shape))
+        sides = zip(shape[1:], self.window, strict=True)
+        return (shape[0], *(min(n, side) for n, side in sides))
 
 
 @lru_cache(16)
