@@ -162,26 +162,19 @@ def _by_id(gains: np.ndarray, values: np.ndarray) -> dict[str, float]:
 
 def _study(rng: np.random.Generator, methods: Sequence[str]) -> dict[str, Search]:
     """What was tried: DPS is at the edge, ΠGDM breaks an image, CMI+DPS is better without CMI."""
+    tried: dict[str, tuple[dict[str, float | None], float, float, bool]] = {
+        "DPS": ({"0.5": 18.0, "1": 18.32, "2": 18.42, "4": 18.59}, 4.0, 4.0, True),
+        "ΠGDM": ({"0.25": 13.74, "0.5": 16.53, "1": 17.62, "2": None}, 1.0, 1.0, False),
+        "CMI+none": ({"0": 9.72, "0.01": 9.73, "0.03": 9.86, "0.1": 9.66}, 0.03, 0.03, False),
+        "CMI+DPS": ({"0": 18.59, "0.01": 18.51, "0.03": 18.52, "0.1": 18.5}, 0.0, 0.03, False),
+    }
 
-    def trials(tried: dict[str, float | None]) -> dict[str, Trial]:
-        return {
-            value: Trial(mean, None, 9)
-            if mean is None
-            else Trial(mean, 0.6 + 0.2 * rng.random(), 12)
-            for value, mean in tried.items()
-        }
+    def trial(mean: float | None) -> Trial:
+        return Trial(mean, None, 9) if mean is None else Trial(mean, 0.6 + 0.2 * rng.random(), 12)
 
     found = {
-        "DPS": Search(trials({"0.5": 18.0, "1": 18.32, "2": 18.42, "4": 18.59}), 4.0, 4.0, True),
-        "ΠGDM": Search(
-            trials({"0.25": 13.74, "0.5": 16.53, "1": 17.62, "2": None}), 1.0, 1.0, False
-        ),
-        "CMI+none": Search(
-            trials({"0": 9.72, "0.01": 9.73, "0.03": 9.86, "0.1": 9.66}), 0.03, 0.03, False
-        ),
-        "CMI+DPS": Search(
-            trials({"0": 18.59, "0.01": 18.51, "0.03": 18.52, "0.1": 18.5}), 0.0, 0.03, False
-        ),
+        name: Search({value: trial(mean) for value, mean in means.items()}, *outcome)
+        for name, (means, *outcome) in tried.items()
     }
     return {name: e for name, e in found.items() if name.removeprefix("CMI+") in methods}
 

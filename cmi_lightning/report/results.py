@@ -19,7 +19,6 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 CMI = "CMI"  # the added guidance, in labels and in `step_sizes`: "CMI+DPS"
 ADDED: dict[Variant, str] = {"cmi": CMI, "descent": "descent"}  # what variants add to their base
 AGAINST: tuple[Variant, ...] = ("base", "equal")  # what the added guidance is compared with
-MEASURED = "measurement A⁺y"
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class Results:
         every = {task: self.cells_of(task) for task in self.tasks}
         for task, rows in every.items():
             if metrics := self.measured.get(task):
-                row = Cell(task, "", "measured", MEASURED, 0, self.images, metrics, passes=0.0)
+                row = Cell(task, "", "measured", "measurement A⁺y", 0, self.images, metrics, 0.0)
                 rows.insert(0, row)
         return {task: rows for task, rows in every.items() if rows}
 

@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from cmi_lightning.errors import InputError
 
 
-def cluster_of(image: str, rule: str) -> str:
-    r"""Return the cluster of an image, by its id.
+def clusters_by(rule: str) -> Callable[[str], str]:
+    r"""Return what takes an image's id to its cluster, by a separator or a group of a pattern.
 
     Raises:
-        InputError: if the id does not match the regular expression.
+        InputError: naming the option ``cluster``, for a rule that is neither, and of an id that
+            does not match.
 
     Example:
-        >>> cluster_of("lake/3", "/"), cluster_of("lake_3", r"^(\w+)_")
+        >>> clusters_by("/")("lake/3"), clusters_by(r"^(\w+)_")("lake_3")
         ('lake', 'lake')
-    """
-    if "(" not in rule:
-        return image.rpartition(rule)[0] or image
-    if (match := re.search(rule, image)) is None or match[1] is None:
-        raise InputError(f"cluster: '{rule}' does not match the image '{image}'.")
-    return match[1]
-
-
-def check_rule(rule: str) -> None:
-    """Refuse what is neither a separator nor a regular expression with one group.
-
-    Raises:
-        InputError: naming the option ``cluster``.
     """
     if not rule:
         raise InputError("cluster: give a separator, or a regular expression with a group.")
+    if "(" not in rule:
+        return lambda image: image.rpartition(rule)[0] or image
     try:
-        groups = re.compile(rule).groups if "(" in rule else 1
+        pattern = re.compile(rule)
     except re.error as error:
         raise InputError(f"cluster: '{rule}' is no pattern: {error}.") from error
-    if groups != 1:
-        raise InputError(f"cluster: '{rule}' needs one group, and has {groups}.")
+    if pattern.groups != 1:
+        raise InputError(f"cluster: '{rule}' needs one group, and has {pattern.groups}.")
+
+    def cluster(image: str) -> str:
+        if (match := pattern.search(image)) is None or match[1] is None:
+            raise InputError(f"cluster: '{rule}' does not match the image '{image}'.")
+        return match[1]
+
+    return cluster

@@ -12,7 +12,7 @@ from typing import Literal
 from cmi_lightning.checked import check_value
 from cmi_lightning.errors import InputError
 from cmi_lightning.report.results import ADDED, VARIANTS, Variant
-from cmi_lightning.table.clusters import check_rule, cluster_of
+from cmi_lightning.table.clusters import clusters_by
 from cmi_lightning.table.records import Cell, folder_name, passes, records
 
 
@@ -153,7 +153,7 @@ class Table:
         if self.round % (self.batch_size or 1):
             raise InputError(f"round must be a multiple of batch_size, got {self.round}.")
         if self.cluster is not None:
-            check_rule(self.cluster)
+            clusters_by(self.cluster)
         self._check_folders()
         added = [f"{word}+{method}" for word in ADDED.values() for method in self.methods]
         choices: list[tuple[str, Iterable[str] | None, Iterable[str]]] = [
@@ -196,7 +196,7 @@ class Table:
 
     def cluster_of(self, image: str) -> str | None:
         """Return the cluster of an image, by its id; None where every image is its own."""
-        return None if self.cluster is None else cluster_of(image, self.cluster)
+        return None if self.cluster is None else clusters_by(self.cluster)(image)
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the (task, method) pairs that are wanted."""
