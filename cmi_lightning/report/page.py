@@ -13,7 +13,7 @@ from cmi_lightning.files import write
 from cmi_lightning.report import panels, sentences
 from cmi_lightning.report.album import Album, gallery
 from cmi_lightning.report.plots import labels
-from cmi_lightning.report.results import Results
+from cmi_lightning.report.results import ADDED, Results
 from cmi_lightning.report.tables import environment
 from cmi_lightning.report.verdicts import verdicts_of
 
@@ -40,7 +40,8 @@ def render(results: Results, folder: Path) -> str:
         sentences=sentences,
         album=album,
         outcomes=outcomes,
-        lead=list(sentences.sentences(results, outcomes)),
+        totals=sentences.totals(outcomes),
+        words=ADDED,
         cost=sentences.cost(results),
         fewer_pairs=any(verdict.fewer is not None for verdict in verdicts),
         against_equal=any(("cmi", "equal") in outcome.counts for outcome in outcomes),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
 from cmi_lightning.report.results import ADDED, AGAINST, Metric, Results, Search
-from cmi_lightning.report.verdicts import fixed, mean_text, short, verdicts
+from cmi_lightning.report.verdicts import mean_text, short, verdicts
 from cmi_lightning.statistics import Estimate
 
 Counts = Mapping[str, int]
@@ -18,11 +18,14 @@ KINDS = tuple(itertools.product(ADDED, AGAINST))  # of comparisons: ("cmi", "bas
 
 @dataclass(frozen=True)
 class Outcome:
-    """How often a variant is better, undecided or worse on a metric, by kind of comparison."""
+    """How often a variant is better, undecided or worse on a metric, by kind of comparison.
+
+    ``differences`` are those of CMI from its base.
+    """
 
     metric: Metric
     counts: Mapping[tuple[str, str], Counts]
-    spread: str
+    differences: list[float]
 
 
 def outcomes(results: Results) -> list[Outcome]:
@@ -35,49 +38,20 @@ def outcomes(results: Results) -> list[Outcome]:
                 every = {name: names.count(name) for name in ("better", "undecided", "worse")}
                 counts[variant, against] = every | {"all": len(names)}
         if counts:
-            shown.append(Outcome(metric, counts, _spread(results, metric)))
+            differences = [v.paired.difference for v in verdicts(results, metric, "base")]
+            shown.append(Outcome(metric, counts, differences))
     return shown
 
 
-def _spread(results: Results, metric: Metric) -> str:
-    differences = [v.paired.difference for v in verdicts(results, metric, "base")]
-    if not differences:
-        return ""
-    unit = f" {metric.unit}" if metric.unit else ""
-    middle, low, high = (fixed(f(differences), metric.digits + 1, True) for f in (median, min, max))
-    if len(differences) == 1:
-        return f"Difference from the base {middle}{unit}"
-    return f"Median difference from the base {middle}{unit}; the cells’ range from {low} to {high}"
-
-
-def sentences(results: Results, outcomes: list[Outcome]) -> Iterator[str]:
-    """Yield what the counts of all metrics together say, in words."""
-    several = len(results.metrics) > 1
-    pooled = "The counts pool the metrics; each metric and each" if several else "Each"
-    last = f" {pooled} kind of comparison has Holm’s correction for itself."
-    for kind in KINDS:
-        if not (counts := [o.counts[kind] for o in outcomes if kind in o.counts]):
-            continue
-        variant, against = kind
-        total = {name: sum(c[name] for c in counts) for name in counts[0]}
-        cells, word = max(c["all"] for c in counts), ADDED[variant]
-        first = (
-            f"Over {_count(len(results.metrics), 'metric')} and {_count(cells, 'cell')}, "
-            f"{word} is significantly better than the same method without it"
-            if against == "base"
-            else "Against the method given as many network passes as CMI takes, with the step "
-            f"sizes found for the shorter run, {'it' if variant == 'cmi' else word} is "
-            "significantly better"
-        )
-        yield (
-            f"{first} in {total['better']} of {_count(total['all'], 'comparison')}, worse in "
-            f"{total['worse']}, and {total['undecided']} are undecided.{last}"
-        )
-        last = ""
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def totals(outcomes: list[Outcome]) -> dict[tuple[str, str], Counts]:
+    """Return the counts of all metrics together, and of how many cells they are, by kind."""
+    every = {kind: [o.counts[kind] for o in outcomes if kind in o.counts] for kind in KINDS}
+    return {
+        kind: {name: sum(count[name] for count in counts) for name in counts[0]}
+        | {"cells": max(count["all"] for count in counts)}
+        for kind, counts in every.items()
+        if counts
+    }
 
 
 def cost(results: Results) -> str:

@@ -6,6 +6,7 @@ import csv as csv_module
 import io
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -78,7 +79,7 @@ def environment(html: bool = False) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    tools = (enumerate, fixed, mean_text, percent, short, verdicts_of)
+    tools = (enumerate, fixed, mean_text, median, percent, short, verdicts_of)
     made.globals |= {tool.__name__: tool for tool in tools}
     made.filters["line"] = lambda text: " ".join(text.split())
     made.filters["md"] = lambda text: " ".join(text.split()).translate(MARKDOWN)
