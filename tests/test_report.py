@@ -60,6 +60,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.feed(text)
         self.close()
+        assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
@@ -111,12 +112,21 @@ def compared(results: Results, method: str) -> dict[str, Difference]:
     return cell.differences["base"]
 
 
+def part(pattern: str, text: str) -> str:
+    """The one group of a pattern that a text has to hold."""
+    found = re.search(pattern, text, re.S)
+    assert found
+    return found[1]
+
+
+def read_csv(results: Results) -> list[dict[str, str]]:
+    return list(csv_module.DictReader(io.StringIO(csv(results))))
+
+
 def rows(text: str) -> list[list[str]]:
     """The table's rows: the label, then the texts of its cells, without their tags."""
-    body = re.search(r'<table class="results".*?</table>', text, re.S)
-    assert body
-    found = []
-    for row in re.findall(r"<tr class=\"(?!task).*?</tr>", body[0], re.S):
+    body, found = part(r'(<table class="results".*?</table>)', text), []
+    for row in re.findall(r"<tr class=\"(?!task).*?</tr>", body, re.S):
         cells = re.findall(r"<t[hd].*?</t[hd]>", row, re.S)
         found.append([" ".join(re.sub(r"<.*?>", "", c).split()) for c in cells])
     return found
@@ -125,7 +135,6 @@ def rows(text: str) -> list[list[str]]:
 def ids(text: str) -> set[str | None]:
     """The ids of a page whose elements are all closed."""
     page = Page(text)
-    assert not page.open
     return {attrs.get("id") for _, attrs in page.elements}
 
 
@@ -149,7 +158,6 @@ def test_page_is_whole_and_needs_nothing_else(results, folder):
     write_report(results, folder)
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert not page.open
     for tag, attrs in page.elements:
         for name in ("src", "href", "srcset", "action", "poster", "data"):
             value = attrs.get(name)
@@ -227,13 +235,11 @@ def test_colour_and_symbol_follow_the_sign_and_significance(
     good = (gain > 0) == (better == "higher")
     name = ("better" if good else "worse") + ("" if significant else "-unsure")
     sign = symbol[0] if good else symbol[1]
-    text = render(results, folder)
-    cell = re.search(r'<tr class="cmi">.*?(<td.*?</td>)', text, re.S)
-    assert cell
-    assert f'data-base="{name}"' in cell[1]
-    assert f">{sign}<" in cell[1]
+    cell = part(r'<tr class="cmi">.*?(<td.*?</td>)', render(results, folder))
+    assert f'data-base="{name}"' in cell
+    assert f">{sign}<" in cell
     said = {True: "significantly ", False: ""}[significant] + ("better" if good else "worse")
-    assert f">{said}" in cell[1]
+    assert f">{said}" in cell
     tex = next(line for line in latex(results).splitlines() if line.startswith("CMI"))
     assert tex.split("&")[1].strip().startswith(f"\\cellcolor{{cmi-{name}}}")
     line = next(line for line in markdown(results).splitlines() if "| CMI" in line)
@@ -291,12 +297,10 @@ def test_what_comes_from_files_is_escaped(results, folder):
     )
     text = render(results, folder)
     page = Page(text)
-    assert not page.open
     assert len(page.all("script")) == 1
     assert not page.all("img", src="x")
-    extremes = re.search(r'<section id="extremes">.*?</section>', text, re.S)
-    assert extremes
-    assert Page(extremes[0]).all("img", alt=f"truth, {evil}")
+    extremes = part(r'(<section id="extremes">.*?</section>)', text)
+    assert Page(extremes).all("img", alt=f"truth, {evil}")
     assert page.text("h1") == evil
     assert page.all("figure", class_="tile", data_id=evil)
     assert "<script>" not in markdown(results)
@@ -445,7 +449,7 @@ def test_failures_and_fewer_images_are_told(results, folder):
 
 
 def test_csv_holds_every_number_in_full(results):
-    read = list(csv_module.DictReader(io.StringIO(csv(results))))
+    read = read_csv(results)
     cells = {(r["task"], r["method"], r["variant"], r["metric"]): r for r in read}
     assert len(cells) == len(read) == 2 * (2 + 3 * 3 * 5)
     for cell in results.cells:
@@ -464,8 +468,7 @@ def test_csv_holds_every_number_in_full(results):
 
 def test_csv_starts_no_formula(results):
     results = replace(results, cells=(replace(results.cells[0], label="=1+1"), *results.cells[1:]))
-    read = list(csv_module.DictReader(io.StringIO(csv(results))))
-    assert "'=1+1" in {row["label"] for row in read}
+    assert "'=1+1" in {row["label"] for row in read_csv(results)}
 
 
 def named(results: Results, label: str) -> Results:
@@ -622,11 +625,10 @@ def plain(text: str) -> str:
 
 def searched(text: str) -> list[list[str]]:
     """The rows of the tables of step sizes, as the texts of their cells."""
-    body = re.search(r'<details id="study">.*?</details>', text, re.S)
-    assert body
+    body = part(r'<details id="study">(.*?)</details>', text)
     return [
         [plain(cell) for cell in re.findall(r"<t[hd]\b.*?</t[hd]>", row, re.S)]
-        for row in re.findall(r"<tr>(.*?)</tr>", body[0], re.S)
+        for row in re.findall(r"<tr>(.*?)</tr>", body, re.S)
         if "<td" in row
     ]
 
@@ -680,8 +682,7 @@ def test_step_sizes_are_in_order_and_may_be_fewer(results, folder):
     results.study["inpaint_box"] = {}
     results = replace(results, objective="lpips")
     text = render(results, folder)
-    page = Page(text)
-    assert not page.open
+    Page(text)  # its elements are closed
     found = searched(text)
     assert [cell.split()[0] for cell in found[0][1:5]] == ["0.5", "1", "2", "4"]
     assert found[1] == ["ΠGDM", "1e-05 3.00", "", "1", "1", ""]
@@ -696,16 +697,13 @@ def test_a_search_of_nothing_is_not_told(results, folder):
 
 
 def test_posterior_has_standard_errors(results, folder):
-    body = re.search(r'id="posterior".*?<tbody>(.*?)</tbody>', render(results, folder), re.S)
-    assert body
+    pattern = r'id="posterior".*?<tbody>(.*?)</tbody>'
     line = "DPS random inpainting, 90 % 41.0 ± 1.3 % 80.0 ± 2.1 % 0.800 ± 0.051 1.020 ± 0.004"
-    assert plain(body[1]).startswith(line)
+    assert plain(part(pattern, render(results, folder))).startswith(line)
     coverage = {"50": Estimate(0.41), "90": Estimate(0.8)}
     bare = {"coverage": coverage, "spread_skill": Estimate(0.8), "residual": Estimate(1.02)}
-    results = with_draws(results, **bare)
-    body = re.search(r'id="posterior".*?<tbody>(.*?)</tbody>', render(results, folder), re.S)
-    assert body
-    assert plain(body[1]).count("random inpainting, 90 % 41 % 80 % 0.80 1.02 16 × 16") == 2
+    body = part(pattern, render(with_draws(results, **bare), folder))
+    assert plain(body).count("random inpainting, 90 % 41 % 80 % 0.80 1.02 16 × 16") == 2
 
 
 def test_summary_says_what_is_corrected_and_whose_step_sizes(results, folder):
@@ -736,13 +734,12 @@ def test_number_of_pairs_is_told_where_images_are_missing(results, folder):
     assert f"{verdict.change}, n = 37 {verdict.interval}" in at[2]
     assert [k for k, text in enumerate(at) if "n = 37" in text] == [2, 4]
     assert "n is given where the difference is over fewer images" in plain(text)
-    histograms = re.search(r'<section id="histograms">.*?</section>', text, re.S)
-    assert histograms
-    assert plain(histograms[0]).count("n = 37") == 1
+    histograms = part(r'<section id="histograms">(.*?)</section>', text)
+    assert plain(histograms).count("n = 37") == 1
     line = next(line for line in markdown(results).splitlines() if "| CMI+DPS" in line)
     assert f"({verdict.symbol} {verdict.change} {verdict.interval}, n = 37)" in line.split("|")[4]
-    read = list(csv_module.DictReader(io.StringIO(csv(results))))
-    pairs = {(r["task"], r["metric"]): r["pairs_base"] for r in read if r["label"] == "CMI+DPS"}
+    read = [row for row in read_csv(results) if row["label"] == "CMI+DPS"]
+    pairs = {(row["task"], row["metric"]): row["pairs_base"] for row in read}
     assert pairs["inpaint_random", "ssim"] == "37"
     assert pairs["inpaint_random", "psnr"] == pairs["inpaint_box", "ssim"] == "40"
     assert pairs["inpaint_random", "frechet"] == "37"
@@ -762,9 +759,8 @@ def test_of_large_images_one_best_and_one_worst_are_embedded(results, tmp_path, 
     values.update(broken=3.0, a=2.0, b=1.0)
     text = render(replace(results, examples={}), tmp_path)
     for name, there in (("best", ["a", "b"][:shown]), ("worst", ["b", "a"][:shown])):
-        side = re.search(rf'data-side="{name}">(.*?)</div>\n      </div>', text, re.S)
-        assert side
-        assert re.findall(r"<small>(\w+)</small>", side[1]) == there
+        side = part(rf'data-side="{name}">(.*?)</div>\n      </div>', text)
+        assert re.findall(r"<small>(\w+)</small>", side) == there
 
 
 def test_maps_beyond_the_examples_have_a_truth_of_their_own(results, folder, tmp_path):
@@ -785,7 +781,6 @@ def test_rows_of_descent_have_verdicts_of_their_own(tmp_path):
     made = synthetic_results(tmp_path, 1, 2, 30, 1, variants=VARIANTS)
     text = render(made, tmp_path)
     page = Page(text)
-    assert not page.open
     labels = [label for label, *_ in rows(text)]
     assert labels[1:5] == ["none", "CMI alone", "descent+none", "none, equal passes"]
     cell = made.cells[6]
@@ -806,6 +801,5 @@ def test_rows_of_descent_have_verdicts_of_their_own(tmp_path):
     assert f"({verdict.symbol} {verdict.change} {verdict.interval})" in line
     tex = next(line for line in latex(made).splitlines() if line.startswith("descent+DPS"))
     assert ("cellcolor" in tex.split("&")[1]) == (verdict.name != "none")
-    read = list(csv_module.DictReader(io.StringIO(csv(made))))
-    assert {r["variant"] for r in read} == {"measured", *VARIANTS}
+    assert {row["variant"] for row in read_csv(made)} == {"measured", *VARIANTS}
     assert "descent" not in plain(render(synthetic_results(tmp_path, 1, 2, 30, 1), tmp_path))
