@@ -41,7 +41,7 @@ from cmi_lightning.table.resampling import (
     resamples_of,
     sign_flip_p,
 )
-from cmi_lightning.table.run import FinishedCell, Job, ProgressPrinter, run, run_job
+from cmi_lightning.table.run import FinishedCell, ProgressPrinter, run, run_job
 from cmi_lightning.table.spec import Method, Posterior, Table, Task
 from cmi_lightning.table.tune import best, count_trials, trial
 from cmi_lightning.table.tune import check as check_tuning
@@ -204,21 +204,20 @@ def test_an_id_that_has_no_cluster_is_refused():
 def test_rounds_go_over_all_cells_before_any_does_more():
     table = small(images=5, round=2)
     work = rounds(table)
-    assert [[job.images for job in part] for part in work] == [[2, 2], [4, 4], [5, 5]]
-    names = [[c.label for c in job.cells] for job in work[0]]
+    assert [[job[0].images for job in part] for part in work] == [[2, 2], [4, 4], [5, 5]]
+    assert all(len({cell.images for cell in job}) == 1 for part in work for job in part)
+    names = [[c.label for c in job] for job in work[0]]
     assert names == [["none", "CMI"], ["DPS", "CMI+DPS", "DPS, 100 steps"]]
 
 
 def test_rows_of_equal_cost_may_have_fewer_images():
     table = small(images=5, round=2, equal_images=3, only_methods=["DPS"])
     work = [part[0] for part in rounds(table)]
-    assert [[c.variant for c in job.cells] for job in work] == [
-        ["base", "cmi", "equal"],
-        ["base", "cmi", "equal"],
-        ["base", "cmi"],
+    assert [{c.variant: c.images for c in job} for job in work] == [
+        {"base": 2, "cmi": 2, "equal": 2},
+        {"base": 4, "cmi": 4, "equal": 3},
+        {"base": 5, "cmi": 5},
     ]
-    limits = [[table.limit(c.variant, job.images) for c in job.cells] for job in work]
-    assert limits == [[2, 2, 2], [4, 4, 3], [5, 5]]
     with pytest.raises(InputError, match="equal_cost to false"):
         small(equal_images=0)
 
@@ -228,12 +227,12 @@ def test_a_method_may_have_steps_of_its_own_and_no_cmi():
     methods["DAPS"] = Method(["solver/daps"], steps=40, cmi=False)
     table = small(methods=methods, posterior=Posterior(), descent=Method(["table/cmi"], "cmi"))
     (work,) = rounds(table)[:1]
-    assert [[(c.variant, c.steps) for c in job.cells] for job in work] == [
+    assert [[(c.variant, c.steps) for c in job] for job in work] == [
         [("base", 30), ("cmi", 30), ("descent", 30), ("equal", 30)],
         [("base", 40)],
     ]
     assert [c.label for c in table.posterior_cells()] == ["DPS", "CMI+DPS", "DAPS"]
-    assert "--model.num_steps=40" in table.arguments(table.cell("box", "DAPS"), 1)
+    assert "--model.num_steps=40" in table.arguments(table.cell("box", "DAPS"))
     assert trial(table, "box", "DAPS", None).steps == 40
     assert count_trials(table) == 2 + 2  # DPS's, and CMI's on DPS
     with pytest.raises(InputError, match=r"methods\.DPS\.steps must be a whole number, at least 1"):
@@ -294,7 +293,7 @@ def test_packaged_tables_make_cells_that_predict_understands(name):
         check_tuning(table)
     for task, method in table.rows():
         for variant in table.variants(method):
-            arguments = table.arguments(table.cell(task, method, variant), 1)
+            arguments = table.arguments(table.cell(task, method, variant))
             for flag, value in itertools.pairwise(arguments):
                 if flag == "-c":
                     assert configs.find(value)
@@ -343,8 +342,8 @@ def test_trials_are_of_the_validation_images_and_apart():
     assert len({cell.folder for cell in cells}) == 5
     assert cells[3].step_sizes == {"dps": 1.0, "cmi": 0.1}
     assert cells[5].step_sizes == {"cmi": 0.1}
-    assert "table/validation" in table.arguments(cells[0], 1)
-    assert "table/validation" not in table.arguments(table.cell("box", "DPS"), 1)
+    assert "table/validation" in table.arguments(cells[0])
+    assert "table/validation" not in table.arguments(table.cell("box", "DPS"))
 
 
 # Results of records -------------------------------------------------------------------------------
@@ -523,16 +522,15 @@ def test_time_left_is_of_the_images_that_are_left(tmp_path, capsys, monkeypatch)
     table = small(output=str(tmp_path), images=12, round=2, equal_cost=False)
     cells = [table.cell("box", m, v) for m in ("none", "DPS") for v in ("base", "cmi")]
     write_records(cells[0], [20.0] * 12)
-    jobs = [Job((cell,), images) for images in (2, 12) for cell in cells]
-    printer = ProgressPrinter(table, len(jobs))
+    jobs = [(replace(cell, images=images),) for images in (2, 12) for cell in cells]
+    printer = ProgressPrinter(len(jobs))
     printer.expect(jobs)
     seconds = {"base": 60.0, "cmi": 180.0}
-    for job in jobs:
-        (cell,) = job.cells
-        new = 0 if cell == cells[0] else job.images - (2 if job.images == 12 else 0)
+    for (cell,) in jobs:
+        new = 0 if cell.folder == cells[0].folder else cell.images - 2 * (cell.images == 12)
         spent = new * seconds[cell.variant] or 6.0  # of a finished cell, to see that it is
         clock[0] += spent
-        printer(FinishedCell(cell, job.images, spent))
+        printer(FinishedCell(cell, spent))
     left = [int(m) for m in re.findall(r"(\d+) min left", capsys.readouterr().out)]
     # After one image of each variant is known, it is right: 10 images each, of 3, 1 and 3 minutes.
     assert left[-5:] == [70, 70, 40, 30, 0]
@@ -550,7 +548,7 @@ def test_descent_has_rows_of_its_own_beside_those_of_cmi(tmp_path):
     assert cells["descent"].label == "descent+DPS"
     assert cells["descent"].step_sizes == {"dps": 2.0, "cmi": -0.3}
     assert cells["equal"].step_sizes == {"dps": 2.0}
-    arguments = table.arguments(cells["descent"], 1)
+    arguments = table.arguments(cells["descent"])
     assert arguments[arguments.index("--step_sizes.cmi") + 1] == "-0.3"
     assert ("-c", "table/cmi") in itertools.pairwise(arguments)
     psnr = {"base": 20.0, "cmi": 19.5, "descent": 20.25, "equal": 21.0}
@@ -661,9 +659,8 @@ def test_two_commands_do_not_share_a_folder(tmp_path, capsys):
 
 def test_one_bad_cell_keeps_no_other_from_running(monkeypatch):
     table, ran, done = small(), [], []
-    cells = [
-        table.cell("box", *of) for of in (("none",), ("DPS",), ("DPS", "cmi"), ("none", "cmi"))
-    ]
+    rows = (("none",), ("DPS",), ("DPS", "cmi"), ("none", "cmi"))
+    cells = tuple(table.cell("box", *row) for row in rows)
 
     def restore(arguments, cell):
         ran.append(cell)
@@ -671,9 +668,8 @@ def test_one_bad_cell_keeps_no_other_from_running(monkeypatch):
             raise InputError("box, DPS: no")
 
     monkeypatch.setattr("cmi_lightning.table.run.restore", restore)
-    jobs = [Job((cells[0],), 1), Job((cells[1], cells[2]), 1), Job((cells[3],), 1)]
     with pytest.raises(InputError, match="box, DPS: no"):
-        run(table, jobs, lambda finished: done.append(finished.cell))
+        run(table, [cells[:1], cells[1:3], cells[3:]], lambda finished: done.append(finished.cell))
     assert ran == [cells[0], cells[1], cells[3]]
     assert done == [cells[0], cells[3]]
 
@@ -684,10 +680,10 @@ def test_a_job_restores_no_more_images_of_equal_cost_than_wanted(monkeypatch):
         "cmi_lightning.table.run.restore",
         lambda arguments, cell: limits.extend(a for a in arguments if "data.limit" in a),
     )
-    cells = tuple(table.cell("box", "DPS", v) for v in ("base", "cmi", "equal"))
-    done = list(run_job(table, Job(cells, 5)))
+    cells = tuple(table.cell("box", "DPS", v, 5) for v in ("base", "cmi", "equal"))
+    done = list(run_job(table, cells))
     assert limits == ["--data.limit=5", "--data.limit=5", "--data.limit=3"]
-    assert [d.images for d in done] == [5, 5, 3]
+    assert [d.cell.images for d in done] == [5, 5, 3]
 
 
 # A whole table ------------------------------------------------------------------------------------

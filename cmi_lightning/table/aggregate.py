@@ -146,7 +146,7 @@ def _notes(
         yield "No cell has finished an image yet."
         return
     images = {key: len(started.all) for key, started in cells.items()}
-    if short := [n for key, n in images.items() if n < table.limit(key[2], table.images)]:
+    if short := [n for key, n in images.items() if n < cells[key].cell.images]:
         yield (
             f"The run is not finished (or there are no more images): {len(short)} of {len(cells)} "
             f"rows have fewer images than wanted, the shortest {min(short)}; with and without CMI "

@@ -130,7 +130,7 @@ def started_cells(table: Table) -> dict[Key, StartedCell]:
         row = {}
         for variant in VARIANTS:
             cell = table.at_equal_cost(table.cell(task, method, variant))
-            if finished := records(cell.folder, table.limit(variant, table.images)):
+            if finished := records(cell.folder, cell.images):
                 row[variant] = cell, finished
         wanted = [{r["id"] for r in row[v][1]} for v in row if v != "equal"]
         for variant, (cell, finished) in row.items():

@@ -60,7 +60,7 @@ def tune(args: Sequence[str]) -> int:
     check_tuning(spec)
     check(spec, probes(spec))
     with _at_work(spec):
-        search(spec, ProgressPrinter(spec, count_trials(spec)))
+        search(spec, ProgressPrinter(count_trials(spec)))
     if not first_process():
         return 0
     print(f"study: {spec.folder / 'tune' / 'study.json'}")
@@ -75,9 +75,8 @@ def rounds(table: Table) -> list[list[Job]]:
         images = min(before + table.round, table.images)
         work.append([])
         for task, method in table.rows():
-            every = table.variants(method)
-            wanted = [v for v in every if table.limit(v, table.images) > before]
-            work[-1].append(Job(tuple(table.cell(task, method, v) for v in wanted), images))
+            cells = (table.cell(task, method, v, images) for v in table.variants(method))
+            work[-1].append(tuple(cell for cell in cells if cell.images > before))
     return work
 
 
@@ -94,7 +93,7 @@ def check(table: Table, cells: Sequence[Cell]) -> None:
                 f"step_sizes.{cell.task}: give '{ADDED['descent']}+{cell.method}' a value below "
                 "zero; `cmi-lightning tune` finds one."
             )
-        arguments = resolved(table.arguments(cell, 1))
+        arguments = resolved(table.arguments(cell))
         configs = [value for flag, value in itertools.pairwise(arguments) if flag == "-c"]
         text = "".join(c if c[0] == "{" else Path(c).read_text(encoding="utf-8") for c in configs)
         for name in cell.step_sizes:
@@ -111,15 +110,15 @@ def table(args: Sequence[str]) -> int:
     command = shlex.join(["cmi-lightning", "table", *args])
     first = first_process()
     work = rounds(spec)
-    cells, judged = [cell for job in work[0] for cell in job.cells], list(spec.posterior_cells())
+    cells, judged = [cell for job in work[0] for cell in job], list(spec.posterior_cells())
     if spec.posterior is not None:
-        work.append([Job((cell,), spec.posterior.images) for cell in judged])
+        work.append([(cell,) for cell in judged])
     check(spec, [*cells, *judged])
     if first and _other_sizes_were_chosen(spec):
         print(f"The step sizes that were found are not used: add -c {spec.folder}/step_sizes.yaml")
     work = [[]] if spec.report_only else work
     jobs = [job for part in work for job in part]
-    printer = ProgressPrinter(spec, sum(len(job.cells) for job in jobs))
+    printer = ProgressPrinter(sum(map(len, jobs)))
     printer.expect(jobs)
     with _at_work(spec):
         for part in work:

@@ -23,6 +23,7 @@ class Cell:
         variant: the base alone, with CMI, with its descent, or alone with as many passes.
         step_sizes: by the names that the configurations read.
         steps: reverse steps.
+        images: how many of the first images are restored.
         folder: the run's folder.
         draws: samples per image.
         validation: restore the validation images.
@@ -33,6 +34,7 @@ class Cell:
     variant: Variant
     step_sizes: dict[str, float]
     steps: int
+    images: int
     folder: Path
     draws: int = 1
     validation: bool = False

@@ -25,25 +25,16 @@ from cmi_lightning.table.spec import Table
 LOG = "log.txt"
 SKIPPED = "skipped"  # the kind of cells in which nothing is left to restore
 Kind = Variant | str
-
-
-@dataclass(frozen=True)
-class Job:
-    """Cells that one process runs in turn, over at most the first ``images`` images.
-
-    Of a cell of equal cost, the steps follow from what the cell with CMI before it has cost.
-    """
-
-    cells: tuple[Cell, ...]
-    images: int
+# Cells that one process runs in turn: the steps of one of equal cost follow from what the cell with
+# CMI before it has cost.
+Job = tuple[Cell, ...]
 
 
 @dataclass(frozen=True)
 class FinishedCell:
-    """A cell that has been run: over how many images, in how many seconds."""
+    """A cell that has been run, in how many seconds."""
 
     cell: Cell
-    images: int
     seconds: float
 
 
@@ -112,12 +103,10 @@ def _end_with_parent(parent: int) -> None:
 def run_job(table: Table, job: Job) -> Iterator[Outcome]:
     """Run a job's cells in this process, up to the first that cannot be run."""
     try:
-        for cell in job.cells:
+        for cell in map(table.at_equal_cost, job):
             started = time.monotonic()
-            cell = table.at_equal_cost(cell)
-            images = table.limit(cell.variant, job.images)
-            restore(table.arguments(cell, images), cell)
-            yield FinishedCell(cell, images, time.monotonic() - started)
+            restore(table.arguments(cell), cell)
+            yield FinishedCell(cell, time.monotonic() - started)
     except InputError as error:
         yield InputError(str(error))  # without its cause, which no other process may know
 
@@ -170,12 +159,11 @@ class ProgressPrinter:
     variant has taken so far; cells that are finished already take what such a cell has taken.
 
     Args:
-        table: the table.
         total: how many times a cell is run, in all rounds.
     """
 
-    def __init__(self, table: Table, total: int) -> None:
-        self.table, self.total, self.count = table, total, 0
+    def __init__(self, total: int) -> None:
+        self.total, self.count = total, 0
         self.started = time.monotonic()
         self.done: dict[Path, int] = {}  # images that a cell has, once what is planned is done
         self.left: dict[tuple[Path, int], tuple[Kind, int]] = {}
@@ -183,12 +171,11 @@ class ProgressPrinter:
 
     def expect(self, jobs: Sequence[Job]) -> None:
         """Plan for jobs, in the order in which they are run."""
-        for cell, images in ((cell, job.images) for job in jobs for cell in job.cells):
-            images = self.table.limit(cell.variant, images)
+        for cell in (cell for job in jobs for cell in job):
             done = self.done.setdefault(cell.folder, len(records(cell.folder)))
-            self.done[cell.folder] = max(done, images)
-            kind: Kind = cell.variant if images > done else SKIPPED
-            self.left[cell.folder, images] = kind, max(images - done, 1)
+            self.done[cell.folder] = max(done, cell.images)
+            kind: Kind = cell.variant if cell.images > done else SKIPPED
+            self.left[cell.folder, cell.images] = kind, max(cell.images - done, 1)
 
     def seconds_left(self) -> float:
         """Return the seconds that what is left will take."""
@@ -209,13 +196,13 @@ class ProgressPrinter:
         if not first_process():
             return
         self.count += 1
-        kind, images = self.left.pop((finished.cell.folder, finished.images))
+        cell = finished.cell
+        kind, images = self.left.pop((cell.folder, cell.images))
         self.spent[kind][0] += finished.seconds
         self.spent[kind][1] += images
         print(
-            f"{time.strftime('%H:%M:%S')}  {self.count}/{self.total}  {finished.cell.task}, "
-            f"{finished.cell.label}, {counted(finished.images, 'image')}, {finished.seconds:.0f} "
-            f"s; "
+            f"{time.strftime('%H:%M:%S')}  {self.count}/{self.total}  {cell.task}, {cell.label}, "
+            f"{counted(cell.images, 'image')}, {finished.seconds:.0f} s; "
             f"{self.seconds_left() / 60:.0f} min left",
             flush=True,
         )

@@ -218,19 +218,19 @@ class Table:
         """Return what a variant adds to its base."""
         return {"cmi": self.cmi, "descent": self.descent}.get(variant)
 
-    def limit(self, variant: Variant, images: int) -> int:
-        """Return how many of the first ``images`` a variant restores."""
-        return min(images, self.equal_images or images) if variant == "equal" else images
-
-    def cell(self, task: str, method: str, variant: Variant = "base") -> Cell:
-        """Return a cell as it is reported."""
+    def cell(
+        self, task: str, method: str, variant: Variant = "base", images: int | None = None
+    ) -> Cell:
+        """Return a cell as it is reported, or as it is after the round up to ``images``."""
+        images = images or self.images
+        images = min(images, self.equal_images or images) if variant == "equal" else images
         sizes = self.step_sizes.get(task, {})
         parts = {method: self.methods[method]}
         if (added := self.added(variant)) is not None:
             parts[f"{ADDED[variant]}+{method}"] = added
         chosen = {m.option: sizes[name] for name, m in parts.items() if m.option and name in sizes}
         folder = self.folder / "cells" / task / folder_name(method, variant)
-        return Cell(task, method, variant, chosen, self.steps_of(method), folder)
+        return Cell(task, method, variant, chosen, self.steps_of(method), images, folder)
 
     def at_equal_cost(self, cell: Cell) -> Cell:
         """Return a cell of equal cost with its number of steps, or any other cell as it is.
@@ -257,10 +257,10 @@ class Table:
                 for variant in (v for v in self.variants(method) if v in ("base", "cmi")):
                     cell = self.cell(task, method, variant)
                     folder = self.folder / "posterior" / task / cell.folder.name
-                    yield replace(cell, folder=folder, draws=wanted.draws)
+                    yield replace(cell, images=wanted.images, folder=folder, draws=wanted.draws)
 
-    def arguments(self, cell: Cell, images: int) -> list[str]:
-        """Return the arguments of ``cmi-lightning predict`` that restore a cell's first images."""
+    def arguments(self, cell: Cell) -> list[str]:
+        """Return the arguments of ``cmi-lightning predict`` that restore a cell's images."""
         added = self.added(cell.variant)
         configs = [*self.tasks[cell.task].configs, *self.common]
         configs += self.validation if cell.validation else []
@@ -271,7 +271,7 @@ class Table:
         arguments += [
             f"--model.num_steps={cell.steps}",
             f"--model.seed={self.seed}",
-            f"--data.limit={images}",
+            f"--data.limit={cell.images}",
             f"--data.batch_size={self.batch_size or self.round}",
             f"--trainer.default_root_dir={cell.folder}",
         ]

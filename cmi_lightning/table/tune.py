@@ -14,7 +14,7 @@ from cmi_lightning.report.results import ADDED, CMI, Search, Trial, Variant, typ
 from cmi_lightning.statistics import mean_and_error
 from cmi_lightning.table.cells import METRICS
 from cmi_lightning.table.records import Cell, measured, read_json, records, safe
-from cmi_lightning.table.run import LOG, Job, ProgressPrinter, run
+from cmi_lightning.table.run import LOG, ProgressPrinter, run
 from cmi_lightning.table.spec import Table
 
 Study = dict[str, dict[str, Search]]  # by task, then "DPS" or "CMI+DPS"
@@ -39,7 +39,8 @@ def trial(
     else:
         sizes[guidance.option], label = added, f"{ADDED[variant]}@{added:g}+{label}"
     folder = table.folder / "tune" / task / label
-    return Cell(task, method, variant, sizes, table.steps_of(method), folder, validation=True)
+    steps, images = table.steps_of(method), table.tune_images
+    return Cell(task, method, variant, sizes, steps, images, folder, validation=True)
 
 
 def score(table: Table, cell: Cell) -> Trial:
@@ -48,7 +49,7 @@ def score(table: Table, cell: Cell) -> Trial:
     Raises:
         InputError: if the cells do not report the objective.
     """
-    tried = records(cell.folder, table.tune_images)
+    tried = records(cell.folder, cell.images)
     scores = [measured(r).get(table.objective) for r in tried if not r["failed"]]
     if None in scores:
         raise InputError(
@@ -170,12 +171,12 @@ def _try(
 ) -> None:
     """Run trials, and add to the study what they say."""
     unique = {cell.folder: cell for cells in trials.values() for cell in cells.values()}
-    jobs = [Job((cell,), table.tune_images) for cell in unique.values()]
+    jobs = [(cell,) for cell in unique.values()]
     printer.expect(jobs)
     run(table, jobs[:1], printer)
-    for job in jobs[:1]:  # one trial tells whether the objective is there
-        score(table, job.cells[0])
-        _check_images(table, job.cells[0])
+    for (cell,) in jobs[:1]:  # one trial tells whether the objective is there
+        score(table, cell)
+        _check_images(table, cell)
     run(table, jobs[1:], printer)
     for (task, name), cells in trials.items():
         study[task][name] = _search(table, cells, other_than_zero)
