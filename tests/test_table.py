@@ -232,6 +232,7 @@ def test_a_method_may_have_steps_of_its_own_and_no_cmi():
         [("base", 40)],
     ]
     assert [c.label for c in table.posterior_cells()] == ["DPS", "CMI+DPS", "DAPS"]
+    assert rounds(table)[-1] == [(cell,) for cell in table.posterior_cells()]
     assert "--model.num_steps=40" in table.arguments(table.cell("box", "DAPS"))
     assert trial(table, "box", "DAPS", None).steps == 40
     assert count_trials(table) == 2 + 2  # DPS's, and CMI's on DPS

@@ -9,9 +9,8 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -69,7 +68,7 @@ def tune(args: Sequence[str]) -> int:
 
 
 def rounds(table: Table) -> list[list[Job]]:
-    """Return the work of a table, in rounds that each go over all cells that want more images."""
+    """Return a table's work: rounds over all cells that want more images, then repeated draws."""
     work: list[list[Job]] = []
     for before in range(0, table.images, table.round):
         images = min(before + table.round, table.images)
@@ -77,10 +76,10 @@ def rounds(table: Table) -> list[list[Job]]:
         for task, method in table.rows():
             cells = (table.cell(task, method, v, images) for v in table.variants(method))
             work[-1].append(tuple(cell for cell in cells if cell.images > before))
-    return work
+    return [*work, [(cell,) for cell in table.posterior_cells()]] if table.posterior else work
 
 
-def check(table: Table, cells: Sequence[Cell]) -> None:
+def check(table: Table, cells: Iterable[Cell]) -> None:
     """Check, before any work, that cells' configurations are there and read the step sizes.
 
     Raises:
@@ -110,10 +109,7 @@ def table(args: Sequence[str]) -> int:
     command = shlex.join(["cmi-lightning", "table", *args])
     first = first_process()
     work = rounds(spec)
-    cells, judged = [cell for job in work[0] for cell in job], list(spec.posterior_cells())
-    if spec.posterior is not None:
-        work.append([(cell,) for cell in judged])
-    check(spec, [*cells, *judged])
+    check(spec, {cell.folder: cell for part in work for job in part for cell in job}.values())
     if first and _other_sizes_were_chosen(spec):
         print(f"The step sizes that were found are not used: add -c {spec.folder}/step_sizes.yaml")
     work = [[]] if spec.report_only else work
@@ -160,12 +156,8 @@ def _at_work(table: Table) -> Iterator[None]:
     Raises:
         InputError: if a command is at work there.
     """
-
-    def terminate(signum: int, frame: Any) -> None:
-        raise SystemExit(128 + signum)
-
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     lock = FileLock(table.folder / ".lock")
     if not table.report_only and first_process():  # files are written whole: a look is safe
         make_folder(table.folder, "output")
