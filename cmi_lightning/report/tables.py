@@ -10,6 +10,7 @@ from statistics import median
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from cmi_lightning.errors import counted
 from cmi_lightning.files import write
 from cmi_lightning.report.results import AGAINST, Results
 from cmi_lightning.report.verdicts import fixed, mean_text, percent, short, verdicts_of
@@ -79,7 +80,7 @@ def environment(html: bool = False) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    tools = (enumerate, fixed, mean_text, median, percent, short, verdicts_of)
+    tools = (counted, enumerate, fixed, mean_text, median, percent, short, verdicts_of)
     made.globals |= {tool.__name__: tool for tool in tools}
     made.filters["line"] = lambda text: " ".join(text.split())
     made.filters["md"] = lambda text: " ".join(text.split()).translate(MARKDOWN)
