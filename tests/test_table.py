@@ -403,7 +403,7 @@ def test_an_image_that_failed_is_in_no_mean_and_not_improved(tmp_path):
     assert entry.difference == pytest.approx(9 / 11)
     assert len(entry.values) == 11
     assert entry.improved == pytest.approx(10 / 12)
-    assert any("1 images failed" in note for note in results.notes)
+    assert any("1 image failed" in note for note in results.notes)
     assert cells["base"].curves["residual"] == {1: 6.5, 2: 13.0}
 
 
