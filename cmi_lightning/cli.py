@@ -110,6 +110,8 @@ def _run(args: list[str]) -> int:
         finally:
             rich.get_console().quiet = False
     command, rest = (args[0], args[1:]) if args else ("--help", [])
+    if command in ("--version", "configs") and rest:
+        raise InputError(f"cmi-lightning {command} takes no options, got '{rest[0]}'.")
     if command in ("-h", "--help"):
         print(USAGE + ", ".join(configs.summaries()))
     elif command == "--version":

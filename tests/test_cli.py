@@ -183,6 +183,23 @@ REFUSED = [  # a command, where TMP is a folder, and what is said
         *("net.safetensors", "1 missing (out.2.bias)", "1 unexpected (surplus.weight)"),
     ),
     ("predict --data.limit=0", "data.limit"),
+    ("predict -c TMP/empty.yaml", "empty.yaml' holds no options"),
+    ("predict -c TMP/list.yaml", "list.yaml' holds no options"),
+    ("predict -c TMP/open.yaml", "open.yaml' is no YAML file"),
+    (
+        f"{DEMO} --model.operator=Inpaint",
+        "Inpaint needs mask: give --model.operator.init_a",
+    ),
+    (f"{DEMO} --model.guidances=DPS", "it is a list: --model.guidances+=DPS adds to it"),
+    (f"{DEMO} --data.range=[1]", "data.range must be 2 values or null, got '[1]'"),
+    (f"{DEMO} --step_sizes.dps=big", "step_sizes must be a number, got 'big'"),
+    (f"{DEMO} --step_sizes.dsp=1", "No method reads a step size 'dsp'; did you mean dps?"),
+    (f"{DEMO} --trainer.max_epochs=3", "--trainer.max_epochs is of training"),
+    ("fit", "There is no model.network, data: give a configuration that has it, by -c."),
+    ("table", "There is no title, common, tasks", "by -c."),
+    ("configs all", "configs takes no options, got 'all'"),
+    ("studio --prot=1", "There is no option --prot=1; did you mean --port?"),
+    ("studio --port=70000", "--port must be a whole number, between 1 and 65535, got 70000"),
     ("predict --trainer.devices=0", "devices"),
     ("predict --trainer.precision=bf16-true", "bf16-mixed"),
     ("predict --trainer.precision=auto", "set model.precision to auto"),
@@ -222,6 +239,7 @@ REFUSED = [  # a command, where TMP is a folder, and what is said
     (f"{DEMO} --trainer.limit_predict_batches=0", "leaves nothing to restore"),
     ("fit -c fit/fashion_mnist --ckpt_path=absent.ckpt", "absent.ckpt"),
     ("fit -c fit/fashion_mnist --trainer.max_stepz=3", "max_stepz"),
+    ("fit -c fit/fashion_mnist --trainer.max_steps=0", "max_steps=0 leaves nothing to train"),
     ("fit -c fit/fashion_mnist --model.schedule=quadratic", "schedule", "quadratic"),
 ]
 
@@ -237,6 +255,8 @@ def files(tmp_path_factory) -> str:
     for name, height in (("a", 32), ("b", 33)):
         Image.new("RGB", (32, height)).save(folder / f"sizes/{name}.png")
     (folder / "typo.yaml").write_text("model: {num_step: 5}")
+    for name, text in (("empty", ""), ("list", "- 1"), ("open", "model: [1")):
+        (folder / f"{name}.yaml").write_text(text)
     state = load_file(shipped()["fashion-mnist"]) | {"surplus.weight": torch.zeros(2)}
     del state["out.2.bias"]
     save_file(state, folder / "net.safetensors")

@@ -63,6 +63,9 @@ def fit(args: list[str]) -> int:
     refuse_strategy(cli.trainer, forked=True)
     folder = Path(cli.trainer.default_root_dir).expanduser()
     make_folder(folder, "trainer.default_root_dir")
+    for name in ("max_steps", "max_epochs"):
+        if getattr(cli.trainer, name) == 0:
+            raise InputError(f"trainer.{name}=0 leaves nothing to train.")
     if resume := cli.config.ckpt_path:
         _check_checkpoint(Path(resume), cli.model)
     cli.datamodule.setup("fit")

@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from cmi_lightning.checked import check_value
 from cmi_lightning.errors import InputError, counted
 from cmi_lightning.files import write
 from cmi_lightning.guidance import LLE, LLETraining
@@ -44,8 +45,8 @@ def lle(args: list[str]) -> int:
         own, rest = parser.parse_known_args(args)
     except argparse.ArgumentError as error:
         raise InputError(f"{error}.") from error
-    if min(own.images, own.prior_steps) < 1:
-        raise InputError("The options --images and --prior_steps must be at least 1.")
+    check_value("--images", own.images, int, "[1, inf)")
+    check_value("--prior_steps", own.prior_steps, int, "[1, inf)")
     cli = prediction_cli(rest)
     cli.datamodule.setup("predict")
     model: PosteriorSampler = cli.model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -39,6 +39,13 @@ def explain(message: str, options: Iterable[str]) -> str:
     where = f"{key[1]}: " if key else ""
     if where == "trainer.precision: " and message.endswith("value: auto"):
         return "trainer.precision has no auto: set model.precision to auto."
+    if lacks := re.search(r"class_path '[\w.]*?(\w+)':\s+the following .* required: (.*)", lines):
+        option = f": give --{key[1]}.init_args.{lacks[2].partition(',')[0]}" if key else ""
+        return f"{where}{lacks[1]} needs {lacks[2]}{option}."
+    if lacks := re.search(r"^the following arguments are required: (.*)", message):
+        return f"There is no {lacks[1]}: give a configuration that has it, by -c."
+    if key and (one := re.search(r"Expected a <class 'list'>.*Given value: ([\w.]+)$", message)):
+        return f"{where}it is a list: --{key[1]}+={one[1]} adds to it."
     if wrong := _wrong_value(lines):
         return wrong
     known = re.findall(r"class_path '([\w.]+)'[^']*Option '([^']+)' is not accepted", message)
@@ -85,7 +92,8 @@ def _wrong_value(lines: str) -> str | None:
     if value is None or not within:
         return None
     told = lines[end : value.start()]
-    wanted = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*)\])", told)
+    told = re.sub(r"Expected a tuple with (\d+) elements", r"Expected a Literal[\1 values]", told)
+    wanted = re.findall(r"Expected a (?:<class '(\w+)'>|(?:typing\.)?Literal\[(.*)\])", told)
     plain = all(names or kind in KINDS for kind, names in wanted)
     if (
         not plain
@@ -97,6 +105,8 @@ def _wrong_value(lines: str) -> str | None:
         KINDS[kind] if kind else "one of " * ("," in names) + names.replace("'", "")
         for kind, names in wanted
     ]
+    if "a number" in kinds and "a whole number" in kinds:
+        kinds.remove("a whole number")
     return f"{'.'.join(within.values())} must be {' or '.join(kinds)}, got '{value[1]}'." + (
         _quotes(told) if "a text" in kinds else ""
     )

@@ -7,24 +7,43 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cmi_lightning import configs
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, one_sentence
 from cmi_lightning.files import write
-from cmi_lightning.predict.messages import closest, explain
+from cmi_lightning.predict.messages import closest, explain, nearest
 
 SETS, APPENDS = (re.compile(rf"\bguidances{end}\"?\s*:") for end in ("", r"\+"))
+
+# Options of Lightning's Trainer that a prediction does not read.
+TRAINING = {f"--trainer.{m}_{what}" for m in ("min", "max") for what in ("epochs", "steps")}
+TRAINING |= {f"--trainer.limit_{stage}_batches" for stage in ("train", "val", "test")}
+TRAINING |= {f"--trainer.gradient_clip_{what}" for what in ("val", "algorithm")}
+TRAINING |= {
+    f"--trainer.{name}"
+    for name in (
+        *("max_time", "overfit_batches", "val_check_interval", "check_val_every_n_epoch"),
+        *("num_sanity_val_steps", "accumulate_grad_batches", "reload_dataloaders_every_n_epochs"),
+    )
+}
 
 
 def _resolve(value: str) -> str:
     """Return a file's path as it is, and a packaged configuration as :func:`configs.find` does."""
     if Path(value).is_file():
         try:
-            Path(value).read_text(encoding="utf-8")
+            options = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"'{value}' is no UTF-8 text file: {error}.") from error
+        except yaml.YAMLError as error:
+            raise InputError(f"'{value}' is no YAML file: {one_sentence(error)}.") from error
+        if not isinstance(options, dict):
+            raise InputError(f"'{value}' holds no options, such as model: {{num_steps: 50}}.")
         return value
     if (found := configs.find(value)) is None:
         names = {end: n for n in configs.summaries() for end in (n.rpartition("/")[2], n)}
@@ -67,7 +86,24 @@ def prediction_cli(args: list[str]) -> Any:
     """Return the sampler, data and trainer of ``predict``'s options, see :func:`lightning_cli`."""
     from cmi_lightning.predict.module import PosteriorSampler
 
+    _refuse_unread(args)
     return lightning_cli(PosteriorSampler, args, default_config_files=[str(configs.BASE)])
+
+
+def _refuse_unread(args: list[str]) -> None:
+    """Refuse options that ``predict`` would not read: of training, and unknown step sizes."""
+    names = [arg.partition("=")[0] for arg in args]
+    for name in names:
+        if name in TRAINING:
+            raise InputError(f"{name} is of training, which `fit` does: leave it out.")
+    whole = resolved(args)
+    texts = [path.read_text(encoding="utf-8") for path in configs.FOLDER.rglob("*.yaml")]
+    texts += [*args, *(_text(one) for flag, one in pairwise(whole) if flag == "-c")]
+    read = set(re.findall(r"(?<!--)\bstep_sizes\.(\w+)", "\n".join(texts)))
+    for name in names:
+        size = name.removeprefix("--step_sizes.")
+        if size != name and size not in read:
+            raise InputError(f"No method reads a step size '{size}'{nearest(size, read)}")
 
 
 def lightning_cli(model: type, args: list[str], resumable: bool = False, **kwargs: Any) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 
+from cmi_lightning.checked import check_value
 from cmi_lightning.errors import InputError
+from cmi_lightning.predict.messages import nearest
 
 
 def studio(args: list[str]) -> int:
@@ -19,11 +21,13 @@ def studio(args: list[str]) -> int:
     parser.add_argument("--share", action="store_true", help="a public address, for 72 hours")
     parser.add_argument("--browser", action="store_true", help="open the page in the browser")
     try:
-        asked = parser.parse_args(args)
-    except (argparse.ArgumentError, SystemExit) as error:
-        if isinstance(error, SystemExit) and error.code == 0:
-            raise
+        asked, rest = parser.parse_known_args(args)
+    except argparse.ArgumentError as error:
         raise InputError(f"studio: {error}; --help lists the options.") from error
+    if rest:
+        options = ["--port", "--share", "--browser"]
+        raise InputError(f"There is no option {rest[0]}{nearest(rest[0], options)}")
+    check_value("--port", asked.port, int, "[1, 65535]")
     if importlib.util.find_spec("gradio") is None:
         raise InputError("The studio needs gradio: pip install 'cmi-lightning[studio]'.")
     from cmi_lightning.studio.page import serve
