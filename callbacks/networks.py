@@ -89,12 +89,8 @@ class Published(nn.Module):
 class _Lpips(Published):
     """LPIPS, by the package ``lpips``."""
 
-    metric = "LPIPS"
+    keys = ("lpips", "frechet", "kernel")
     net: str
-
-    def __init__(self, weights: str | None = None, fetch: bool = False) -> None:
-        super().__init__(weights, fetch)
-        self.metric = f"LPIPS ({self.net})"
 
     def read(self, path: Path) -> Any:
         """Return LPIPS with the linear layers of the lpips package and the backbone at ``path``."""
@@ -141,8 +137,8 @@ class Alex(_Lpips):
         'AlexNet'
     """
 
-    title, net, smallest, source = "AlexNet", "alex", 31, fetch.ALEX
-    keys = ("lpips", "frechet", "kernel")
+    title, net, metric = "AlexNet", "alex", "LPIPS (alex)"
+    smallest, source = 31, fetch.ALEX
 
 
 class VGG(_Lpips):
@@ -153,8 +149,8 @@ class VGG(_Lpips):
         ('lpips', 'frechet', 'kernel')
     """
 
-    title, net, smallest, source = "VGG16", "vgg", 16, fetch.VGG
-    keys = ("lpips", "frechet", "kernel")
+    title, net, metric = "VGG16", "vgg", "LPIPS (vgg)"
+    smallest, source = 16, fetch.VGG
 
 
 class Inception(Published):

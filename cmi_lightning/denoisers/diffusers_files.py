@@ -12,7 +12,7 @@ from torch import nn
 
 from cmi_lightning.denoisers.checkpoints import SUFFIXES, kind_of
 from cmi_lightning.denoisers.fitting import misfit
-from cmi_lightning.denoisers.weights import autoencoder_of, hub_folder, network_folder
+from cmi_lightning.denoisers.weights import hub_folder, network_folder, refuse_latents
 from cmi_lightning.denoisers.wrapped import Output
 from cmi_lightning.errors import InputError, cause
 from cmi_lightning.schedule import Schedule
@@ -50,12 +50,8 @@ def network_of(
             f"A {name} is no network of diffusers: give a folder, an id on the hub, a pipeline, or "
             f"one of {', '.join(KINDS)}."
         )
-    beside = autoencoder_of(k for k, v in vars(model).items() if v is not None)
-    if beside is not None and not latent:
-        raise InputError(
-            f"The pipeline {name} has an autoencoder ({beside}), so that its network works on "
-            "latents and not on pixels: give the pipeline to cmi_lightning.zoo.load_prior."
-        )
+    if not latent:
+        refuse_latents(name, (k for k, v in vars(model).items() if v is not None))
     return network_of(network)[0], settings_of(model.scheduler), name
 
 

@@ -153,6 +153,15 @@ def autoencoder_of(parts: Iterable[str]) -> str | None:
     return next((name for name in AUTOENCODERS if name in names), None)
 
 
+def refuse_latents(pipeline: str, parts: Iterable[str]) -> None:
+    """Refuse a pipeline whose network works on latents: it has an autoencoder among its parts."""
+    if found := autoencoder_of(parts):
+        raise InputError(
+            f"The pipeline {pipeline} has an autoencoder ({found}), so that its network works on "
+            "latents and not on pixels: give the pipeline to cmi_lightning.zoo.load_prior."
+        )
+
+
 def network_folder(folder: Path, part: str | None = None, latent: bool = False) -> Path:
     """Return the folder of a diffusers pipeline's network, or ``folder`` if it is no pipeline.
 
@@ -161,13 +170,8 @@ def network_folder(folder: Path, part: str | None = None, latent: bool = False) 
     """
     inside = folder.name.startswith(("unet", "transformer"))
     for home in (folder, folder.parent) if inside else (folder,):
-        index = home / "model_index.json"
-        names = {f.name for f in home.iterdir() if f.is_dir()} if index.is_file() else set()
-        if not latent and (found := autoencoder_of(names)):
-            raise InputError(
-                f"The pipeline '{home}' has an autoencoder ({found}), so that its network works on "
-                "latents and not on pixels: give the pipeline to cmi_lightning.zoo.load_prior."
-            )
+        if not latent and (home / "model_index.json").is_file():
+            refuse_latents(f"'{home}'", (f.name for f in home.iterdir() if f.is_dir()))
     inner = [name for name in ("unet", "unet_ema", "transformer") if (folder / name).is_dir()]
     if part in inner:
         return folder / str(part)
