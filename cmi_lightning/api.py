@@ -17,7 +17,7 @@ from cmi_lightning.data.pictures import Picture
 from cmi_lightning.denoisers import Denoiser
 from cmi_lightning.denoisers.tiled import suited
 from cmi_lightning.errors import InputError, counted
-from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
+from cmi_lightning.guidance.base import Guidance, refuse_unfit
 from cmi_lightning.methods import Method, sizes_of, step_sizes
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
@@ -216,11 +216,7 @@ class Restorer:
             solver = Method.of(f"solver/{solver}", {}).solver
         steps = method.steps if self.num_steps is None else self.num_steps
         made = Sampler(prior, solver or DDPM(), method.guidances, None if steps == "all" else steps)
-        parts: tuple[Any, ...] = (made.solver, *made.guidances)
-        refuse_nonlinear(parts, operator)
-        for part in parts:
-            if problem is not None and part.needs_noise and not problem.noisy:
-                raise InputError(f"{type(part).__name__} needs noise: give a sigma above 0.")
+        refuse_unfit((made.solver, *made.guidances), operator, problem is None or problem.noisy)
         return made
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmi_lightning.denoisers.base import Denoiser
 from cmi_lightning.errors import InputError
-from cmi_lightning.guidance.base import HOOKS, Guidance, refuse_nonlinear
+from cmi_lightning.guidance.base import HOOKS, Guidance, refuse_unfit
 from cmi_lightning.linalg import norm, per_sample
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.problem import Problem
@@ -146,14 +146,15 @@ class Sampler:
             like: any tensor of the images' shape (B, C, H, W), dtype and device.
 
         Raises:
-            InputError: if the operator does not fit the images, or a guidance needs a linear one.
+            InputError: if the operator does not fit the images, or a guidance needs a linear one,
+                or noise.
         """
         with noise.ahead(like.device) as drawn:
             yield from self._records(problem, drawn, like)
 
     def _records(self, problem: Problem, noise: SampleNoise, like: Tensor) -> Iterator[Record]:
         problem, like = self.denoiser.state(problem.bind(noise, like), like)
-        refuse_nonlinear((self.solver, *self.guidances), problem.operator)
+        refuse_unfit((self.solver, *self.guidances), problem.operator, problem.noisy)
         at = self.schedule[len(self.schedule) - 1]  # the level of x
         x, cost = self.solver.start(at, problem, noise, like), Cost()
         memory: dict[str, Tensor] = {}

@@ -268,13 +268,6 @@ def test_step_is_left_alone(mixture, dense, quiet):
     assert step.cost.vjps == 0
 
 
-def test_noiseless_measurements_are_refused(mixture, dense):
-    step = make_step(mixture, dense, sigma=0.0)
-    proposal = DDPM().transition(step, lambda s: s.x0.detach())
-    with pytest.raises(InputError, match="CMI needs measurement noise"):
-        CMI().guide_transition(step, proposal)
-
-
 BASES = [DPS(), PiGDM(), MCG(), DSG(), DSG(interval=3), MomentMatching(krylov=2)]
 
 

@@ -8,12 +8,23 @@ from conftest import SHAPE, jacobian, make_step, numbered
 
 from cmi_lightning.errors import InputError
 from cmi_lightning.exact import GaussianMixture
-from cmi_lightning.guidance import DPS, DSG, MCG, MomentMatching, PiGDM
+from cmi_lightning.guidance import (
+    CADPS,
+    CMI,
+    DPS,
+    DSG,
+    MCG,
+    TMPD,
+    Discrepancy,
+    MomentMatching,
+    PiGDM,
+    ReSample,
+)
 from cmi_lightning.linalg import norm, unit
 from cmi_lightning.problem import Problem
 from cmi_lightning.sampler import Sampler
 from cmi_lightning.schedule import reverse_coefficients
-from cmi_lightning.solvers import DDIM, DDPM, Heun
+from cmi_lightning.solvers import DDIM, DDPM, FPS, Heun, Solver
 from cmi_lightning.step import Step
 
 
@@ -106,10 +117,15 @@ def test_moment_matching_uses_the_denoisers_covariance(mixture, dense):
         torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_moment_matching_needs_noise(mixture, dense):
+@pytest.mark.parametrize(
+    "part", [CMI(), MomentMatching(), TMPD(), CADPS(), Discrepancy(DPS()), ReSample(), FPS()]
+)
+def test_noise_is_needed(mixture, dense, part):
     step = make_step(mixture, dense, sigma=0.0)
-    with pytest.raises(InputError, match="MomentMatching needs measurement noise"):
-        MomentMatching().guide_denoised(step, step.x0.detach())
+    solver, guidances = (part, []) if isinstance(part, Solver) else (DDPM(), [part])
+    sampler = Sampler(mixture, solver, guidances, num_steps=3)
+    with pytest.raises(InputError, match=f"{type(part).__name__} needs measurement noise"):
+        sampler.run(step.problem, step.noise, step.x)
 
 
 @pytest.mark.parametrize("weight", ["canonical", "paper"])

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from cmi_lightning.checked import Checked
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, wording
 from cmi_lightning.linalg import unit
 from cmi_lightning.operators.base import LinearOperator, Operator
 from cmi_lightning.schedule import Schedule
@@ -130,12 +130,15 @@ def residual_gradient(step: Step) -> Tensor:
     return -step.vjp(step.linearized.adjoint(direction))
 
 
-def refuse_nonlinear(parts: Iterable[Any], operator: Operator) -> None:
-    """Raise an InputError if a guidance or solver needs a linear operator and this one is not."""
+def refuse_unfit(parts: Iterable[Any], operator: Operator, noisy: bool = True) -> None:
+    """Refuse a guidance or solver that needs a linear operator, or noise, where there is none."""
     for part in parts:
-        needs = part.needs_linear and getattr(part, "active", True)
-        if needs and not isinstance(operator, LinearOperator):
+        name = type(part).__name__
+        if part.needs_linear and not isinstance(operator, LinearOperator):
             raise InputError(
-                f"{type(part).__name__} needs a linear operator and "
-                f"{type(operator).__name__} is none; use {NONLINEAR}."
+                f"{name} needs a linear operator and {type(operator).__name__} is none; use "
+                f"{NONLINEAR}."
             )
+        if part.needs_noise and not noisy:
+            remedy = wording("set model.noise.sigma above 0", "give a sigma above 0")
+            raise InputError(f"{name} needs measurement noise: {remedy}.")

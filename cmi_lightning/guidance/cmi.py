@@ -159,8 +159,6 @@ class CMI(Guidance):
         return self.estimator(step)
 
     def guide_transition(self, step: Step, transition: Transition) -> Transition:
-        if not step.problem.noisy:
-            raise InputError("CMI needs measurement noise: noise.sigma must be above 0.")
         if not self._acts(step):
             return transition
         information = self.estimate(step)

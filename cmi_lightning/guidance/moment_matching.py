@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cmi_lightning.checked import number
-from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.base import Guidance
 from cmi_lightning.information.base import Whitened, clipped_inverse
 from cmi_lightning.linalg import krylov
@@ -73,8 +72,6 @@ class MomentMatching(Guidance):
         return self.scale != 0
 
     def guide_denoised(self, step: Step, x0: Tensor) -> Tensor:
-        if not step.problem.noisy:
-            raise InputError("MomentMatching needs measurement noise: noise.sigma must be above 0.")
         std = step.problem.std
         S = Whitened(step, std)
         space = krylov(S, step.residual.detach() / std, self.dimension(step.t))

@@ -17,7 +17,7 @@ from cmi_lightning.denoisers.base import Autocast, Denoiser
 from cmi_lightning.denoisers.tiled import Tiled, suited
 from cmi_lightning.denoisers.wrapped import compile_networks
 from cmi_lightning.errors import InputError
-from cmi_lightning.guidance.base import Guidance, refuse_nonlinear
+from cmi_lightning.guidance.base import Guidance, refuse_unfit
 from cmi_lightning.measurement_noise import GaussianNoise, MeasurementNoise
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import Identity, Operator
@@ -121,17 +121,13 @@ class PosteriorSampler(L.LightningModule):
         self.measurement_noise = noise
         self.sampler()  # refuses parts that do not fit
         parts: tuple[Any, ...] = (self.solver, *(g for g in self.guidances or () if g.active))
-        refuse_nonlinear(parts, self.operator)
+        refuse_unfit(parts, self.operator, noise.present)
         for part in parts:
             if compile and getattr(part, "derivatives", 1) > 1:
                 name = type(part).__name__
                 raise InputError(
                     f"model.compile=true has first derivatives alone, and {name} takes second "
                     "ones: leave compile out, or choose differences (CMI's default)."
-                )
-            if part.needs_noise and not self.measurement_noise.present:
-                raise InputError(
-                    f"{type(part).__name__} needs measurement noise: set noise.sigma above 0."
                 )
 
     def sampler(

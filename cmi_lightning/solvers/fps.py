@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from cmi_lightning.checked import number
-from cmi_lightning.errors import InputError
 from cmi_lightning.guidance.cdps import noised_measurement
 from cmi_lightning.linalg import dot
-from cmi_lightning.noise import SampleNoise
 from cmi_lightning.problem import Problem
-from cmi_lightning.schedule import Level, Schedule
+from cmi_lightning.schedule import Schedule
 from cmi_lightning.solvers.base import GuidedX0, Solver
 from cmi_lightning.step import Step, Transition
 
@@ -55,12 +53,6 @@ class FPS(Solver):
 
     def evaluations(self, chain: Schedule, prior: Schedule) -> int:
         return self.particles * len(chain)
-
-    def start(self, level: Level, problem: Problem, noise: SampleNoise, like: Tensor) -> Tensor:
-        """Return the first particle."""
-        if not problem.noisy:
-            raise InputError("FPS needs measurement noise: noise.sigma must be above 0.")
-        return super().start(level, problem, noise, like)
 
     def transition(self, step: Step, guided_x0: GuidedX0) -> Transition:
         """Choose and move the particles; the first is x_s."""
