@@ -231,8 +231,7 @@ def test_latent_diffusion_samples_as_its_pipeline(tmp_path, latent_pipeline, mon
     assert isinstance(prior, LatentPrior)
     assert prior.image_shape == (3, 8, 8)
     like = torch.zeros(2, 3, 8, 8)
-    y = Problem(like, Dense(torch.eye(192), (3, 8, 8)), 1.0)
-    y = Problem(like.flatten(1), y.operator, 1.0)
+    y = Problem(like.flatten(1), Dense(torch.eye(192), (3, 8, 8)), 1.0)
     ours = Sampler(prior, DDIM(0.0), num_steps="ddim10").run(y, NOISE, like)
     start = NOISE.normal("start", 0, torch.zeros(2, 4, 4, 4))
     module = type(latent_pipeline).__module__

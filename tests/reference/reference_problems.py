@@ -1,7 +1,5 @@
 """Small problems in float64 that the tests of this folder share."""
 
-import math
-
 import torch
 from conftest import make_step, randn
 from torch import Tensor
@@ -19,7 +17,6 @@ from cmi_lightning.operators import (
     MotionBlur,
     PhaseRetrieval,
     PixelMask,
-    RandomMask,
 )
 from cmi_lightning.schedule import Schedule
 from cmi_lightning.step import Step
@@ -43,34 +40,21 @@ def kernels(count: int, height: int, width: int) -> Tensor:
     return taps / taps.abs().sum((1, 2), keepdim=True)
 
 
-def make(name: str, shape: tuple[int, int, int], batch: int = BATCH) -> LinearOperator:
-    """The operator of a name, not yet bound to images."""
-    like = torch.empty(batch, *shape, dtype=torch.float64)
-    factor = next(f for f in (2, 3, 5) if math.gcd(*shape[1:]) % f == 0)
-    return {
+def bound(name: str, ids: list[str] = IDS) -> LinearOperator:
+    """The operator of a name, as it meets images."""
+    like = torch.empty(len(ids), *SHAPE, dtype=torch.float64)
+    operator = {
         "identity": lambda: Identity(),
-        "pixels": lambda: PixelMask.from_mask(unequal_mask(batch, *shape[1:]), like),
-        "random": lambda: RandomMask(0.6),
+        "pixels": lambda: PixelMask.from_mask(unequal_mask(len(ids), *SHAPE[1:]), like),
         "box": lambda: BoxMask((3, 2), margin=1),
         "gaussian-reflect": lambda: GaussianBlur(7, 1.2),
-        "gaussian-circular": lambda: GaussianBlur(5, 1.0, "circular"),
-        "motion-reflect": lambda: MotionBlur(5),
         "motion-circular": lambda: MotionBlur(4, padding="circular"),
-        "convolution-reflect": lambda: Convolution(kernels(batch, 3, 5)),
-        "convolution-circular": lambda: Convolution(kernels(1, 4, 3), "circular"),
-        "downsample": lambda: Downsample(factor),
+        "convolution-reflect": lambda: Convolution(kernels(len(ids), 3, 5)),
+        "downsample": lambda: Downsample(2),
         "hdr": lambda: HDR(),
         "phase-retrieval": lambda: PhaseRetrieval(),
     }[name]()
-
-
-def bound(
-    name: str,
-    shape: tuple[int, int, int] = SHAPE,
-    ids: list[str] = IDS,
-    dtype: torch.dtype = torch.float64,
-) -> LinearOperator:
-    return make(name, shape, len(ids)).bind(shape, SampleNoise(0, ids), torch.empty(0, dtype=dtype))
+    return operator.bind(SHAPE, SampleNoise(0, ids), like)
 
 
 def mixture(schedule: Schedule | None = None) -> GaussianMixture:
