@@ -1,15 +1,16 @@
 """Quiet predictions through Lightning, and what they leave."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cmi_lightning.callbacks import SamplingProgress
+from cmi_lightning.callbacks import SamplingCallback, SamplingProgress
 from cmi_lightning.cli import main
 
 
@@ -43,6 +44,34 @@ def restore(
     """Restore a data set's items, or what a data module has."""
     loader = DataLoader(data, batch_size) if isinstance(data, list) else data
     return trainer(folder, *callbacks, **options).predict(module, loader)
+
+
+def crash() -> None:
+    raise RuntimeError("crash")
+
+
+class Watch(SamplingCallback):
+    """Keeps what callbacks are shown of the sampled batches; acts at a step of one of them."""
+
+    def __init__(self, at: tuple[int, int] | None = None, then: Callable = crash) -> None:
+        self.batches: list[list[str]] = []
+        self.records: list[Any] = []
+        self.outputs: list[dict] = []
+        self.at, self.then = at, then
+
+    def on_sampling_start(self, trainer, pl_module, ids, problem):
+        self.batches.append(list(ids))
+
+    def on_sampling_step(self, trainer, pl_module, record):
+        self.records.append(record)
+        if self.at == (len(self.batches) - 1, record.index):
+            self.then()
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.outputs.append(outputs)
+
+    def joined(self, key: str) -> Tensor:
+        return torch.cat([output[key] for output in self.outputs])
 
 
 def cli(command: str, *options: str) -> int:

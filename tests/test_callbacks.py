@@ -15,7 +15,7 @@ import rich
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
-from predicting import items, restore, strict_json, trainer
+from predicting import Watch, items, restore, strict_json, trainer
 from rich.console import Console
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ from cmi_lightning.callbacks import (
     ImageWriter,
     RestorationMetrics,
     SampleGrid,
-    SamplingCallback,
     SamplingProgress,
     TrajectoryLogger,
 )
@@ -65,29 +64,6 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 
-class Keep(SamplingCallback):
-    """Keeps what the other callbacks were shown."""
-
-    def __init__(self, fail_at: tuple[int, int] | None = None) -> None:
-        self.outputs: list[dict] = []
-        self.records: list[Any] = []
-        self.fail_at, self.batch_idx = fail_at, 0
-
-    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        self.batch_idx = batch_idx
-
-    def on_sampling_step(self, trainer, pl_module, record):
-        self.records.append(record)
-        if self.fail_at == (self.batch_idx, record.index):
-            raise RuntimeError("crash")
-
-    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        self.outputs.append(outputs)
-
-    def joined(self, key: str) -> Tensor:
-        return torch.cat([output[key] for output in self.outputs])
-
-
 def garments(count: int, channels: int = 1, size: int = 32) -> Tensor:
     g = torch.Generator().manual_seed(1)
     x = torch.rand(count, channels, size // 4, size // 4, generator=g) * 1.6 - 0.7
@@ -104,7 +80,7 @@ def predict(
     ids: list[str] | None = None,
     sigma: float = 0.05,
     module: PosteriorSampler | None = None,
-) -> Keep:
+) -> Watch:
     """Restore images with a Gaussian prior through Lightning; return what happened."""
     x = garments(5) if x is None else x
     shape = tuple(x.shape[1:])
@@ -114,7 +90,7 @@ def predict(
         module = PosteriorSampler(
             prior, operator, guidances=[DPS(0.5)], num_steps=STEPS, noise=GaussianNoise(sigma)
         )
-    keep = next((c for c in callbacks if isinstance(c, Keep)), Keep())
+    keep = next((c for c in callbacks if isinstance(c, Watch)), Watch())
     others = [c for c in callbacks if c is not keep]
     options = {"batch_size": batch_size, "logger": logger, "inference_mode": False}
     restore(folder, module, items(x, given, ids), *others, keep, **options)
@@ -306,7 +282,7 @@ def test_wrong_weights_stop_the_run_before_sampling(tmp_path):
         "bad.pth": "does not hold the backbone of LPIPS",
         "text.pth": "LPIPS: Cannot read the weights",
     }.items():
-        keep = Keep()
+        keep = Watch()
         with pytest.raises(InputError, match=words):
             predict(tmp_path, keep, RestorationMetrics(lpips_weights=str(tmp_path / name)))
         assert keep.records == []
@@ -421,7 +397,7 @@ def test_perfect_and_diverged_images_still_give_json(tmp_path):
 def test_a_crash_keeps_what_was_finished(tmp_path):
     (tmp_path / "summary.json").write_text("{}")  # of an earlier run
     (tmp_path / MANIFEST).write_text("summary.json\n")
-    callbacks = (RestorationMetrics(), ImageWriter(), TrajectoryLogger(), Keep((1, 2)))
+    callbacks = (RestorationMetrics(), ImageWriter(), TrajectoryLogger(), Watch((1, 2)))
     with pytest.raises(RuntimeError, match="crash"):
         predict(tmp_path, *callbacks, batch_size=2)
     assert [row["id"] for row in rows_of(tmp_path / "metrics.csv")] == ["set/0", "set/1"]
@@ -498,7 +474,7 @@ def test_inputs_are_written_where_they_are_wanted(tmp_path, given):
     x, folder = garments(2, 1, 16), tmp_path / "run"
     module = PosteriorSampler(GaussianMixture(torch.zeros(1, 1, 16, 16)), num_steps=STEPS)
 
-    def write(*writers: L.Callback) -> Keep:
+    def write(*writers: L.Callback) -> Watch:
         options = dict(x=x, ids=["a/b/0", "../../up"], given=given, module=module)
         return predict(folder, *writers, **options)
 
@@ -568,7 +544,7 @@ def test_progress_bars_come_and_go_on_a_terminal(tmp_path, monkeypatch, crash):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
     monkeypatch.setattr(rich, "get_console", lambda: console)
-    callbacks = (SamplingProgress(), RestorationMetrics(), Keep((1, 0) if crash else None))
+    callbacks = (SamplingProgress(), RestorationMetrics(), Watch((1, 0) if crash else None))
     if crash:
         with pytest.raises(RuntimeError, match="crash"):
             predict(tmp_path, *callbacks)

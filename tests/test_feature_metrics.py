@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from predicting import items, restore
+from predicting import Watch, items, restore
 from torch import Tensor, nn
 
 from cmi_lightning import GaussianNoise, PosteriorSampler
-from cmi_lightning.callbacks import FeatureMetrics, Inception, SamplingCallback
+from cmi_lightning.callbacks import FeatureMetrics, Inception
 from cmi_lightning.callbacks.classifier import WEIGHTS, GarmentClassifier
 from cmi_lightning.callbacks.distances import (
     embedding_path,
@@ -50,29 +50,12 @@ class Tiny(nn.Module):
         return self.features(x)[-1].mean((2, 3))
 
 
-class Keep(SamplingCallback):
-    """Keeps what the callbacks were shown, and which samples were restored; may fail at a batch."""
-
-    def __init__(self, fail_at: int | None = None) -> None:
-        self.outputs: dict[str, dict[str, Any]] = {}
-        self.fail_at = fail_at
-
-    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        if batch_idx == self.fail_at:
-            raise RuntimeError("crash")
-
-    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        for i, name in enumerate(outputs["id"]):
-            wanted = ("truth", "restored", "measurement", "draws")
-            self.outputs[name] = {k: v[i] for k in wanted if (v := outputs[k]) is not None}
-
-
 def run(
     folder: Path,
     x: Tensor,
     metrics: FeatureMetrics | None = None,
     batch_size: int = 3,
-    fail_at: int | None = None,
+    at: tuple[int, int] | None = None,
     given: bool = False,
     draws: int = 1,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
@@ -86,11 +69,15 @@ def run(
         noise=GaussianNoise(0.05),
         samples_per_image=draws,
     )
-    keep = Keep(fail_at)
-    callbacks, options = [metrics or FeatureMetrics(), keep], {"inference_mode": False}
+    watch = Watch(at)
+    callbacks, options = [metrics or FeatureMetrics(), watch], {"inference_mode": False}
     restore(folder, module, items(x, given), *callbacks, batch_size=batch_size, **options)
-    path = folder / "features.json"
-    return keep.outputs, json.loads(path.read_text("utf-8")) if path.is_file() else None
+    path, shown = folder / "features.json", {}
+    for outputs in watch.outputs:
+        for i, name in enumerate(outputs["id"]):
+            wanted = ("truth", "restored", "measurement", "draws")
+            shown[name] = {k: v[i] for k in wanted if (v := outputs[k]) is not None}
+    return shown, json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def record(folder: Path, i: int) -> dict[str, Any]:
@@ -342,7 +329,7 @@ def test_resumed_run_has_all_samples(tmp_path, garments):
     _, whole = run(tmp_path / "whole", garments)
     folder = tmp_path / "cut"
     with pytest.raises(RuntimeError, match="crash"):
-        run(folder, garments, fail_at=2)
+        run(folder, garments, at=(2, 0))
     assert not (folder / "features.json").exists()
     outputs, resumed = run(folder, garments)
     assert list(outputs) == ["set/6"]
@@ -355,7 +342,7 @@ def test_resumed_run_has_all_samples(tmp_path, garments):
     # A run that breaks off leaves no means of other samples behind.
     embedding_path(folder, "set/6").unlink()
     with pytest.raises(RuntimeError, match="crash"):
-        run(folder, garments, fail_at=2)
+        run(folder, garments, at=(0, 0))
     assert not (folder / "features.json").exists()
     outputs, other = run(folder, garments, FeatureMetrics(Tiny(1)))
     assert len(outputs) == 7

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from predicting import cli, files, items, restore
+from predicting import Watch, cli, files, items, restore
 from torch import Tensor
 
 from cmi_lightning import GaussianNoise, InputError, PosteriorSampler
@@ -82,32 +82,11 @@ def exact(images) -> GaussianMixture:
     return GaussianMixture(images[:5], 0.1)
 
 
-class Count(L.Callback):
-    """Counts sampled batches, and calls something at a step of one of them."""
-
-    def __init__(self, at: tuple[int, int] | None = None, then: Callable | None = None) -> None:
-        self.at, self.then, self.batches = at, then, []
-
-    def on_sampling_start(self, trainer, pl_module, ids, problem):
-        self.batches.append(list(ids))
-
-    def on_sampling_step(self, trainer, pl_module, record):
-        if self.at == (len(self.batches) - 1, record.index):
-            self.then()
-
-
-def crash() -> None:
-    raise RuntimeError("crash")
-
-
-# Resuming
-
-
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, prior, shipped_images):
     x, module = shipped_images[:8], sampler(prior, DPS())
     predict(module, tmp_path / "whole", x)
     with pytest.raises(RuntimeError, match="crash"):
-        predict(module, tmp_path / "cut", x, Count((1, 0), crash))
+        predict(module, tmp_path / "cut", x, Watch((1, 0)))
     cut = files(tmp_path / "cut")
     assert {n for n in cut if n.endswith(".json") and n.startswith("records")} == {
         f"records/set/{i}.json" for i in range(3)
@@ -116,7 +95,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, prior, shipped_imag
     # Of a process that was killed while writing.
     left = tmp_path / f"cut/restored/set/.{mark(Path('0.png'))}.{'0' * 32}.tmp"
     left.write_bytes(b"half")
-    again = Count()
+    again = Watch()
     results = predict(sampler(prior, DPS()), tmp_path / "cut", x, again)
     assert again.batches == [["set/3", "set/4", "set/5"], ["set/6", "set/7"]]
     # What was done before is read back.
@@ -150,9 +129,9 @@ def test_images_of_three_sizes_are_restored_as_each_is_alone(tmp_path):
         results = restore(tmp_path / folder, module, data, *writers)
         return {name: x for r in results for name, x in zip(r["id"], r["restored"], strict=True)}
 
-    alone, count = run("alone", 1), Count()
+    alone, count = run("alone", 1), Watch()
     with pytest.raises(RuntimeError, match="crash"):
-        run("cut", 4, Count((1, 0), crash))
+        run("cut", 4, Watch((1, 0)))
     together = run("cut", 4, count)
     assert count.batches == [["1", "3"], ["10"]]
     assert list(together) == ["0", "2", "4", "1", "3", "10"]
@@ -171,7 +150,7 @@ def test_images_of_three_sizes_are_restored_as_each_is_alone(tmp_path):
 
 @pytest.mark.parametrize("lost", ["records/set/4.json", "restored/set/4.png"])
 def test_what_is_missing_is_restored_in_its_batch(tmp_path, exact, images, lost):
-    x, module, again = images[:8], sampler(exact, DPS()), Count()
+    x, module, again = images[:8], sampler(exact, DPS()), Watch()
     predict(module, tmp_path, x)
     before = files(tmp_path)
     (tmp_path / lost).unlink()
@@ -183,7 +162,7 @@ def test_what_is_missing_is_restored_in_its_batch(tmp_path, exact, images, lost)
 def test_when_everything_is_done_nothing_is_sampled(tmp_path, exact, images, capsys):
     x, module = images[:4], sampler(exact, DPS())
     predict(module, tmp_path, x)
-    before, again = files(tmp_path), Count()
+    before, again = files(tmp_path), Watch()
     predict(module, tmp_path, x, again, SamplingProgress())
     assert again.batches == []
     assert files(tmp_path) == before
@@ -191,7 +170,7 @@ def test_when_everything_is_done_nothing_is_sampled(tmp_path, exact, images, cap
 
 
 def test_more_images_are_added_and_another_batch_size_goes_on(tmp_path, exact, images):
-    module, again = sampler(exact, DPS()), Count()
+    module, again = sampler(exact, DPS()), Watch()
     predict(module, tmp_path, images[:4], batch_size=2)
     predict(module, tmp_path, images[:8], again, batch_size=4)
     assert again.batches == [[f"set/{i}" for i in range(4, 8)]]
@@ -199,7 +178,7 @@ def test_more_images_are_added_and_another_batch_size_goes_on(tmp_path, exact, i
 
 
 def test_a_callback_that_comes_later_gets_its_files(tmp_path, exact, images):
-    module, again = sampler(exact, DPS()), Count()
+    module, again = sampler(exact, DPS()), Watch()
     predict(module, tmp_path, images[:2])
     for record in (tmp_path / "records").rglob("*.json"):  # as of a run without the metrics
         record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items()
@@ -224,7 +203,7 @@ def test_a_callback_that_comes_later_gets_its_files(tmp_path, exact, images):
 )
 def test_a_folder_of_other_options_is_refused(tmp_path, prior, shipped_images, change, words):
     predict(sampler(prior, DPS()), tmp_path, shipped_images[:1])
-    before, count = files(tmp_path), Count()
+    before, count = files(tmp_path), Watch()
     kwargs = {"operator": RandomMask(0.5), "num_steps": STEPS, "guidances": [DPS()], **change}
     precision, weights = kwargs.pop("precision", "32-true"), kwargs.pop("weights", 0)
     other = PosteriorSampler(copy.deepcopy(prior), **kwargs)
@@ -570,7 +549,7 @@ def test_a_sample_fails_alone(tmp_path, exact, images, factor, why, capsys):
     psnr = [records[i]["metrics"]["psnr"] for i in others]
     assert summary["metrics"]["psnr"]["mean"] == pytest.approx(sum(psnr) / 3)
     assert len(records[row]["curves"]["residual"]) == int(why.split()[-3]) - 1
-    again = Count()  # a failure is final: the same would happen again
+    again = Watch()  # a failure is final: the same would happen again
     predict(spoilt, tmp_path / "b", x, again, batch_size=4)
     assert again.batches == []
     assert spoilt.run.failures == {name: why}
@@ -649,7 +628,7 @@ def test_out_of_memory_halves_the_batches_once(tmp_path, caplog, shipped_images,
     prior = GaussianMixture(torch.zeros(1, 1, 32, 32), 0.2)
     x, kwargs = shipped_images[:7], {"samples_per_image": draws, "operator": RandomMask(0.5)}
     wanted = predict(sampler(prior, DPS(), **kwargs), tmp_path / "a", x, batch_size=4)
-    count = Count()
+    count = Watch()
     with caplog.at_level(logging.WARNING, "cmi_lightning"):
         got = predict(
             sampler(Small(prior, 2), DPS(), **kwargs), tmp_path / "b", x, count, batch_size=4
@@ -679,7 +658,7 @@ def test_out_of_memory_twice_is_told(tmp_path, shipped_images):
 
 def test_other_errors_are_not_taken_for_memory(tmp_path, exact, images):
     with pytest.raises(RuntimeError, match="crash"):
-        predict(sampler(exact), tmp_path, images[:2], Count((0, 1), crash))
+        predict(sampler(exact), tmp_path, images[:2], Watch((0, 1)))
 
 
 # Costs
