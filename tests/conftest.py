@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
@@ -28,9 +29,11 @@ SHAPE = (1, 2, 3)
 
 
 @pytest.fixture(autouse=True)
-def as_if_alone() -> None:
+def as_if_alone(request: pytest.FixtureRequest) -> None:
     """Numbers without a seed, and warnings given once, do not depend on the tests before."""
     torch.manual_seed(0)
+    if hasattr(request.module, "RNG"):
+        request.module.RNG = np.random.default_rng(0)
     warn_once.cache_clear()
 
 
