@@ -23,7 +23,6 @@ from cmi_lightning.errors import InputError
 from cmi_lightning.studio import work
 from cmi_lightning.studio.work import Choice
 
-pytest.importorskip("gradio", reason="gradio is not installed")
 RNG = np.random.default_rng(0)
 PHOTOGRAPH = Image.fromarray(RNG.integers(0, 256, (48, 64, 3), np.uint8))
 QUICK = {"side": 64, "steps": 2}
@@ -140,6 +139,7 @@ def test_pictures_on_the_way_are_few(monkeypatch):
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
     """The page's address and process, started as a person does; it leaves nothing behind."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
     temporary = tmp_path_factory.mktemp("temporary")
     command = [sys.executable, "-m", "cmi_lightning", "studio", "--port", "0"]
     quiet = {**os.environ, "PYTHONWARNINGS": "ignore", "TMPDIR": str(temporary)}
@@ -209,6 +209,7 @@ def test_uploads_are_bounded(address):
 
 def test_an_example_is_sound_whichever_is_chosen():
     """The editor may tell of the last example after the next one is chosen."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
     from cmi_lightning.studio.pictures import edited, is_example, photograph
 
     assert all(is_example(edited(photograph(name))) for name in ("beach1", "water8"))
