@@ -17,6 +17,7 @@ from cmi_lightning.exact import GaussianMixture, GaussianPrior
 from cmi_lightning.guidance import CMI, DPS, DSG, MCG, MomentMatching, PiGDM, residual_gradient
 from cmi_lightning.guidance.base import NONLINEAR
 from cmi_lightning.information import Lanczos, TraceLimit
+from cmi_lightning.information.base import CURVATURE
 from cmi_lightning.measurement_noise import MeasurementNoise
 from cmi_lightning.noise import SampleNoise
 from cmi_lightning.operators import (
@@ -377,6 +378,17 @@ def test_cmi_takes_the_change_of_the_derivative_in(mixture, derivative):
         error = (found.gradient[row].flatten() - whole).norm() / whole.norm()
         assert float(error) < (1e-8 if derivative == "autograd" else 1e-2)
         assert float((whole - held).norm() / whole.norm()) > 0.1
+
+
+@pytest.mark.parametrize("estimator", [Lanczos(krylov=1), TraceLimit(derivative="forward")])
+def test_the_change_of_the_derivative_costs_nothing_where_there_is_none(mixture, estimator):
+    passes = {}
+    for operator in (Identity(), HDR(), Quantize(), Cubed()):
+        step = make_step(mixture, operator, 300, sigma=0.3)
+        estimator(step)
+        passes[type(operator)] = step.cost.forwards + step.cost.vjps
+    assert passes[HDR] == passes[Quantize] == passes[Identity]
+    assert passes[Cubed] == passes[Identity] + CURVATURE
 
 
 def test_what_estimators_in_image_space_drop():

@@ -249,8 +249,9 @@ def contraction(
 def curvature(step: Step, w: Tensor, v: Tensor, u: Tensor, p: Tensor) -> Tensor | None:
     """Return ∇_{x_t} ⟨w, A' Σ A'ᵀ v⟩ (B, *) by what A' = ∂A/∂x at x̂₀ changes, Σ held fixed.
 
-    None for a linear A. It is Jᵀ ∇_{x̂₀} (⟨A'ᵀ w, Σ p⟩ + ⟨A'ᵀ v, Σ u⟩): three vector-Jacobian
-    products of the network, and second derivatives of A. :func:`contraction` has the other part.
+    None, at no cost, for A of linear pieces. It is Jᵀ ∇_{x̂₀} (⟨A'ᵀ w, Σ p⟩ + ⟨A'ᵀ v, Σ u⟩): three
+    vector-Jacobian products of the network, and second derivatives of A. :func:`contraction` has
+    the other part.
 
     Args:
         step: where.
@@ -261,14 +262,15 @@ def curvature(step: Step, w: Tensor, v: Tensor, u: Tensor, p: Tensor) -> Tensor 
     """
     if isinstance(step.problem.operator, LinearOperator):
         return None
-    right, left = (step.covariance_factor * step.vjp(direction) for direction in (p, u))
     with torch.enable_grad():
         x0 = step.x0.detach().requires_grad_()
         y = step.problem.operator(x0)
         pulled = [torch.autograd.grad(y, x0, z, create_graph=True)[0] for z in (w, v)]
+    if not any(z.requires_grad for z in pulled):
+        return None  # A' is the same nearby
+    right, left = (step.covariance_factor * step.vjp(direction) for direction in (p, u))
+    with torch.enable_grad():
         products = dot(pulled[0], right) + dot(pulled[1], left)
-        if not products.requires_grad:
-            return torch.zeros_like(u)  # A is made of linear pieces
         (change,) = torch.autograd.grad(products.sum(), x0, allow_unused=True)
     return torch.zeros_like(u) if change is None else step.vjp(change)
 
