@@ -24,7 +24,7 @@ from cmi_lightning.table.comparisons import Differences, compare
 from cmi_lightning.table.records import Cell, passes, read_json
 from cmi_lightning.table.resampling import LEVEL
 from cmi_lightning.table.spec import Table
-from cmi_lightning.table.tune import Study, read_study
+from cmi_lightning.table.tune import Study, read_searches
 
 Cells = Mapping[Key, StartedCell]
 
@@ -46,7 +46,10 @@ def aggregate(table: Table, config: str = "", command: str = "") -> Results:
     differences = compare(cells, metrics)
     read = [(cell, read_json(cell.folder / "posterior.json")) for cell in table.posterior_cells()]
     posterior = [(cell, summary) for cell, summary in read if summary]
-    study = _study(table)
+    study: Study = {}  # what the table uses of it
+    for task, name, search, used in read_searches(table):
+        if used:
+            study.setdefault(task, {})[name] = search
     notes = [*_notes(table, cells, differences, study), *_notes_on_draws(posterior)]
     draws = {(c.task, c.method, c.variant): _draws(table, c, summary) for c, summary in posterior}
     first = next(iter(cells.values())).cell.folder if cells else table.folder
@@ -198,15 +201,6 @@ def _notes(
                 f"In {zero} of {len(searches)} cells the search on validation images preferred no "
                 f"{what} to every scale of it; the table shows the best scale other than zero."
             )
-
-
-def _study(table: Table) -> Study:
-    """Return what ``tune`` tried for the table's rows and chose, where the table uses it."""
-    study, used = read_study(table), {}
-    for task in dict.fromkeys(task for task, _ in table.rows()):
-        sizes, searches = table.step_sizes.get(task, {}), study.get(task, {})
-        used[task] = {name: s for name, s in searches.items() if sizes.get(name) == s.chosen}
-    return used if study else {}
 
 
 def _environment() -> dict[str, str]:

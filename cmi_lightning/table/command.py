@@ -26,7 +26,7 @@ from cmi_lightning.table.records import Cell
 from cmi_lightning.table.run import Job, ProgressPrinter, first_process, run
 from cmi_lightning.table.spec import Table
 from cmi_lightning.table.tune import check as check_tuning
-from cmi_lightning.table.tune import count_trials, probes, read_study
+from cmi_lightning.table.tune import count_trials, probes, read_searches
 from cmi_lightning.table.tune import tune as search
 
 
@@ -110,7 +110,8 @@ def table(args: Sequence[str]) -> int:
     first = first_process()
     work = rounds(spec)
     check(spec, {cell.folder: cell for part in work for job in part for cell in job}.values())
-    if first and _other_sizes_were_chosen(spec):
+    others = [s for *_, s, used in read_searches(spec) if s.chosen is not None and not used]
+    if first and others:
         print(f"The step sizes that were found are not used: add -c {spec.folder}/step_sizes.yaml")
     work = [[]] if spec.report_only else work
     jobs = [job for part in work for job in part]
@@ -127,16 +128,6 @@ def table(args: Sequence[str]) -> int:
         return 0  # Lightning takes any other code of a further process for a crash
     print(f"report: {spec.folder / 'report.html'}; numbers: {spec.folder / 'table.csv'}")
     return 3 if any(cell.failed for cell in read_results(spec.folder / "results.json").cells) else 0
-
-
-def _other_sizes_were_chosen(table: Table) -> bool:
-    """Whether ``tune`` has chosen step sizes in the table's folder that the table does not use."""
-    return any(
-        search.chosen not in (None, table.step_sizes.get(task, {}).get(name))
-        for task, searches in read_study(table).items()
-        for name, search in searches.items()
-        if task in {task for task, _ in table.rows()}
-    )
 
 
 def publish(table: Table, config: str, command: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -209,6 +209,14 @@ def read_study(table: Table, setting: Mapping[str, Any] | None = None) -> Study:
             study: Study = typed(Study, content["study"])
             return study
     return {}
+
+
+def read_searches(table: Table) -> Iterator[tuple[str, str, Search, bool]]:
+    """Yield what was found for a table's tasks: task, name, search, whether the table uses it."""
+    study = read_study(table)
+    for task in dict.fromkeys(task for task, _ in table.rows()):
+        for name, search in study.get(task, {}).items():
+            yield task, name, search, table.step_sizes.get(task, {}).get(name) == search.chosen
 
 
 def _save(table: Table, study: Study) -> None:
