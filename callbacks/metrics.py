@@ -94,7 +94,8 @@ class RestorationMetrics(RecordingCallback):
     def prepare(self) -> None:
         """Load the feature networks, so that a wrong file stops the run before sampling."""
         for logger in self.trainer.loggers:
-            if isinstance(logger, CSVLogger) and _same(logger.log_dir, self.folder):
+            csv = isinstance(logger, CSVLogger)
+            if csv and Path(logger.log_dir).resolve() == self.folder.resolve():
                 raise InputError(
                     f"CSVLogger and RestorationMetrics would both write '{self.folder}/metrics.csv'"
                     ": set trainer.logger.init_args.name to logs."
@@ -228,7 +229,3 @@ class RestorationMetrics(RecordingCallback):
 
     def show(self) -> None:
         print_table(self.result, self.timing, self.folder)
-
-
-def _same(path: str, folder: Path) -> bool:
-    return Path(path).resolve() == folder.resolve()

@@ -31,10 +31,8 @@ class ImageFolder(FolderFiles):
         check(data, label="data", size="[1, inf)", limit="[1, inf)", val_count="[0, inf)")
         if data.size is not None:
             check_pixels(data.size, data.size, "data.size", "choose a smaller one")
-        self.size, known = data.size, data.folder in SHIPPED
-        super().__init__(
-            data, SHIPPED[data.folder] if known else local_path(data.folder, self.option)
-        )
+        self.size = data.size
+        super().__init__(data, SHIPPED.get(data.folder) or local_path(data.folder, self.option))
         self.look()
         self.image_shapes = list(dict.fromkeys(self.shapes))
         shown = [printable(file) for _, file in self.files]
