@@ -198,9 +198,7 @@ class Restorer:
         prior.rehearse(shape)
         sampler = self._sampler(prior, operator, problem)
         truth = x if simulate else None
-        drawing = restoring(
-            problem, like, truth, names, sampler=lambda: sampler, seed=seed, draws=samples
-        )
+        drawing = restoring(problem, like, truth, names, sampler=sampler, seed=seed, draws=samples)
         count = len(sampler.schedule)
         kept = {round((i + 1) * count / trajectory) for i in range(trajectory)}
         return _progress(drawing, picture, samples * count, kept, seed, notes)

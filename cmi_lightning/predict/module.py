@@ -245,9 +245,9 @@ class PosteriorSampler(L.LightningModule):
         shape = tuple(like.shape[1:])
         suited(self.denoiser, shape).check(shape)
         self.shapes |= {shape: None}
-        chain, ids = (lambda: self.sampler(dtype, shape)), batch["id"]
+        sampler, ids = self.sampler(dtype, shape), batch["id"]
         draws = {"seed": self.seed, "draws": self.samples_per_image}
-        steps = restoring(problem, like, batch.get("x"), ids, sampler=chain, **draws)
+        steps = restoring(problem, like, batch.get("x"), ids, sampler=sampler, **draws)
         while True:
             try:
                 record = next(steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -77,14 +77,14 @@ def restoring(
     truth: Tensor | None,
     ids: list[str],
     *,
-    sampler: Callable[[], Sampler],
+    sampler: Sampler,
     seed: int,
     draws: int,
 ) -> Generator[Record | None, None, Restoration]:
     """Draw from the posterior of a batch; yield None before each draw, and a record of each step.
 
     ``like`` has the shape of the images (B, C, H, W), as their ``truth``, where it is known.
-    ``sampler`` makes the sampler of a draw; the first of K draws is the one of K = 1.
+    The first of K draws is the one of K = 1.
     """
     found: list[Tensor] = []
     cost = Cost()
@@ -96,7 +96,7 @@ def restoring(
     for k in range(draws):
         yield None
         own = SampleNoise(seed, ids if k == 0 else [f"{name}#{k}" for name in ids])
-        for record in sampler().iterate(problem, own, like):
+        for record in sampler.iterate(problem, own, like):
             record = replace(record, ids=ids)
             yield record
         found.append(record.x)
