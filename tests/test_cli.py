@@ -199,7 +199,7 @@ REFUSED = [  # a command, where TMP is a folder, and what is said
     ("table", "There is no title, common, tasks", "by -c."),
     ("configs all", "configs takes no options, got 'all'"),
     ("studio --prot=1", "There is no option --prot=1; did you mean --port?"),
-    ("studio --port=70000", "--port must be a whole number, between 1 and 65535, got 70000"),
+    ("studio --port=70000", "--port must be a whole number, between 0 and 65535, got 70000"),
     ("predict --trainer.devices=0", "devices"),
     ("predict --trainer.precision=bf16-true", "bf16-mixed"),
     ("predict --trainer.precision=auto", "set model.precision to auto"),

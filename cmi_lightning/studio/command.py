@@ -27,7 +27,7 @@ def studio(args: list[str]) -> int:
     if rest:
         options = ["--port", "--share", "--browser"]
         raise InputError(f"There is no option {rest[0]}{nearest(rest[0], options)}")
-    check_value("--port", asked.port, int, "[1, 65535]")
+    check_value("--port", asked.port, int, "[0, 65535]")  # 0: any free one
     if importlib.util.find_spec("gradio") is None:
         raise InputError("The studio needs gradio: pip install 'cmi-lightning[studio]'.")
     from cmi_lightning.studio.page import serve
