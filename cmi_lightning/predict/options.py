@@ -40,7 +40,7 @@ def _resolve(value: str) -> str:
             options = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"'{value}' is no UTF-8 text file: {error}.") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise InputError(f"'{value}' is no YAML file: {one_sentence(error)}.") from error
         if not isinstance(options, dict):
             raise InputError(f"'{value}' holds no options, such as model: {{num_steps: 50}}.")
