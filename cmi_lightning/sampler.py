@@ -154,7 +154,9 @@ class Sampler:
 
     def _records(self, problem: Problem, noise: SampleNoise, like: Tensor) -> Iterator[Record]:
         problem, like = self.denoiser.state(problem.bind(noise, like), like)
-        refuse_unfit((self.solver, *self.guidances), problem.operator, problem.noisy)
+        parts = (self.solver, *self.guidances)
+        noisy = not any(part.needs_noise for part in parts) or problem.noisy  # waits for a GPU
+        refuse_unfit(parts, problem.operator, noisy)
         at = self.schedule[len(self.schedule) - 1]  # the level of x
         x, cost = self.solver.start(at, problem, noise, like), Cost()
         memory: dict[str, Tensor] = {}
