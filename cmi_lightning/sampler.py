@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,7 +155,7 @@ class Sampler:
 
     def _records(self, problem: Problem, noise: SampleNoise, like: Tensor) -> Iterator[Record]:
         problem, like = self.denoiser.state(problem.bind(noise, like), like)
-        parts = (self.solver, *self.guidances)
+        parts: tuple[Any, ...] = (self.solver, *self.guidances)
         noisy = not any(part.needs_noise for part in parts) or problem.noisy  # waits for a GPU
         refuse_unfit(parts, problem.operator, noisy)
         at = self.schedule[len(self.schedule) - 1]  # the level of x
