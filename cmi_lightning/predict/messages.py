@@ -39,11 +39,13 @@ def explain(message: str, options: Iterable[str]) -> str:
     where = f"{key[1]}: " if key else ""
     if where == "trainer.precision: " and message.endswith("value: auto"):
         return "trainer.precision has no auto: set model.precision to auto."
-    if lacks := re.search(r"class_path '[\w.]*?(\w+)':\s+the following .* required: (.*)", lines):
-        option = f": give --{key[1]}.init_args.{lacks[2].partition(',')[0]}" if key else ""
-        return f"{where}{lacks[1]} needs {lacks[2]}{option}."
-    if lacks := re.search(r"^the following arguments are required: (.*)", message):
-        return f"There is no {lacks[1]}: give a configuration that has it, by -c."
+    required = r"(?:the following .* required: (.*)|Option '([\w.]+)' is required)"  # or older
+    if lacks := re.search(rf"class_path '[\w.]*?(\w+)':\s+{required}", lines):
+        names = lacks[2] or lacks[3]
+        option = f": give --{key[1]}.init_args.{names.partition(',')[0]}" if key else ""
+        return f"{where}{lacks[1]} needs {names}{option}."
+    if lacks := re.search(f"^{required}", message):
+        return f"There is no {lacks[1] or lacks[2]}: give a configuration that has it, by -c."
     if key and (one := re.search(r"Expected a <class 'list'>.*Given value: ([\w.]+)$", message)):
         return f"{where}it is a list: --{key[1]}+={one[1]} adds to it."
     if wrong := _wrong_value(lines):
@@ -105,6 +107,7 @@ def _wrong_value(lines: str) -> str | None:
         KINDS[kind] if kind else "one of " * ("," in names) + names.replace("'", "")
         for kind, names in wanted
     ]
+    kinds.sort(key=KINDS["NoneType"].__eq__)  # last, as younger releases have it
     if "a number" in kinds and "a whole number" in kinds:
         kinds.remove("a whole number")
     return f"{'.'.join(within.values())} must be {' or '.join(kinds)}, got '{value[1]}'." + (
