@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cmi_lightning.checked import check_value
+from cmi_lightning.checked import as_python, check_value
 from cmi_lightning.data.pictures import Picture
 from cmi_lightning.denoisers import Denoiser
 from cmi_lightning.denoisers.tiled import suited
@@ -108,11 +108,16 @@ class Restorer:
         _of_kind("step_sizes", step_sizes, (Mapping, NoneType), 'numbers by name, {"dps": 4.0}')
         try:
             self.device = torch.device(device or _best_device())
-        except RuntimeError as error:
-            raise InputError(f"device must be cpu, cuda or mps; got {device!r}.") from error
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(
+                f"device must be cpu, cuda or mps, as this machine has; got {device!r}."
+            ) from error
         self.prior = (load_prior(prior) if isinstance(prior, str) else prior).to(self.device)
         self.method, self.solver, self.num_steps = method, solver, steps
-        self.step_sizes = None if step_sizes is None else dict(step_sizes)
+        for size, value in (step_sizes or {}).items():
+            check_value(f"step_sizes.{size}", value, float)
+        self.step_sizes = step_sizes and {k: as_python(v) for k, v in step_sizes.items()}
         self._sampler(self.prior, Identity())  # refuses names and parts that do not fit
         read = sizes_of(method) if isinstance(method, str) else set()
         if unread := set(self.step_sizes or ()) - read:

@@ -96,6 +96,11 @@ def check_arguments(function: Any, values: Mapping[str, Any], **intervals: str) 
             check_value(f"{owner}.{name}", values[name], kind, intervals.get(name, FINITE))
 
 
+def as_python(value: float | Real) -> float:
+    """Return a number, such as one of NumPy, as Python's ``int`` or ``float``."""
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
 def _refuse(
     owner: object, types: dict[str, Any], options: dict[str, str], label: str | None = None
 ) -> None:
@@ -121,7 +126,7 @@ def _wrong(value: Any, kind: Any, interval: str) -> str | None:
     if numbers := {int, float}.intersection(kinds):
         whole = float not in numbers
         fits = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-        if fits and _inside(float(value), interval):
+        if fits and _inside(value if whole else float(value), interval):
             return None
         words.append(f"a {_number(whole, interval)}")
     for one in kinds:

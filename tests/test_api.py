@@ -38,6 +38,7 @@ KINDS = {
     "uint8": BYTES,
     "float64": BYTES / 255,
     "float32": (BYTES / 255).astype(np.float32),
+    "the other byte order": (BYTES / 255).astype(np.dtype(np.float32).newbyteorder()),
     "gray": BYTES[..., 0],
     "batch": np.stack([BYTES, BYTES]),
     "tensor": TENSOR,
@@ -55,7 +56,7 @@ def test_the_same_kind_comes_out(restorer, image):
         if isinstance(image, Image.Image):
             assert (made.size, made.mode) == (image.size, image.mode)
         else:
-            wanted = np.float32 if image.dtype == np.float64 else image.dtype
+            wanted = np.float32 if getattr(image.dtype, "kind", "") == "f" else image.dtype
             assert (made.shape, made.dtype) == (image.shape, wanted)
     most = 1 if "float" in str(np.asarray(image).dtype) else 255
     assert float(np.asarray(result.image).max()) <= most
@@ -180,6 +181,10 @@ def test_step_sizes_are_the_tasks():
         assert step_sizes(operator) == configs.sections("task")[task]["step_sizes"]
     assert step_sizes(Downsample(4))["mcg"] != step_sizes(Identity())["mcg"]
     assert Method.of("dps", {"dps": 4.0}) == Method([DPS(4.0)])
+    sizes = {"dsg": np.float32(0.5), "dsg_interval": np.int64(2)}
+    assert repr(Restorer(exact(), "dsg", step_sizes=sizes).step_sizes) == str(
+        {"dsg": 0.5, "dsg_interval": 2}
+    )
     dsg, cmi = Method.of("dsg+cmi", {}).guidances
     assert type(dsg).__name__ == "DSG"
     assert cmi == CMI()
@@ -247,6 +252,7 @@ def test_progress(restorer, capsys):
         (BYTES.astype(np.float32), {}, "values from"),
         (TENSOR / 127.5 - 1, {}, "use (x + 1) / 2"),
         (BYTES.astype(np.int64), {}, "int64"),
+        (BYTES.astype(object), {}, "must be uint8, or float in [0, 1]; got an array of object"),
         (BYTES * float("nan"), {}, "no numbers"),
         (TENSOR.numpy(), {}, "has 8 channels"),
         (torch.from_numpy(BYTES), {}, "come first in a tensor"),
@@ -299,7 +305,9 @@ def test_wrong_input_is_one_sentence(restorer, image, options, words):
         ({"method": "dsg", "solver": "heun"}, "DSG steers the solver's noise"),
         ({"method": "dsg", "step_sizes": {"dps": 1}}, "no step size 'dps': it reads dsg, d"),
         ({"method": [DPS()], "step_sizes": {"dps": 1}}, "no step size 'dps': it reads none"),
-        ({"device": "gpu"}, "device must be cpu, cuda or mps; got 'gpu'"),
+        ({"method": "dps", "step_sizes": {"dps": "4"}}, "step_sizes.dps must be a number, fin"),
+        ({"device": "gpu"}, "device must be cpu, cuda or mps, as this machine has; got 'gpu'."),
+        ({"device": "xpu:7"}, "as this machine has; got 'xpu:7'."),
     ],
 )
 def test_wrong_parts_are_refused_at_once(options, words):

@@ -1,5 +1,6 @@
 """Networks that are told more than x_t and its time, and ten ways to use a prior wrongly."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -69,7 +70,7 @@ def test_our_network_of_classes():
     for block in network.middle_block:
         nn.init.normal_(block.out_layers[3].weight, std=0.1)
     x, times = torch.randn(2, 1, 8, 8), torch.full((2,), 300.0)
-    denoiser = NetworkDenoiser(network, None, condition={"y": 3})
+    denoiser = NetworkDenoiser(network, None, condition={"y": np.int64(3)})
     level = denoiser.schedule[300]
     epsilon = network(x, times, torch.tensor([3, 3]))
     torch.testing.assert_close(denoiser(x, level).x0, (x - level.sigma * epsilon) / level.alpha)
@@ -121,6 +122,10 @@ WRONG = {
     "a condition of words": (
         lambda: NetworkDenoiser(Told(), None, condition={"y": 1, "text": "a cat"}),
         "condition.text: there is no file 'a cat'",
+    ),
+    "a list of words": (
+        lambda: NetworkDenoiser(Told(), None, condition={"y": ["cat"]}),
+        r"condition.y must be a list of numbers, got \['cat'\]",
     ),
     "an unknown schedule": (
         lambda: NetworkDenoiser(plain, None, "flow"),

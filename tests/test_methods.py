@@ -901,6 +901,7 @@ def test_numbers_at_the_ends_of_their_range_are_taken():
     PiGDM(prior_variance=math.inf), DiffPIR(prior_variance=math.inf)
     CMI(max_step=math.inf, min_signal=0, max_signal=1, budget=math.inf)
     DAPS(ode_steps=0, high=math.inf), DDIM(1), Renoise(0), CDPS(0), DPS(0), DPS(-1.0)
+    SampleNoise(10**400, ["a"]), SampleNoise(-(10**400), ["a"])
 
 
 OUT_OF_RANGE = {

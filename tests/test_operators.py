@@ -562,6 +562,14 @@ def test_files_of_masks_and_kernels(tmp_path):
 # What is refused.
 
 
+def test_lengths_of_a_box_are_numbers_of_numpy_and_lists_too():
+    x = torch.zeros(1, 1, 8, 8)
+    masks = (BoxMask(4, 1), BoxMask(np.int64(4), np.uint8(1)), BoxMask([4, 0.5], np.float32(0.125)))
+    one, *others = (bound(mask, x)(torch.arange(64.0).view(x.shape)) for mask in masks)
+    for other in others:
+        torch.testing.assert_close(other, one)
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -591,6 +599,7 @@ def test_configuration(options, expected):
         (lambda: BoxMask(0), r"BoxMask\.size must be"),
         (lambda: BoxMask("x"), r"BoxMask\.size must be"),
         (lambda: BoxMask(True), r"BoxMask\.size must be"),
+        (lambda: BoxMask((3,)), r"BoxMask\.size must be"),
         (lambda: BoxMask(3, -1), "BoxMask.margin the same, or 0"),
         (lambda: GaussianBlur(0), r"GaussianBlur\.kernel_size must be"),
         (lambda: GaussianBlur(61, 0.0), r"GaussianBlur\.sd must be"),

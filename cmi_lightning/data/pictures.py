@@ -77,7 +77,7 @@ class Picture:
 
     @classmethod
     def _of_numbers(cls, image: Tensor | np.ndarray) -> Picture:
-        given = image.detach() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+        given = image.detach() if isinstance(image, Tensor) else _as_tensor(image)
         last, byte = not isinstance(image, Tensor), given.dtype == torch.uint8
         kind, where = ("an array", "last") if last else ("a tensor", "first")
         if given.ndim not in (2, 3, 4) or 0 in given.shape:
@@ -101,6 +101,16 @@ class Picture:
             return shaped(to_uint8(x) if byte else _unit(x) if last else _unit(x).to(given.dtype))
 
         return cls(x.contiguous(), back, shaped, [f"{i:05d}" for i in range(len(x))])
+
+
+def _as_tensor(image: np.ndarray) -> Tensor:
+    """Return a copy of an array of either byte order (FITS files have the other one)."""
+    try:
+        return torch.from_numpy(image.astype(image.dtype.newbyteorder("=")))
+    except TypeError as error:
+        raise InputError(
+            f"The image must be uint8, or float in [0, 1]; got an array of {image.dtype}."
+        ) from error
 
 
 def _in_range(image: Tensor) -> Tensor:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cmi_lightning.checked import check_value
+from cmi_lightning.checked import as_python, check_value
 from cmi_lightning.denoisers.checkpoints import read_checkpoint
-from cmi_lightning.errors import InputError
+from cmi_lightning.errors import InputError, cause
 
 # Attributes and entries of `config` that say that a network must be told more, and its argument.
 WANTED = {
@@ -170,7 +171,12 @@ def _tensor(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _tensor(f"{name}.{k}", v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return torch.tensor(value)
+        try:
+            return torch.tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"condition.{name} must be a list of numbers, got {value!r} ({cause(error)})."
+            ) from error
     if isinstance(value, str):
         path = Path(value).expanduser()
         if not path.is_file():
@@ -180,11 +186,11 @@ def _tensor(name: str, value: Any) -> Any:
         if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
             raise InputError(f"condition.{name}: '{value}' must hold one tensor.")
         return tensors[0]
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
         raise InputError(
             f"condition.{name} must be a number, a list, a tensor or a file, got {value!r}."
         )
-    return value
+    return value if isinstance(value, Tensor) else as_python(value)
 
 
 def _parameters(network: nn.Module | Callable) -> dict[str, inspect.Parameter] | None:

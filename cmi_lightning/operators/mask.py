@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Self
 
@@ -242,15 +243,15 @@ class BoxMask(LinearOperator):
 
     def __post_init__(self) -> None:
         fit = [_is_length(side) and side > 0 for side in self._box]
-        if not (all(fit) and _is_length(self.margin)):
+        if fit != [True, True] or not _is_length(self.margin):
             raise InputError(
                 "BoxMask.size must be whole pixels, at least 1, or a share of the image below 1; "
                 f"BoxMask.margin the same, or 0; got {self.size} and {self.margin}."
             )
 
     @property
-    def _box(self) -> tuple[int | float, int | float]:
-        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+    def _box(self) -> Sequence[int | float]:
+        return self.size if isinstance(self.size, tuple | list) else (self.size, self.size)
 
     def bind(self, image_shape: tuple[int, ...], noise: SampleNoise, like: Tensor) -> PixelMask:
         sides = image_shape[1:]
@@ -275,12 +276,12 @@ class BoxMask(LinearOperator):
 
 
 def _is_length(value: int | float) -> bool:
-    """Whether a length is whole pixels (an int ≥ 0) or a share (a float in [0, 1))."""
-    if type(value) is int:
-        return value >= 0
-    return isinstance(value, float) and 0 <= value < 1
+    """Whether a length is whole pixels (an integer ≥ 0) or a share (another number in [0, 1))."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return value >= 0 and (isinstance(value, Integral) or value < 1)
 
 
 def _pixels(length: int | float, side: int) -> int:
     """Return a length on a side of so many pixels."""
-    return length if isinstance(length, int) else round(length * side)
+    return int(length) if isinstance(length, Integral) else round(length * side)
