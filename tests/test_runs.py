@@ -2,6 +2,8 @@
 
 import copy
 import ctypes
+import datetime
+import enum
 import errno
 import itertools
 import json
@@ -13,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection
 from contextlib import nullcontext
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +264,34 @@ def test_options_of_custom_parts_are_found():
 
     handed = dict(options("x", Handed(2, scale=1.0, kernel=None)))
     assert (handed["x.more"], handed["x.scale"]) == ("2", "1.0")
+
+
+class Speed(enum.Enum):
+    SLOW, FAST = "slow", "fast"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.int64(3), np.int64(4)),
+        (np.float32(1), np.float32(2)),
+        (np.bool_(True), np.bool_(False)),
+        (Fraction(1, 2), Fraction(1, 3)),
+        (Speed.SLOW, Speed.FAST),
+        ({"a", "b"}, frozenset("ac")),
+        (torch.float32, torch.float64),
+        (torch.device("cpu"), torch.device("meta")),
+        (datetime.date(2026, 1, 1), datetime.date(2026, 1, 2)),
+    ],
+)
+def test_values_that_are_no_plain_numbers_are_compared_too(one, other):
+    assert differences(dict(options("x", one)), dict(options("x", other)))
+    assert differences(dict(options("x", one)), dict(options("x", copy.deepcopy(one)))) is None
+
+
+def test_numbers_of_numpy_are_those_of_python():
+    assert list(options("x", np.int64(3))) == list(options("x", 3))
+    assert list(options("x", np.float32(0.5))) == list(options("x", 0.5))
 
 
 # Files

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ def options(name: str, value: Any, weights: bool = True) -> Iterator[tuple[str, 
     >>> dict(options("scale", 0.5))
     {'scale': '0.5'}
     """
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, (bool, int, float, complex, str, Path)):
         yield name, str(value)
     elif isinstance(value, (Tensor, np.ndarray)):
@@ -81,6 +83,8 @@ def options(name: str, value: Any, weights: bool = True) -> Iterator[tuple[str, 
             yield from options(f"{name}.{i}", item)
     elif isinstance(value, Sequence):
         yield name, f"{len(value)} entries {digest(value)}"
+    elif isinstance(value, Set):
+        yield name, str(sorted(map(_text, value)))
     elif isinstance(value, functools.partial):
         yield from options(name, value.func)
         yield from options(f"{name}.args", value.args)
@@ -100,10 +104,19 @@ def options(name: str, value: Any, weights: bool = True) -> Iterator[tuple[str, 
             for kind in sorted(kinds, key=lambda kind: kind.__qualname__):
                 yield from source(kind)
             if isinstance(value, nn.Sequential):  # what a function made of a library's parts
-                yield f"{name}.parts", digest(re.sub(r"0x[0-9a-f]+", "", str(value)))
+                yield f"{name}.parts", digest(_text(value))
             weights = False
-        for key, kept in _arguments(value).items():
-            yield from options(f"{name}.{key}", kept, weights)
+        kept = _arguments(value)
+        for key, item in kept.items():
+            yield from options(f"{name}.{key}", item, weights)
+        ours = isinstance(value, nn.Module) or dataclasses.is_dataclass(value)
+        if not (kept or ours or type(value).__repr__ is object.__repr__):  # an Enum, a dtype, …
+            yield f"{name}.text", _text(value)
+
+
+def _text(value: Any) -> str:
+    """Return what an object says of itself, without its address."""
+    return re.sub(r"0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _arguments(value: Any) -> dict[str, Any]:
