@@ -54,7 +54,7 @@ def make(kind: str, count: int = 3) -> tuple[GaussianMixture, Tensor]:
     weights = WEIGHTS[:count]
     eye = EYE.expand(count, N, N)
     if kind == "isotropic":
-        return GaussianMixture(means, 0.3, weights), 0.3 * eye
+        return GaussianMixture(means, 0.3, weights.tolist()), 0.3 * eye
     if kind == "diagonal":
         v = 0.05 + torch.rand(count, *SHAPE, generator=g, dtype=torch.float64)
         return GaussianMixture(means, v, weights), torch.diag_embed(v.flatten(1))

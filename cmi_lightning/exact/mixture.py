@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ class GaussianMixture(Denoiser):
         self,
         means: Tensor,
         covariance: Covariance | Tensor | float = 1.0,
-        weights: Tensor | None = None,
+        weights: Tensor | Sequence[float] | None = None,
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
@@ -98,7 +99,7 @@ class GaussianMixture(Denoiser):
                 f"The means are {count} of {size} numbers each and the covariances "
                 f"{len(covariance.values)} of {covariance.values.shape[1]}; they must agree."
             )
-        weights = means.new_ones(count) if weights is None else weights.to(means)
+        weights = means.new_ones(count) if weights is None else torch.as_tensor(weights).to(means)
         if weights.shape != (count,) or bool((weights < 0).any()) or not float(weights.sum()) > 0:
             raise InputError(
                 f"A mixture of {count} components needs as many weights, at least 0, and not all "
