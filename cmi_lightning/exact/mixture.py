@@ -99,7 +99,8 @@ class GaussianMixture(Denoiser):
                 f"The means are {count} of {size} numbers each and the covariances "
                 f"{len(covariance.values)} of {covariance.values.shape[1]}; they must agree."
             )
-        weights = means.new_ones(count) if weights is None else torch.as_tensor(weights).to(means)
+        given = [1.0] * count if weights is None else weights
+        weights = torch.as_tensor(given, dtype=means.dtype, device=means.device)
         if weights.shape != (count,) or bool((weights < 0).any()) or not float(weights.sum()) > 0:
             raise InputError(
                 f"A mixture of {count} components needs as many weights, at least 0, and not all "
