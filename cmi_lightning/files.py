@@ -230,6 +230,7 @@ def download(url: str, path: Path, start: str = "", timeout: float = 60.0) -> Pa
     Raises:
         OSError: if it cannot be had, ends early, or has another checksum.
     """
+    import urllib.error
     import urllib.request
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,6 +252,11 @@ def download(url: str, path: Path, start: str = "", timeout: float = 60.0) -> Pa
             return path
         own.unlink()
         raise OSError("the file that came is not the published one (SHA-256 differs)")
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not done:  # 416: nothing follows what an earlier try has
+            raise
+        own.unlink()
+        return download(url, path, start, timeout)
     finally:
         if own.is_file():
             own.replace(part)

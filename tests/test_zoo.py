@@ -3,6 +3,7 @@
 import hashlib
 import re
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 import torch
@@ -125,6 +126,8 @@ def test_a_download_goes_on_and_is_checked(tmp_path, monkeypatch):
     def open_(request, timeout):
         start = int(request.headers.get("Range", "bytes=0-")[6:-1])
         asked.append(start)
+        if start == len(content):
+            raise HTTPError(request.full_url, 416, "Range Not Satisfiable", {}, None)
         return Answer(start, 5000 if len(asked) == 1 else len(content))
 
     monkeypatch.setattr("urllib.request.urlopen", open_)
@@ -141,6 +144,10 @@ def test_a_download_goes_on_and_is_checked(tmp_path, monkeypatch):
         download("https://example.org/net.pt", path, start)
     assert download("https://example.org/net.pt", path, start) == path
     assert asked == [0, 5000]
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [content]
+    path.rename(tmp_path / ".net.pt.part")  # killed when all had come
+    assert download("https://example.org/net.pt", path, start) == path
+    assert asked == [0, 5000, len(content), 0]
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [content]
 
 
