@@ -13,6 +13,7 @@ from PIL import Image
 
 from cmi_lightning.callbacks.drawing import apart, beside, save_png, tile
 from cmi_lightning.callbacks.loggers import log_image, log_options, log_values
+from cmi_lightning.errors import InputError, counted
 from cmi_lightning.files import claim, read_json, remove, write_json
 from cmi_lightning.paths import inside
 from cmi_lightning.predict.callback import SamplingCallback
@@ -109,6 +110,11 @@ class RecordingCallback(SamplingCallback):
         dataloader_idx: int = 0,
     ) -> None:
         entries = self.measure(outputs) if outputs["id"] else []
+        if len(entries) != len(outputs["records"]) or any("id" in entry for entry in entries):
+            raise InputError(
+                f"{type(self).__name__}.measure must return a dictionary for each of "
+                f"{counted(len(outputs['records']), 'sample')}, none of them with an id."
+            )
         for record, entry in zip(outputs["records"], entries, strict=True):
             record.update(entry)
 

@@ -27,6 +27,7 @@ from cmi_lightning.callbacks import (
     Alex,
     FeatureMetrics,
     ImageWriter,
+    RecordingCallback,
     RestorationMetrics,
     SampleGrid,
     SamplingProgress,
@@ -643,3 +644,16 @@ def test_sample_grid_leaves_training_alone(tmp_path):
     assert all(p.requires_grad for p in watched.network.parameters())
     for a, b in zip(watched.network.parameters(), alone.network.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("entries", [[{}], [{"id": "a"}, {"id": "b"}]])
+def test_records_that_do_not_belong_to_the_samples_are_refused(entries):
+    class Odd(RecordingCallback):
+        key = "odd"
+
+        def measure(self, outputs):
+            return entries
+
+    outputs = {"id": ["a", "b"], "records": [{"id": "a"}, {"id": "b"}]}
+    with pytest.raises(InputError, match=r"Odd\.measure must return a dictionary for each of 2 s"):
+        Odd().on_predict_batch_end(None, None, outputs, None, 0)
