@@ -203,7 +203,7 @@ def read_all(
         )
         raise InputError(f"{option}: {count}{next(iter(skipped.values()))}")
     said = [
-        f"{len(names)} of {counted(len(files), 'image')} {note} (such as '{names[0]}')"
+        f"{len(names)} of {len(files)} images {note} (such as '{names[0]}')"
         for note, names in noted.items()
     ]
     return Survey(result, skipped, said)

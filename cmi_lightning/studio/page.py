@@ -130,13 +130,20 @@ def build() -> gr.Blocks:
         )  # fmt: skip
         inputs, outputs = list(asked.values()), list(told.values())
 
-        def restored(edit: Any, *values: Any) -> Iterator[dict[Any, Any]]:
-            for shown in _restore(edit, dict(zip(asked, values, strict=True))):
-                yield {told[name]: value for name, value in shown.items()}
+        cancelled: set[str | None] = set()  # sessions
 
-        def stopped() -> dict[Any, Any]:
-            shown = _ready(_status("Cancelled.")) | {"compare": gr.update(visible=True)}
-            return {told[name]: value for name, value in shown.items()}
+        def restored(request: gr.Request, edit: Any, *values: Any) -> Iterator[dict[Any, Any]]:
+            cancelled.discard(request.session_hash)
+            for shown in _restore(edit, dict(zip(asked, values, strict=True))):
+                if ended := request.session_hash in cancelled:
+                    shown = _ready(_status("Cancelled.")) | {"compare": gr.update(visible=True)}
+                yield {told[name]: value for name, value in shown.items()}
+                if ended:
+                    return
+
+        def cancel(request: gr.Request) -> None:
+            """The run tells that it has ended: after another event's word came its last step's."""
+            cancelled.add(request.session_hash)
 
         def code(*values: Any) -> tuple[str, str]:
             try:
@@ -150,8 +157,8 @@ def build() -> gr.Blocks:
 
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         alone: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "run"}
-        running = run.click(restored, [editor, *inputs], outputs, **alone, **hidden)
-        stop.click(stopped, None, outputs, cancels=[running], queue=False, **hidden)
+        run.click(restored, [editor, *inputs], outputs, **alone, **hidden)
+        stop.click(cancel, None, None, queue=False, **hidden)
         own: list[Any] = [editor, sound]
         example.input(lambda name: (edited(photograph(name)), True), example, own, **hidden)
         editor.upload(is_example, editor, sound, **hidden)
