@@ -89,8 +89,8 @@ class GaussianMixture(Denoiser):
     ) -> None:
         super().__init__()
         check_value("covariance", covariance, float | Tensor | Covariance, "[0, inf)")
-        self.schedule = schedule or Schedule.linear()
-        self.image_shape = tuple(means.shape[1:])
+        check_value("weights", weights, Tensor | Sequence[float] | None, "[0, inf)")
+        self.schedule, self.image_shape = schedule or Schedule.linear(), tuple(means.shape[1:])
         if not isinstance(covariance, Covariance):
             covariance = diagonal(covariance, means)
         count, size = len(means), means[0].numel()
