@@ -350,7 +350,7 @@ def test_trials_are_of_the_validation_images_and_apart():
 # Results of records -------------------------------------------------------------------------------
 
 
-def write_records(cell, psnr, failed=()):
+def write_records(cell, psnr, failed=(), steps=100):
     """Write the records of a run, as `predict` leaves them, with ids 1, 2, …, 12."""
     for i, value in enumerate(psnr, start=1):
         path = cell.folder / "records" / f"{i}.json"
@@ -359,7 +359,7 @@ def write_records(cell, psnr, failed=()):
             "id": str(i),
             "input": str(i),
             "failed": "diverged" if i in failed else None,
-            "steps": 100,
+            "steps": steps,
             "forwards": 150 if cell.variant == "cmi" else 100,
             "vjps": 150 if cell.variant == "cmi" else 100,
             "metrics": {"psnr": value, "psnr_measurement": 5.0},
@@ -388,6 +388,14 @@ def test_images_are_taken_in_the_order_of_the_loader(tmp_path):
     write_records(cell, range(12))
     assert [r["id"] for r in records(cell.folder)] == [str(i) for i in range(1, 13)]
     assert [r["id"] for r in records(cell.folder, 3)] == ["1", "2", "3"]
+
+
+def test_the_steps_told_are_those_of_the_run(tmp_path):
+    table = small(output=str(tmp_path), steps=100, only_methods=["DPS"])
+    write_records(table.cell("box", "DPS"), [20.0] * 12, steps=50)
+    results = aggregate(table)
+    assert [cell.steps for cell in results.cells] == [50]
+    assert "These methods have other than 100 steps: DPS 50." in results.notes
 
 
 def test_an_image_that_failed_is_in_no_mean_and_not_improved(tmp_path):

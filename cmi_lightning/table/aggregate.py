@@ -162,8 +162,8 @@ def _notes(
         if started.failed:
             name = f"{started.cell.task}, {started.cell.label}"
             yield f"{name}: {counted(started.failed, 'image')} failed; the means leave them out."
-    others = {m: table.steps_of(m) for m in table.methods if table.steps_of(m) != table.steps}
-    if told := [f"{m} {steps}" for m, steps in others.items() if any(k[1] == m for k in cells)]:
+    run = dict.fromkeys((k[1], c.cell.steps) for k, c in cells.items() if k[2] != "equal")
+    if told := [f"{method} {steps}" for method, steps in run if steps != table.steps]:
         yield f"These methods have other than {counted(table.steps, 'step')}: {', '.join(told)}."
     if table.cluster is not None:
         count = max(len(set(started.clusters.values())) for started in cells.values())

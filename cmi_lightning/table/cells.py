@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,8 @@ class StartedCell:
 def started_cells(table: Table) -> dict[Key, StartedCell]:
     """Return the cells that have been started, in the table's order.
 
+    Their steps are those that they have been run with: the table may ask for others by now.
+
     Of a base with and without CMI those images are looked at that all have finished, so that
     their means can be compared while a run is under way; of its row of equal cost, which may be
     wanted for fewer, those among them.
@@ -131,7 +134,7 @@ def started_cells(table: Table) -> dict[Key, StartedCell]:
         for variant in VARIANTS:
             cell = table.at_equal_cost(table.cell(task, method, variant))
             if finished := records(cell.folder, cell.images):
-                row[variant] = cell, finished
+                row[variant] = replace(cell, steps=finished[0]["steps"]), finished
         wanted = [{r["id"] for r in row[v][1]} for v in row if v != "equal"]
         for variant, (cell, finished) in row.items():
             if shown := [r for r in finished if all(r["id"] in ids for ids in wanted)]:
