@@ -40,10 +40,8 @@ def check(module: PosteriorSampler, trainer: Any, datamodule: Any) -> None:
     module.chosen = earlier(module, trainer, datamodule)
     shapes = image_shapes(datamodule)
     module.shapes = dict.fromkeys(shapes)
-    if len(shapes) == 1:
-        module.denoiser = suited(
-            module.denoiser, shapes[0]
-        )  # first: it is one of the options that are compared
+    if len(shapes) == 1:  # first: the denoiser is one of the options that are compared
+        module.denoiser = suited(module.denoiser, shapes[0])
     if trainer.limit_predict_batches == 0:
         raise InputError("trainer.limit_predict_batches=0 leaves nothing to restore.")
     if recorders(trainer):

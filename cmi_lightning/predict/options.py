@@ -68,7 +68,7 @@ def resolved(args: Sequence[str]) -> list[str]:
             parts.append(["-c", _resolve(arg.removeprefix("--config="))])
         else:
             parts.append([arg])
-    texts = {i: _text(part[1]) for i, part in enumerate(parts) if len(part) == 2}
+    texts = {i: text_of(part[1]) for i, part in enumerate(parts) if len(part) == 2}
     last = max((i for i, text in texts.items() if SETS.search(text)), default=-1)
     moved = [i for i, text in texts.items() if i < last and APPENDS.search(text)]
     if not any(SETS.search(texts[i]) for i in moved):
@@ -77,7 +77,7 @@ def resolved(args: Sequence[str]) -> list[str]:
     return [arg for part in parts for arg in part]
 
 
-def _text(config: str) -> str:
+def text_of(config: str) -> str:
     """Return the YAML of a resolved configuration: a section's text, or a file's."""
     return config if config.startswith("{") else Path(config).read_text(encoding="utf-8")
 
@@ -96,13 +96,14 @@ def _refuse_unread(args: list[str]) -> None:
     for name in names:
         if name in TRAINING:
             raise InputError(f"{name} is of training, which `fit` does: leave it out.")
-    whole = resolved(args)
+    sizes = [n.removeprefix("--step_sizes.") for n in names if n.startswith("--step_sizes.")]
+    if not sizes:
+        return
     texts = [path.read_text(encoding="utf-8") for path in configs.FOLDER.rglob("*.yaml")]
-    texts += [*args, *(_text(one) for flag, one in pairwise(whole) if flag == "-c")]
+    texts += [*args, *(text_of(one) for flag, one in pairwise(resolved(args)) if flag == "-c")]
     read = set(re.findall(r"(?<!--)\bstep_sizes\.(\w+)", "\n".join(texts)))
-    for name in names:
-        size = name.removeprefix("--step_sizes.")
-        if size != name and size not in read:
+    for size in sizes:
+        if size not in read:
             raise InputError(f"No method reads a step size '{size}'{nearest(size, read)}")
 
 

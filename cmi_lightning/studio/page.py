@@ -18,7 +18,7 @@ import gradio as gr
 from PIL import Image
 
 from cmi_lightning.data.pictures import Picture, psnr
-from cmi_lightning.errors import InputError, first_line, one_sentence
+from cmi_lightning.errors import InputError, cause, one_sentence
 from cmi_lightning.paths import examples
 from cmi_lightning.studio import work
 from cmi_lightning.studio.pictures import edited, is_example, large, layers, of_kernel, photograph
@@ -267,7 +267,7 @@ def _restore(editor: Any, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield _ready(_status("", wrong=one_sentence(error)))
     except Exception as error:
         log.exception("The studio could not restore a photograph.")
-        told = f"It did not work ({type(error).__name__}: {first_line(error)})."
+        told = f"It did not work ({cause(error)})."
         yield _ready(_status("", wrong=told))
 
 

@@ -10,14 +10,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from cmi_lightning.errors import InputError
 from cmi_lightning.files import make_folder
 from cmi_lightning.predict.messages import explain
-from cmi_lightning.predict.options import resolved
+from cmi_lightning.predict.options import resolved, text_of
 from cmi_lightning.report.page import write_report
 from cmi_lightning.report.results import ADDED, read_results, write_results
 from cmi_lightning.report.tables import write_tables
@@ -94,7 +93,7 @@ def check(table: Table, cells: Iterable[Cell]) -> None:
             )
         arguments = resolved(table.arguments(cell))
         configs = [value for flag, value in itertools.pairwise(arguments) if flag == "-c"]
-        text = "".join(c if c[0] == "{" else Path(c).read_text(encoding="utf-8") for c in configs)
+        text = "".join(map(text_of, configs))
         for name in cell.step_sizes:
             if f"step_sizes.{name}" not in text:
                 raise InputError(

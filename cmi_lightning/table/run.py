@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmi_lightning.errors import InputError, counted, first_line
+from cmi_lightning.errors import InputError, cause, counted
 from cmi_lightning.report.results import Variant
 from cmi_lightning.table.records import Cell, records
 from cmi_lightning.table.spec import Table
@@ -137,9 +137,7 @@ def restore(arguments: list[str], cell: Cell) -> None:
             raise InputError(f"{name}: {told}") from error
         except Exception as error:
             traceback.print_exc(file=log)
-            raise InputError(
-                f"{name}: {type(error).__name__}: {first_line(error)} (see '{cell.folder / LOG}')."
-            ) from error
+            raise InputError(f"{name}: {cause(error)} (see '{cell.folder / LOG}').") from error
 
 
 def first_process() -> bool:
